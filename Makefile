@@ -1,0 +1,27 @@
+# `make compare` and `make test` need Python >= 3.11 and nothing else; the set-up is done once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: compare test lint clean
+
+compare: $(READY)
+	$(BIN)/python experiments/compare_modes.py $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not multi_gpu" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "overlap_mtp needs Python >= 3.11; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,29 @@
+"""The oracle: what the rest must equal, on one process, in the plainest torch."""
+
+from __future__ import annotations
+
+import torch
+
+from overlap_mtp.layout import SequenceLayout
+
+
+def roll_reference(
+    tensor: torch.Tensor, layout: SequenceLayout, depth: int, fill: float | bool = 0
+) -> torch.Tensor:
+    """The full sequence shifted left by `depth` inside each document.
+
+    `tensor` [..., S] -> [..., S] of the same dtype: entry i becomes entry i + depth where that is a valid
+    token of i's document, else `fill`. Defines what every schedule computes (Megatron-LM `roll_tensor`,
+    extended to padded documents).
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be >= 1, got {depth}")
+    if tensor.shape[-1] != layout.seq_len:
+        raise ValueError(
+            f"the last dimension must have the layout's length {layout.seq_len}, got {tensor.shape[-1]}"
+        )
+    rolled = torch.full_like(tensor, fill)
+    for start, length in zip(layout.cu_seqlens[:-1].tolist(), layout.valid_lengths.tolist(), strict=True):
+        if length > depth:
+            rolled[..., start : start + length - depth] = tensor[..., start + depth : start + length]
+    return rolled
