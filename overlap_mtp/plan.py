@@ -191,7 +191,7 @@ def build_plan(layout: SequenceLayout, shape: PlanShape) -> RollPlan:
     valid_end = np.clip(layout.valid_ends[runs.document], runs.begin, runs.end)
     plan.run_end[: runs.begin.size] = runs.slot + valid_end - runs.begin
 
-    holder, slot = _halo_of(layout, shape.cp_rank, shape.num_depths)
+    holder, slot = halo_of(layout, shape.cp_rank, shape.num_depths)
     code = np.where(holder == shape.cp_rank, slot, NOWHERE).ravel()
     row = 0
     for index, peer in enumerate(shape.sources):
@@ -205,7 +205,7 @@ def build_plan(layout: SequenceLayout, shape: PlanShape) -> RollPlan:
     row = 0
     for peer in shape.destinations:
         plan.send_slots[row] = HEADER
-        holder, slot = _halo_of(layout, peer, shape.num_depths)
+        holder, slot = halo_of(layout, peer, shape.num_depths)
         mine = slot[holder == shape.cp_rank]  # in the order in which the peer numbers its rows
         plan.send_slots[row + 1 : row + 1 + mine.size] = mine
         row += shape.send_rows[peer]
@@ -214,7 +214,7 @@ def build_plan(layout: SequenceLayout, shape: PlanShape) -> RollPlan:
     return plan
 
 
-def _halo_of(layout: SequenceLayout, cp_rank: int, num_depths: int) -> tuple[IntArray, IntArray]:
+def halo_of(layout: SequenceLayout, cp_rank: int, num_depths: int) -> tuple[IntArray, IntArray]:
     """(holder, slot there) of the num_depths tokens after each run of a rank, [num_runs, num_depths].
 
     The holder is NOWHERE for what lies past the document's last valid token.

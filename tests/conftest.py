@@ -1,8 +1,29 @@
 """Kernels are interpreted where there is no GPU: the variable must be set before they are imported."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+from rank_pool import RankPool
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Eight gloo ranks."""
+    ranks = RankPool(8)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_pool() -> Iterator[RankPool]:
+    """One NCCL rank per GPU."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two or more GPUs")
+    ranks = RankPool(torch.cuda.device_count(), "nccl")
+    yield ranks
+    ranks.close()

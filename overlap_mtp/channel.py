@@ -1,0 +1,96 @@
+"""What all rollers of one context-parallel group share on a rank: the exchange group and the side stream."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel] = weakref.WeakKeyDictionary()
+
+
+class Channel:
+    """One exchange group (a process group of its own, so that no other traffic can stand in its way).
+
+    The group is made at first use, by all ranks of `cp_group` together, and lives as long as torch.distributed
+    does: a group that is destroyed cannot be made again, because `use_local_synchronization` derives its name
+    from the ranks and the store still holds the addresses of its first life (torch 2.13, gloo: the second
+    `new_group` times out).
+    """
+
+    def __init__(self, cp_group: dist.ProcessGroup | None) -> None:
+        self.cp_rank = 0 if cp_group is None else cp_group.rank()
+        self.cp_size = 1 if cp_group is None else cp_group.size()
+        self.device_type = "cpu"
+        self._group: dist.ProcessGroup | None = None
+        self._side_stream: torch.cuda.Stream | None = None
+        if cp_group is not None:
+            self._ranks = dist.get_process_group_ranks(cp_group)
+            self.device_type = "cuda" if "nccl" in str(dist.get_backend(cp_group)) else "cpu"
+            self._timeout = _timeout_of(cp_group, self.device_type)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The exchange group. The first use is collective over the cp group and waits for all of it."""
+        if self._group is None:
+            self._group = self._make_group()
+        return self._group
+
+    def _make_group(self) -> dist.ProcessGroup:
+        options: Any = None
+        if self.device_type == "cuda":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        # torch names the group by its ranks and by how many groups the process has.
+        what = "making the exchange group (its ranks must all have made the same number of process groups)"
+        with self.named_errors(what):
+            group = dist.new_group(
+                self._ranks,
+                timeout=self._timeout,
+                backend="nccl" if self.device_type == "cuda" else "gloo",
+                pg_options=options,
+                use_local_synchronization=True,
+                group_desc="overlap_mtp exchange",
+            )
+        assert dist.get_process_group_ranks(group) == self._ranks
+        return group
+
+    @property
+    def side_stream(self) -> torch.cuda.Stream:
+        """The stream that overlapped exchanges run on: one per channel, so that they keep their order."""
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(priority=-1)
+        return self._side_stream
+
+    def global_rank(self, cp_rank: int) -> int:
+        return self._ranks[cp_rank]
+
+    @contextlib.contextmanager
+    def named_errors(self, what: str) -> Iterator[None]:
+        """Says which exchange it was when torch.distributed gives up on one."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"overlap_mtp: {what} failed on cp rank {self.cp_rank} of {self.cp_size}: a peer is missing, late "
+                f"or at another exchange ({error})"
+            ) from error
+
+
+def channel_of(cp_group: dist.ProcessGroup | None) -> Channel:
+    """The channel of a cp group; None stands for a group of one."""
+    if cp_group is None:
+        return Channel(None)
+    if cp_group not in _CHANNELS:
+        _CHANNELS[cp_group] = Channel(cp_group)
+    return _CHANNELS[cp_group]
+
+
+def _timeout_of(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
+    backend = group._get_backend(torch.device(device_type))
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout if isinstance(timeout, timedelta) else None

@@ -1,0 +1,25 @@
+"""none: no roll at all. Wrong tokens, for timing only: it shows what `prepared` itself costs."""
+
+from __future__ import annotations
+
+import torch
+
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules.base import Rolls, Roller
+
+
+class NoneRoller(Roller):
+    name = "none"
+
+    def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+        return NoneRolls(self, batch)
+
+
+class NoneRolls(Rolls):
+    def __init__(self, roller: NoneRoller, batch: dict[str, torch.Tensor]) -> None:
+        self._roller = roller
+        self._batch = batch
+
+    def at(self, depth: int) -> dict[str, torch.Tensor]:
+        self._roller.check_depth(depth)
+        return self._batch

@@ -1,0 +1,112 @@
+"""What the schedules with a wire share (merged, overlap, prefetch): plans, tables and transports."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from overlap_mtp.channel import Channel
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.plan import RollPlan, build_plan, plan_shape
+from overlap_mtp.schedules.base import INTEGER_VIEW, Roller, fill_of
+from overlap_mtp.transport import Flight, ProcessGroupTransport, Transport
+from overlap_mtp.upload import upload
+
+PLANS_KEPT = 8
+ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass
+class Exchange:
+    """One exchange under way: its tensors and who lands it."""
+
+    batch: dict[str, torch.Tensor]
+    transport: Transport
+    flight: Flight
+    num_depths: int
+
+
+class WiredRoller(Roller):
+    """A roller whose exchanges carry all tensors and documents, and `depths_per_exchange` depths, at once."""
+
+    overlapped: bool
+
+    def __init__(
+        self, channel: Channel, num_depths: int, max_documents: int, depths_per_exchange: int
+    ) -> None:
+        super().__init__(channel, num_depths, max_documents)
+        self._depths_per_exchange = depths_per_exchange
+        self._transports: dict[object, Transport] = {}
+        self._plans: OrderedDict[bytes, RollPlan] = OrderedDict()
+        self._tables: OrderedDict[tuple[bytes, torch.device], torch.Tensor] = OrderedDict()
+
+    def plan(self, layout: SequenceLayout) -> RollPlan:
+        """This rank's plan for a layout, from the last few. A data loader may call it ahead of `start`."""
+        plan = self._plans.get(layout.key)
+        if plan is None:
+            shape = plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents)
+            plan = _keep(self._plans, layout.key, build_plan(layout, shape))
+        return plan
+
+    def launch(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Exchange:
+        """Sends what peers need to roll `batch` by up to `depths_per_exchange`."""
+        first = next(iter(batch.values()))
+        plan = self.plan(layout)
+        tensors = [_integers(tensor) for tensor in batch.values()]
+        transport = self._transport(plan, len(tensors) * tensors[0].shape[0], first.device)
+        transport.check()
+        flight = transport.launch(tensors, self._table(plan, layout, first.device))
+        return Exchange(batch, transport, flight, self._depths_per_exchange)
+
+    def land(self, exchange: Exchange) -> list[dict[str, torch.Tensor]]:
+        """The rolled tensors of each depth of the exchange, freshly allocated."""
+        outputs = {
+            name: tensor.new_empty((exchange.num_depths, *tensor.shape))
+            for name, tensor in exchange.batch.items()
+        }
+        views = [_integers(out).view(exchange.num_depths, -1, out.shape[-1]) for out in outputs.values()]
+        exchange.transport.land(exchange.flight, views, _fills(exchange.batch))
+        exchange.transport.check()
+        return [{name: out[d] for name, out in outputs.items()} for d in range(exchange.num_depths)]
+
+    def close(self) -> None:
+        super().close()
+        transports, self._transports = self._transports, {}
+        for transport in transports.values():
+            transport.close()
+
+    def _transport(self, plan: RollPlan, words: int, device: torch.device) -> Transport:
+        key = (plan.shape, words, device)
+        if key not in self._transports:
+            self._transports[key] = ProcessGroupTransport(
+                self._channel, plan.shape, words, device, self.overlapped, self.traffic
+            )
+        return self._transports[key]
+
+    def _table(self, plan: RollPlan, layout: SequenceLayout, device: torch.device) -> torch.Tensor:
+        table = self._tables.get((layout.key, device))
+        if table is None:
+            table = _keep(self._tables, (layout.key, device), upload(plan.table, device))
+        return table
+
+
+def _keep(cache: OrderedDict[K, V], key: K, value: V) -> V:
+    cache[key] = value
+    if len(cache) > PLANS_KEPT:
+        cache.popitem(last=False)
+    return value
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, L] of integers of the same width: a view, or a copy of a tensor that is not contiguous."""
+    return tensor.contiguous().view(INTEGER_VIEW[tensor.dtype]).view(-1, tensor.shape[-1])
+
+
+def _fills(batch: dict[str, torch.Tensor]) -> Sequence[int]:
+    return [ONE[tensor.dtype] if fill_of(name) else 0 for name, tensor in batch.items()]

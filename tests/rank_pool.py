@@ -1,0 +1,127 @@
+"""A pool of rank processes that lives as long as the test session: a call costs 20 ms, not a start.
+
+`pool.run(function, cp_size, *args)` calls `function(group, *args)` on ranks 0 .. cp_size - 1, where `group` is
+their process group, and returns the results in rank order. Gloo on loopback, or NCCL where there are GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from overlap_mtp.channel import channel_of
+
+
+class RankError(Exception):
+    """An exception on a rank, with its traceback there."""
+
+
+class RankPool:
+    def __init__(self, world_size: int, backend: str = "gloo", timeout_s: float = 60) -> None:
+        self.world_size, self.backend, self.timeout_s = world_size, backend, timeout_s
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        self._pipes, self._processes = [], []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            args = (rank, self.world_size, self.backend, store, self.timeout_s, theirs)
+            process = context.Process(target=_rank_main, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], cp_size: int, *args: Any, limit_s: float = 120) -> list[Any]:
+        """Results by rank. Raises RankError with every failing rank's traceback; starts afresh after a hang."""
+        for pipe in self._pipes[:cp_size]:
+            pipe.send((function, cp_size, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < cp_size:
+            pending = [pipe for rank, pipe in enumerate(self._pipes[:cp_size]) if rank not in answers]
+            ready = wait(pending, timeout=limit_s)
+            if not ready:
+                self.restart()
+                late = sorted(set(range(cp_size)) - set(answers))
+                raise RankError(f"ranks {late} did not answer within {limit_s} s; so far: {answers}")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = self._pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    self.restart()
+                    raise RankError(f"rank {rank} died; so far: {answers}") from None
+        failures = [f"--- rank {rank}\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
+        if failures:
+            self.restart()  # a failed collective leaves a group in no state to go on
+            raise RankError("\n".join(failures))
+        return [answers[rank][1] for rank in range(cp_size)]
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _rank_main(
+    rank: int, world_size: int, backend: str, store: str, timeout_s: float, pipe: Connection
+) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
+    )
+    groups = _make_groups(rank, world_size, timeout)
+    while True:
+        try:
+            function, cp_size, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(groups[cp_size], *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, dist.ProcessGroup]:
+    """A group of the first n ranks for every n that tests use, and its exchange group.
+
+    torch names an exchange group by how many groups a process is in, which must agree among its ranks: ranks
+    that are not in these two make two others.
+    """
+    groups = {}
+    for size in sorted({2, 3, 4, world_size} & set(range(2, world_size + 1))):
+        group = dist.new_group(list(range(size)), timeout=timeout)
+        if rank < size:
+            assert group is not None
+            groups[size] = group
+            assert channel_of(group).group is not None
+        else:
+            for _ in range(2):
+                dist.new_group([rank], use_local_synchronization=True)
+    return groups
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where this rank's tensors belong."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
