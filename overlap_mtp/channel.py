@@ -48,7 +48,7 @@ class Channel:
         # torch names the group by its ranks and by how many groups the process has.
         what = "making the exchange group (its ranks must all have made the same number of process groups)"
         with self.named_errors(what):
-            group = dist.new_group(
+            group: dist.ProcessGroup = dist.new_group(
                 self._ranks,
                 timeout=self._timeout,
                 backend="nccl" if self.device_type == "cuda" else "gloo",
@@ -63,7 +63,7 @@ class Channel:
     def side_stream(self) -> torch.cuda.Stream:
         """The stream that overlapped exchanges run on: one per channel, so that they keep their order."""
         if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(priority=-1)
+            self._side_stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         return self._side_stream
 
     def global_rank(self, cp_rank: int) -> int:

@@ -231,7 +231,9 @@ class SequenceLayout:
     def gather_index(self) -> IntArray:
         """Where each global position stands in the shards laid end to end, [seq_len]."""
         index = np.empty(self.seq_len, np.int64)
-        index[np.concatenate([self.positions(rank) for rank in range(self.cp_size)])] = np.arange(self.seq_len)
+        index[np.concatenate([self.positions(rank) for rank in range(self.cp_size)])] = np.arange(
+            self.seq_len
+        )
         return index
 
     def check_rank(self, cp_rank: int) -> None:

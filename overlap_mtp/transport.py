@@ -16,6 +16,7 @@ import torch.distributed as dist
 from overlap_mtp.channel import Channel
 from overlap_mtp.kernels import reference
 from overlap_mtp.plan import PlanShape
+from overlap_mtp.tracing import span
 
 TRANSPORTS = ("auto", "process_group")
 WORD_BYTES = 8
@@ -26,7 +27,7 @@ class Traffic:
     """What a rank has sent: messages (one per peer and exchange) and their bytes."""
 
     messages: int = 0
-    bytes: int = 0  # noqa: A003
+    bytes: int = 0
 
     def add(self, messages: int, num_bytes: int) -> None:
         self.messages += messages
@@ -126,9 +127,10 @@ class ProcessGroupTransport:
                 flight.work.wait()
         if buffers.sent is not None and self.overlapped:
             torch.cuda.current_stream().wait_event(buffers.sent)
-        self._kernels.unroll(
-            flight.tensors, outputs, fills, flight.table, self.shape, buffers.recv, self._mismatch
-        )
+        with span("unroll"):
+            self._kernels.unroll(
+                flight.tensors, outputs, fills, flight.table, self.shape, buffers.recv, self._mismatch
+            )
         if buffers.landed is not None:
             buffers.landed.record()
         self._free.append(buffers)
@@ -163,8 +165,10 @@ class ProcessGroupTransport:
         with torch.cuda.stream(side):
             side.wait_event(buffers.forked)
             side.wait_event(buffers.landed)  # passes at once unless the buffers' last unroll still reads them
-            self._kernels.pack(flight.tensors, flight.table, self.shape, buffers.send)
-            self._exchange(buffers, async_op=False)
+            with span("pack"):
+                self._kernels.pack(flight.tensors, flight.table, self.shape, buffers.send)
+            with span("send-recv"):
+                self._exchange(buffers, async_op=False)
             buffers.sent.record()
         for tensor in (*flight.tensors, flight.table):
             tensor.record_stream(side)
@@ -185,7 +189,7 @@ class ProcessGroupTransport:
         recv = torch.zeros(self.shape.num_recv_rows, self.words, dtype=torch.int64, device=self.device)
         if self.device.type == "cpu":
             return Buffers(send, recv)
-        return Buffers(send, recv, torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event())
+        return Buffers(send, recv, *(torch.cuda.Event() for _ in range(3)))  # type: ignore[no-untyped-call]
 
     def _warm_up(self) -> None:
         """NCCL connects two ranks when they first exchange, which blocks the host: better now than later."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from rank_pool import RankPool
 
 if not torch.cuda.is_available():

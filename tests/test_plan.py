@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, layouts, random_tensor, same_bits
 
 from overlap_mtp.kernels import pack as triton_pack
 from overlap_mtp.kernels import reference
@@ -14,6 +13,8 @@ from overlap_mtp.kernels import unroll as triton_unroll
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.plan import RollPlan, build_plan, plan_shape
 from overlap_mtp.reference import roll_reference
+
+from strategies import DTYPES, layouts, random_tensor, same_bits
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 POISON = 0x5A
@@ -39,9 +40,7 @@ def carry(layout: SequenceLayout, plans: list[RollPlan], sent: list[torch.Tensor
 def roll_by_plan(layout, tensors, num_depths, max_documents, kernels, **launch):
     """Rolls of full tensors [B, S] through plans and kernels: list over tensors of [D, B, S]."""
     ranks = range(layout.cp_size)
-    plans = [
-        build_plan(layout, plan_shape(layout, rank, num_depths, max_documents)) for rank in ranks
-    ]
+    plans = [build_plan(layout, plan_shape(layout, rank, num_depths, max_documents)) for rank in ranks]
     tables = [torch.from_numpy(plan.table) for plan in plans]
     held = [[layout.shard(t, rank).view(INTEGERS[t.itemsize]) for t in tensors] for rank in ranks]
     words = len(tensors) * tensors[0].shape[0]
@@ -61,9 +60,7 @@ def roll_by_plan(layout, tensors, num_depths, max_documents, kernels, **launch):
         )
         assert mismatch.item() == 0
         shards.append(outputs)
-    return [
-        layout.unshard([shard[i].view(t.dtype) for shard in shards]) for i, t in enumerate(tensors)
-    ]
+    return [layout.unshard([shard[i].view(t.dtype) for shard in shards]) for i, t in enumerate(tensors)]
 
 
 PLAIN = {"pack": reference.pack, "unroll": reference.unroll}

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_pool import RankPool, device_of
-from strategies import DTYPES, layouts, random_tensor, same_bits
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
 from overlap_mtp.schedules.base import fill_of
+
+from rank_pool import RankPool, device_of
+from strategies import DTYPES, layouts, random_tensor, same_bits
 
 NAMES = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
 
@@ -56,7 +57,9 @@ def rolls_differ(
     return wrong
 
 
-dtype_choices = st.fixed_dictionaries({}, optional={name: st.sampled_from(DTYPES) for name in NAMES}).filter(bool)
+dtype_choices = st.fixed_dictionaries({}, optional={name: st.sampled_from(DTYPES) for name in NAMES}).filter(
+    bool
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,4 +153,6 @@ def test_rolls_are_exact_on_any_layout_on_gpus(gpu_pool: RankPool, data, num_dep
 @pytest.mark.multi_gpu
 def test_roll_tensor_keeps_the_contract_on_gpus(gpu_pool: RankPool):
     for dims, shifts in [(-1, -1), (0, -1), (-1, -5)]:
-        assert gpu_pool.run(roll_tensor_differs, gpu_pool.world_size, dims, shifts) == [[]] * gpu_pool.world_size
+        assert (
+            gpu_pool.run(roll_tensor_differs, gpu_pool.world_size, dims, shifts) == [[]] * gpu_pool.world_size
+        )

@@ -119,7 +119,7 @@ class Roller(ABC):
             tuple(sorted(f"{name} {str(t.dtype)[6:]} {list(rows)}" for name, t in batch.items())),
         )
 
-    def _check_names(self, batch: Batch) -> None:
+    def _check_names(self, batch: Batch) -> None:  # noqa: B027 - most schedules have nothing to check
         """Raises ValueError where the schedule needs tensors that the batch lacks."""
 
     def _agree(self, signature: Signature | None, error: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.base import Rolls, Roller
+from overlap_mtp.schedules.base import Roller, Rolls
 
 
 class NoneRoller(Roller):

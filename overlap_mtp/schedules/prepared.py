@@ -10,7 +10,7 @@ import torch
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.schedules.base import Batch, Rolls, Roller, fill_of
+from overlap_mtp.schedules.base import Batch, Roller, Rolls, fill_of
 
 
 def prepared_name(name: str, depth: int) -> str:
@@ -64,7 +64,5 @@ class PreparedRolls(Rolls):
         self._roller.check_depth(depth)
         batch = self._batch
         return {
-            name: batch[prepared_name(name, depth)]
-            for name in batch
-            if prepared_name(name, depth) in batch
+            name: batch[prepared_name(name, depth)] for name in batch if prepared_name(name, depth) in batch
         }

@@ -6,7 +6,6 @@ lower neighbour first, waited for before the next tensor or document. The local 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.channel import Channel, channel_of
-from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.layout import Kind, SequenceLayout
 from overlap_mtp.plan import NOWHERE, halo_of
-from overlap_mtp.schedules.base import Rolls, Roller, fill_of
+from overlap_mtp.recent import Recent
+from overlap_mtp.schedules.base import Roller, Rolls, fill_of
 from overlap_mtp.transport import Traffic
 from overlap_mtp.upload import upload
-
-LAYOUTS_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,12 @@ class SyncRoller(Roller):
 
     def __init__(self, channel: Channel, num_depths: int, max_documents: int) -> None:
         super().__init__(channel, num_depths, max_documents)
-        self._steps: OrderedDict[bytes, RollByOne] = OrderedDict()
+        self._steps: Recent[RollByOne] = Recent()
 
     def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        if layout.key not in self._steps:
-            device = next(iter(batch.values())).device
-            self._steps[layout.key] = RollByOne.of(layout, self._channel.cp_rank, device)
-            if len(self._steps) > LAYOUTS_KEPT:
-                self._steps.popitem(last=False)
-        return SyncRolls(self, batch, self._steps[layout.key])
+        device = next(iter(batch.values())).device
+        steps = self._steps.get(layout.key, lambda: RollByOne.of(layout, self._channel.cp_rank, device))
+        return SyncRolls(self, batch, steps)
 
     def roll(self, batch: dict[str, torch.Tensor], steps: RollByOne) -> dict[str, torch.Tensor]:
         return {
@@ -166,8 +161,10 @@ def roll_tensor(
     channel = channel_of(cp_group)
     local_len = tensor.shape[dims]
     if channel.cp_size > 1 and local_len % 2:
-        raise ValueError(f"a zigzag shard holds two chunks of one length, got odd length {local_len} along {dims}")
-    kind = "zigzag" if channel.cp_size > 1 else "contiguous"
+        raise ValueError(
+            f"a zigzag shard holds two chunks of one length, got odd length {local_len} along {dims}"
+        )
+    kind: Kind = "zigzag" if channel.cp_size > 1 else "contiguous"
     layout = SequenceLayout.dense(local_len * channel.cp_size, channel.cp_size, kind)
     steps = RollByOne.of(layout, channel.cp_rank, tensor.device)
     rolled = tensor.movedim(dims, -1)

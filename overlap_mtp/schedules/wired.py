@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from overlap_mtp.channel import Channel
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.plan import RollPlan, build_plan, plan_shape
+from overlap_mtp.plan import PlanShape, RollPlan, build_plan, plan_shape
+from overlap_mtp.recent import Recent
 from overlap_mtp.schedules.base import INTEGER_VIEW, Roller, fill_of
 from overlap_mtp.transport import Flight, ProcessGroupTransport, Transport
 from overlap_mtp.upload import upload
 
-PLANS_KEPT = 8
 ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 @dataclass
@@ -43,16 +39,12 @@ class WiredRoller(Roller):
         super().__init__(channel, num_depths, max_documents)
         self._depths_per_exchange = depths_per_exchange
         self._transports: dict[object, Transport] = {}
-        self._plans: OrderedDict[bytes, RollPlan] = OrderedDict()
-        self._tables: OrderedDict[tuple[bytes, torch.device], torch.Tensor] = OrderedDict()
+        self._plans: Recent[RollPlan] = Recent()
+        self._tables: Recent[torch.Tensor] = Recent()
 
     def plan(self, layout: SequenceLayout) -> RollPlan:
         """This rank's plan for a layout, from the last few. A data loader may call it ahead of `start`."""
-        plan = self._plans.get(layout.key)
-        if plan is None:
-            shape = plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents)
-            plan = _keep(self._plans, layout.key, build_plan(layout, shape))
-        return plan
+        return self._plans.get(layout.key, lambda: build_plan(layout, self._shape(layout)))
 
     def launch(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Exchange:
         """Sends what peers need to roll `batch` by up to `depths_per_exchange`."""
@@ -61,7 +53,8 @@ class WiredRoller(Roller):
         tensors = [_integers(tensor) for tensor in batch.values()]
         transport = self._transport(plan, len(tensors) * tensors[0].shape[0], first.device)
         transport.check()
-        flight = transport.launch(tensors, self._table(plan, layout, first.device))
+        table = self._tables.get((layout.key, first.device), lambda: upload(plan.table, first.device))
+        flight = transport.launch(tensors, table)
         return Exchange(batch, transport, flight, self._depths_per_exchange)
 
     def land(self, exchange: Exchange) -> list[dict[str, torch.Tensor]]:
@@ -89,18 +82,8 @@ class WiredRoller(Roller):
             )
         return self._transports[key]
 
-    def _table(self, plan: RollPlan, layout: SequenceLayout, device: torch.device) -> torch.Tensor:
-        table = self._tables.get((layout.key, device))
-        if table is None:
-            table = _keep(self._tables, (layout.key, device), upload(plan.table, device))
-        return table
-
-
-def _keep(cache: OrderedDict[K, V], key: K, value: V) -> V:
-    cache[key] = value
-    if len(cache) > PLANS_KEPT:
-        cache.popitem(last=False)
-    return value
+    def _shape(self, layout: SequenceLayout) -> PlanShape:
+        return plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents)
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""A decoder with multi-token prediction over a context-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.model.attention import Attention, AttentionPlan, attention_plan, rope_angles
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.loss import masked_loss_sum, token_mask
+from overlap_mtp.model.mtp import MultiTokenPrediction
+from overlap_mtp.recent import Recent
+from overlap_mtp.schedules.base import Rolls
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, cp_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config, cp_group)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, plan)
+        out: torch.Tensor = x + self.ffn(self.ffn_norm(x))
+        return out
+
+
+class GPT(nn.Module):
+    """Trunk, MTP block and shared embedding and output head; `forward` gives the sums of its losses."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cp_group: dist.ProcessGroup | None = None,
+        schedule: str = "prefetch",
+        max_documents: int = 128,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.cp_rank = 0 if cp_group is None else cp_group.rank()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, cp_group) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mtp = MultiTokenPrediction(
+            config.hidden_size,
+            config.num_depths,
+            lambda depth: DecoderLayer(config, cp_group),
+            cp_group=cp_group,
+            schedule=schedule,
+            max_documents=max_documents,
+            norm_eps=config.norm_eps,
+        )
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._dense_plans: Recent[AttentionPlan] = Recent()
+        self.apply(_initialise)
+
+    def forward(
+        self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout, rolls: Rolls | None = None
+    ) -> torch.Tensor:
+        """Loss sums [1 + num_depths] over this rank's valid tokens: LM, then MTP depth 1, 2, ...
+
+        `batch`: this rank's `input_ids`, `position_ids`, `labels` and optionally `loss_mask`, [B, L] each.
+        `rolls`: of a roller of one's own; by default the MTP block's roller is started, before the trunk.
+        fp32 or better. `model.loss.combine` turns sums into the loss.
+        """
+        rolls = self.mtp.start(batch, layout) if rolls is None else rolls
+        ids, position_ids = batch["input_ids"], batch["position_ids"]
+        hidden = self.embedding(ids)
+        angles = rope_angles(position_ids, self.config, hidden.dtype)
+        rope = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        plan = self._plan(layout, hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, plan)
+        mask = token_mask(batch.get("loss_mask"), layout, self.cp_rank, depth=0, like=ids)
+        sums = [masked_loss_sum(self.head(self.norm(hidden)), batch["labels"], mask)]
+        for prediction in self.mtp(hidden, rolls, self.embedding, rope, plan):
+            tokens = prediction.tokens
+            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, prediction.depth, like=ids)
+            sums.append(masked_loss_sum(self.head(prediction.hidden), tokens["labels"], mask))
+        return torch.stack(sums)
+
+    def _plan(self, layout: SequenceLayout, hidden: torch.Tensor) -> AttentionPlan:
+        rows = hidden.shape[0]
+        if layout.is_packed:
+            return attention_plan(layout, self.cp_rank, rows, hidden)
+        key = (layout.key, rows, hidden.device, hidden.dtype)
+        return self._dense_plans.get(key, lambda: attention_plan(layout, self.cp_rank, rows, hidden))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

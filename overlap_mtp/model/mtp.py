@@ -1,0 +1,92 @@
+"""The multi-token prediction block, for any model that has an embedding, hidden states and a layer to repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules import Roller, Rolls, make_roller
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What depth k predicts from: its normalised hidden states and the tokens rolled by k."""
+
+    depth: int
+    hidden: torch.Tensor  # [B, L, hidden], ready for the output head
+    tokens: dict[str, torch.Tensor]  # labels, loss_mask, ... rolled by depth
+
+
+class MultiTokenPrediction(nn.Module):
+    """D depths that each predict one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+    Depth k merges the hidden states of depth k - 1 with the embedding of the tokens k ahead and runs one layer:
+    h_k = layer(eh_proj([enorm(embed(roll_k(input_ids))), hnorm(h_{k-1})])). Embedding and output head are the
+    model's own.
+
+        rolls = mtp.start(batch, layout)                   # before the trunk
+        hidden = trunk(batch)
+        for p in mtp(hidden, rolls, embedding, *layer_arguments):
+            loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
+
+    `make_layer(depth)` gives the layer of a depth, called as layer(hidden, *layer_arguments). `cp_group` are the
+    ranks that share the sequence; None where this rank holds all of it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_depths: int,
+        make_layer: Callable[[int], nn.Module],
+        *,
+        cp_group: dist.ProcessGroup | None = None,
+        schedule: str = "prefetch",
+        max_documents: int = 128,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.roller: Roller = make_roller(schedule, cp_group, num_depths, max_documents=max_documents)
+        self.depths = nn.ModuleList(
+            MTPDepth(hidden_size, make_layer(depth), norm_eps) for depth in range(1, num_depths + 1)
+        )
+
+    def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+        """Starts the exchange of this rank's `batch` ([B, L] each). Call it before the trunk."""
+        return self.roller.start(batch, layout)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rolls: Rolls,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        *layer_arguments: Any,
+    ) -> Iterator[Prediction]:
+        """The predictions of depths 1 .. D, from the trunk's hidden states [B, L, hidden] before its norm."""
+        for depth, block in enumerate(self.depths, start=1):
+            assert isinstance(block, MTPDepth)
+            tokens = rolls.at(depth)
+            hidden = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
+            yield Prediction(depth, block.norm(hidden), tokens)
+
+
+class MTPDepth(nn.Module):
+    """One depth: merge and layer; `norm` comes before the output head, not before the next depth."""
+
+    def __init__(self, hidden_size: int, layer: nn.Module, norm_eps: float) -> None:
+        super().__init__()
+        self.enorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.hnorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.layer = layer
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+
+    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any) -> torch.Tensor:
+        merged = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        out: torch.Tensor = self.layer(merged, *layer_arguments)
+        return out
