@@ -6,6 +6,8 @@ from overlap_mtp.schedules import SCHEDULES, Roller, Rolls, make_roller
 from overlap_mtp.schedules.prepared import prepare, prepared_name
 from overlap_mtp.schedules.sync import roll_tensor
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SCHEDULES",
     "Roller",

@@ -10,11 +10,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankPool, device_of
-from strategies import same_bits
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
 from overlap_mtp.channel import channel_of
+
+from rank_pool import RankPool, device_of
+from strategies import same_bits
 
 EXCHANGING = ("sync", "merged", "overlap", "prefetch")
 WIRED = ("merged", "overlap", "prefetch")
@@ -32,16 +33,18 @@ def full_batch(layout: SequenceLayout, rows: int = 2) -> dict[str, torch.Tensor]
     return {"input_ids": tokens, "labels": tokens.int() + 7, "loss_mask": tokens.float() / 8}
 
 
-def local_batch(schedule: str, layout: SequenceLayout, rank: int, rows: int = 2) -> dict[str, torch.Tensor]:
+def local_batch(
+    schedule: str, layout: SequenceLayout, rank: int, rows: int = 2, num_depths: int = NUM_DEPTHS
+) -> dict[str, torch.Tensor]:
     full = full_batch(layout, rows)
     if schedule == "prepared":
-        full = prepare(full, layout, NUM_DEPTHS)
+        full = prepare(full, layout, num_depths)
     return {name: layout.shard(tensor, rank) for name, tensor in full.items()}
 
 
-def local_to(group: dist.ProcessGroup, schedule: str, layout: SequenceLayout, rows: int = 2):
+def local_to(group: dist.ProcessGroup, schedule: str, layout: SequenceLayout, **options: int):
     device = device_of(group)
-    return {name: t.to(device) for name, t in local_batch(schedule, layout, group.rank(), rows).items()}
+    return {name: t.to(device) for name, t in local_batch(schedule, layout, group.rank(), **options).items()}
 
 
 def wrong_rolls(rolls, layout: SequenceLayout, rank: int, rows: int = 2) -> list[str]:
@@ -116,11 +119,23 @@ def replaced(batch: dict[str, torch.Tensor], make: Callable[[torch.Tensor], torc
 
 
 ILLEGAL = {
-    "float64": (lambda batch: replaced(batch, torch.Tensor.double), ["labels", "float64", "int64", "bfloat16"]),
+    "float64": (
+        lambda batch: replaced(batch, torch.Tensor.double),
+        ["labels", "float64", "int64", "bfloat16"],
+    ),
     "float16": (lambda batch: replaced(batch, torch.Tensor.half), ["labels", "float16", "float32"]),
-    "one tensor too long": (lambda batch: replaced(batch, lambda t: torch.cat([t, t], -1)), ["labels", "24", "48"]),
-    "one tensor of more rows": (lambda batch: replaced(batch, lambda t: torch.cat([t, t])), ["labels", "2", "4"]),
-    "all tensors too long": (lambda batch: {n: torch.cat([t, t], -1) for n, t in batch.items()}, ["24", "48"]),
+    "one tensor too long": (
+        lambda batch: replaced(batch, lambda t: torch.cat([t, t], -1)),
+        ["labels", "24", "48"],
+    ),
+    "one tensor of more rows": (
+        lambda batch: replaced(batch, lambda t: torch.cat([t, t])),
+        ["labels", "2", "4"],
+    ),
+    "all tensors too long": (
+        lambda batch: {n: torch.cat([t, t], -1) for n, t in batch.items()},
+        ["24", "48"],
+    ),
     "another device": (lambda batch: replaced(batch, lambda t: t.to("meta")), ["labels", "meta", "cpu"]),
     "no tensor": (lambda batch: {}, ["tensor"]),
 }
@@ -161,7 +176,9 @@ def test_a_layout_of_another_cp_size_is_refused(schedule):
 
 def test_cu_seqlens_that_do_not_end_at_the_batchs_length_are_refused():
     batch = local_batch("prefetch", packed(1), 0)
-    message = error_of(lambda: make_roller("prefetch", None, 2).start(batch, SequenceLayout.packed([0, 20], 1)))
+    message = error_of(
+        lambda: make_roller("prefetch", None, 2).start(batch, SequenceLayout.packed([0, 20], 1))
+    )
     assert_names(message, "20", "24")
 
 
@@ -250,8 +267,9 @@ def make_unlike_the_others(group: dist.ProcessGroup, case: str) -> list[str]:
     layout = packed(group.size())
     errors = []
     for schedule in SCHEDULES:
-        roller = make_roller(schedule, group, **(odd if group.rank() == ODD_RANK else usual))
-        batch = local_to(group, schedule, layout)
+        mine = odd if group.rank() == ODD_RANK else usual
+        roller = make_roller(schedule, group, **mine)
+        batch = local_to(group, schedule, layout, num_depths=mine["num_depths"])
         errors.append(error_of(lambda roller=roller, batch=batch: roller.start(batch, layout)))
         roller.close()
     return errors
@@ -356,16 +374,27 @@ def test_every_ranks_own_error_reaches_all(pool: RankPool):
 
 
 def names_in_another_order(group: dist.ProcessGroup) -> list[list[str]]:
+    """By schedule, what differs from the oracle. All tensors are int64: no message's length gives the swap away."""
     layout = packed(group.size())
-    wrong = []
+    tokens = torch.arange(layout.seq_len)
+    full = {"input_ids": tokens, "labels": tokens + 1000, "position_ids": tokens + 2000}
+    results = []
     for schedule in SCHEDULES:
-        batch = local_to(group, schedule, layout)
+        whole = prepare(full, layout, NUM_DEPTHS) if schedule == "prepared" else full
+        batch = {name: layout.shard(t, group.rank()).to(device_of(group)) for name, t in whole.items()}
         if group.rank() == ODD_RANK:
             batch = dict(reversed(batch.items()))
         roller = make_roller(schedule, group, NUM_DEPTHS)
-        wrong.append(wrong_rolls(roller.start(batch, layout), layout, group.rank()))
+        rolls = roller.start(batch, layout)
+        wrong = []
+        for depth in range(1, NUM_DEPTHS + 1):
+            for name, rolled in rolls.at(depth).items():
+                expected = layout.shard(roll_reference(full[name], layout, depth), group.rank())
+                if not same_bits(rolled.cpu(), expected):
+                    wrong.append(f"{name} at depth {depth}")
+        results.append(wrong)
         roller.close()
-    return wrong
+    return results
 
 
 def test_the_order_of_a_ranks_names_does_not_matter(pool: RankPool):
@@ -381,7 +410,7 @@ def batches_of_other_sizes(group: dist.ProcessGroup) -> list[list[str]]:
     for schedule in SCHEDULES:
         roller = make_roller(schedule, group, NUM_DEPTHS)
         for rows in (2, 1, 3, 2):
-            rolls = roller.start(local_to(group, schedule, layout, rows), layout)
+            rolls = roller.start(local_to(group, schedule, layout, rows=rows), layout)
             wrong.append(wrong_rolls(rolls, layout, rank, rows))
             illegal = {name: t.double() for name, t in local_to(group, schedule, layout).items()}
             if "ValueError" not in error_of(lambda r=roller, b=illegal: r.start(b, layout)):
@@ -397,70 +426,66 @@ def test_batches_of_other_sizes_are_agreed_on_when_they_come(pool: RankPool):
 
 # --- after the agreement
 
-
-def plans_differ(group: dist.ProcessGroup, schedule: str, kind: str, odd_rank: int) -> tuple[str, str]:
-    """What the first batch's and the second, differing batch's join raise."""
-    cp_size = group.size()
-    unit = 2 * cp_size
-    bounds = [[0, 2 * unit, 6 * unit], [0, 3 * unit, 6 * unit]]
-    layouts = [SequenceLayout.packed(one, cp_size, kind) for one in bounds]
-    roller = make_roller(schedule, group, NUM_DEPTHS)
-    first = error_of(lambda: roller.start(local_to(group, schedule, layouts[0]), layouts[0]).at(1))
-    mine = layouts[group.rank() == odd_rank]
-    second = error_of(lambda: roller.start(local_to(group, schedule, mine), mine).at(1))
-    return first, second
-
-
-@pytest.mark.parametrize("schedule", WIRED)
-def test_plans_that_differ_raise_where_they_can_be_seen(pool: RankPool, schedule):
-    """By depth 1, zigzag ranks 0 and 1 hear from rank 1 and from ranks 0 and 2, rank 2 from rank 1.
-
-    A prefetch over two depths reaches one chunk further: there rank 0 also hears from rank 2.
-    """
-    results = pool.run(plans_differ, 2, schedule, "zigzag", 1)
-    assert [first for first, _ in results] == ["nothing"] * 2
-    for _, second in results:
-        assert second.startswith("RuntimeError: "), second
-        assert "plan" in second
-    results = pool.run(plans_differ, 3, schedule, "zigzag", 2)
-    assert [first for first, _ in results] == ["nothing"] * 3
-    sees = [second.startswith("RuntimeError: ") for _, second in results]
-    assert sees[1:] == [True, True], results
-    assert "rank 2" in results[1][1]
-    assert "rank 1" in results[2][1]
-    assert sees[0] or results[0][1] == "nothing", results
-
-
-@pytest.mark.parametrize("schedule", WIRED)
-def test_contiguous_plans_that_differ_raise_at_the_receiver(pool: RankPool, schedule):
-    """Contiguous rank 0 hears from rank 1, which hears from nobody."""
-    (_, second), (_, of_last) = pool.run(plans_differ, 2, schedule, "contiguous", 1)
-    assert second.startswith("RuntimeError: "), second
-    assert "rank 1" in second
-    assert of_last == "nothing"
-
-
-# --- a rank that never comes
-
 TIMEOUT_S = 2
 SLACK_S = 6
 
 
 @pytest.fixture(scope="module")
 def short_pool() -> Iterator[RankPool]:
-    """Three ranks whose groups are made, and broken, by the tests themselves."""
+    """Three ranks on which each test makes a group of its own, which it may break."""
     ranks = RankPool(3, timeout_s=30)
     yield ranks
     ranks.close()
 
 
-def fresh_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A cp group of its own with a short timeout, its exchange group made: what breaks it breaks no other."""
-    ranks = list(range(world.size()))
-    group = dist.new_group(ranks, timeout=timedelta(seconds=TIMEOUT_S))
+def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:
+    """A cp group with its exchange group made."""
+    group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=timeout_s))
     assert group is not None
     assert channel_of(group).group is not None
     return group
+
+
+def plans_differ(world: dist.ProcessGroup, schedule: str, kind: str) -> tuple[str, str]:
+    """What the join of a good batch raises, then that of one whose documents are others on the last rank."""
+    group = fresh_group(world, timeout_s=30)
+    last, unit = group.size() - 1, 2 * group.size()
+    bounds = [[0, 2 * unit, 6 * unit], [0, 3 * unit, 6 * unit]]
+    layouts = [SequenceLayout.packed(one, group.size(), kind) for one in bounds]
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    first = error_of(lambda: roller.start(local_to(group, schedule, layouts[0]), layouts[0]).at(1))
+    mine = layouts[group.rank() == last]
+    second = error_of(lambda: roller.start(local_to(group, schedule, mine), mine).at(1))
+    return first, second
+
+
+def assert_sees_another_plan(error: str, *peers: int) -> None:
+    assert error.startswith("RuntimeError: "), error
+    assert "plan" in error
+    assert any(f"rank {peer}" in error for peer in peers), error
+
+
+@pytest.mark.parametrize("schedule", WIRED)
+def test_plans_that_differ_raise_where_they_can_be_seen(short_pool: RankPool, schedule):
+    """With three zigzag ranks, 2 hears from 1, 1 from 0 and 2, and 0 from 1 (and from 2 by depth 2)."""
+    results = short_pool.run(plans_differ, 3, schedule, "zigzag")
+    assert [first for first, _ in results] == ["nothing"] * 3
+    _, of_middle, of_last = (second for _, second in results)
+    assert_sees_another_plan(of_middle, 2)
+    assert_sees_another_plan(of_last, 0, 1)
+
+
+@pytest.mark.parametrize("schedule", WIRED)
+def test_contiguous_plans_that_differ_raise_at_the_receiver(short_pool: RankPool, schedule):
+    """Contiguous ranks hear from those above alone: the last one hears from nobody and cannot know."""
+    results = short_pool.run(plans_differ, 3, schedule, "contiguous")
+    assert [first for first, _ in results] == ["nothing"] * 3
+    _, of_middle, of_last = (second for _, second in results)
+    assert_sees_another_plan(of_middle, 2)
+    assert of_last == "nothing"
+
+
+# --- a rank that never comes
 
 
 def timed_error(call: Callable[[], object]) -> tuple[str, float]:

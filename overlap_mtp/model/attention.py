@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed import _functional_collectives as functional
 from torch.nn.attention.varlen import varlen_attn
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.upload import upload
 
+# torch 2.13 renames it.
+all_gather_autograd = getattr(functional, "all_gather_single_autograd", functional.all_gather_tensor_autograd)
 VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
 
@@ -118,7 +120,7 @@ def gather_sequence(x: torch.Tensor, cp_group: dist.ProcessGroup | None) -> torc
     """[B, L, ...] -> [B, cp_size * L, ...], shards in rank order; gradients are summed over ranks."""
     if cp_group is None or cp_group.size() == 1:
         return x
-    gathered: torch.Tensor = all_gather_tensor_autograd(x.contiguous(), gather_dim=0, group=cp_group)
+    gathered: torch.Tensor = all_gather_autograd(x.contiguous(), gather_dim=0, group=cp_group)
     return gathered.view(cp_group.size(), *x.shape).transpose(0, 1).flatten(1, 2)
 
 

@@ -1,0 +1,242 @@
+"""Training steps of one model under several schedules, in interleaved rounds, on real text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paired
+import record
+import torch
+import torch.distributed as dist
+
+from overlap_mtp import SequenceLayout, make_roller, prepare
+from overlap_mtp.data import BatchStream, open_corpus
+from overlap_mtp.layout import Kind
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.model.loss import combine
+from overlap_mtp.schedules.base import Roller, Rolls
+from overlap_mtp.tracing import span
+from overlap_mtp.training import global_counts, reduce_gradients
+
+BASELINE = "prepared"
+TIMING_ONLY = "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One comparison. `seq_len` is the whole sequence's, over all ranks."""
+
+    model: ModelConfig
+    modes: tuple[str, ...]
+    seq_len: int
+    batch_size: int
+    layout: Kind
+    num_documents: int | None  # None: dense
+    forward_only: bool
+    rounds: int
+    warmup: int
+    data: Path | None
+    token_dtype: str
+    seed: int = 0
+
+
+@dataclass
+class HostTime:
+    """Host time inside a roller's `start` and `at`, of the step that runs."""
+
+    seconds: float = 0.0
+
+    def start(self, roller: Roller, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+        begin = time.perf_counter()
+        rolls = roller.start(batch, layout)
+        self.seconds += time.perf_counter() - begin
+        return _TimedRolls(rolls, self)
+
+
+class _TimedRolls(Rolls):
+    def __init__(self, rolls: Rolls, clock: HostTime) -> None:
+        self._rolls, self._clock = rolls, clock
+
+    def at(self, depth: int) -> dict[str, torch.Tensor]:
+        begin = time.perf_counter()
+        tokens = self._rolls.at(depth)
+        self._clock.seconds += time.perf_counter() - begin
+        return tokens
+
+
+@dataclass
+class Step:
+    """What one timed step gave, on this rank."""
+
+    ms: float
+    host_us: float
+    messages: int
+    bytes: int
+    loss: torch.Tensor
+    rolls_equal: bool
+
+
+def open_stream(settings: Settings, ranks: int) -> BatchStream:
+    """The batches of a comparison; raises ValueError where sizes or data are illegal."""
+    return BatchStream(
+        open_corpus(settings.data, settings.token_dtype),
+        settings.seq_len,
+        settings.batch_size,
+        ranks,
+        settings.layout,
+        settings.model.vocab_size,
+        settings.num_documents,
+    )
+
+
+class Comparison:
+    """The model, the rollers and the batches of one comparison on one rank."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.group = dist.group.WORLD
+        assert self.group is not None
+        self.rank, self.ranks = self.group.rank(), self.group.size()
+        self.stream = open_stream(settings, self.ranks)
+        torch.manual_seed(settings.seed)
+        with device:
+            self.model = GPT(settings.model, self.group)
+        if device.type == "cuda":
+            self.model.to(torch.bfloat16)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
+        self.rollers = {
+            mode: make_roller(
+                mode, self.group, settings.model.num_depths, max_documents=settings.num_documents or 1
+            )
+            for mode in settings.modes
+        }
+
+    def run(self, on_round: Callable[[], None]) -> dict[str, Any] | None:
+        """All rounds; the record on rank 0. `on_round` is called after each."""
+        steps: dict[str, list[Step]] = {mode: [] for mode in self.settings.modes}
+        for index in range(self.settings.warmup + self.settings.rounds):
+            for mode, step in self._round(index).items():
+                if index >= self.settings.warmup:
+                    steps[mode].append(step)
+            on_round()
+        for roller in self.rollers.values():
+            roller.close()
+        return self._summary(steps)
+
+    def _round(self, index: int) -> dict[str, Step]:
+        """One step of every schedule on the same weights and batch, then one update."""
+        full, layout = self.stream.batch(index)
+        everything = prepare(full, layout, self.settings.model.num_depths)
+        local = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
+        plain = {name: local[name] for name in full}
+        counts = global_counts(self.model, [(plain, layout)], self.group)
+        expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(local, layout)
+
+        modes = self.settings.modes
+        turn = index % len(modes)  # no schedule always comes first, behind the update
+        steps, gradients = {}, None
+        for mode in modes[turn:] + modes[:turn]:
+            self.optimizer.zero_grad()
+            steps[mode] = self._step(mode, local if mode == BASELINE else plain, layout, counts, expected)
+            if mode != TIMING_ONLY:
+                gradients = [p.grad for p in self.model.parameters()]
+        if gradients is not None and not self.settings.forward_only:
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            reduce_gradients(self.model.parameters(), self.group)
+            self.optimizer.step()
+        return steps
+
+    def _step(
+        self,
+        mode: str,
+        batch: dict[str, torch.Tensor],
+        layout: SequenceLayout,
+        counts: torch.Tensor,
+        expected: Rolls,
+    ) -> Step:
+        roller, clock = self.rollers[mode], HostTime()
+        before = replace(roller.traffic)
+        kept: list[dict[str, torch.Tensor]] = []
+        self._meet()
+        begin = time.perf_counter()
+        with span(f"step {mode}"), torch.set_grad_enabled(not self.settings.forward_only):
+            rolls = clock.start(roller, batch, layout)
+            sums = self.model(batch, layout, rolls)
+            loss = combine(sums, counts, self.settings.model.mtp_loss_factor)
+            if not self.settings.forward_only:
+                loss.backward()  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        ms = 1000 * (time.perf_counter() - begin)
+        kept = [rolls.at(depth) for depth in range(1, self.settings.model.num_depths + 1)]
+        equal = all(
+            torch.equal(tensor, wanted)
+            for depth, rolled in enumerate(kept, start=1)
+            for name, wanted in expected.at(depth).items()
+            for tensor in [rolled[name]]
+        )
+        return Step(
+            ms,
+            1e6 * clock.seconds,
+            roller.traffic.messages - before.messages,
+            roller.traffic.bytes - before.bytes,
+            loss.detach(),
+            equal,
+        )
+
+    def _meet(self) -> None:
+        """All ranks, with idle devices, at one point."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier(self.group)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _summary(self, steps: dict[str, list[Step]]) -> dict[str, Any] | None:
+        """Gathers all ranks' steps; a step takes as long as it does on its slowest rank."""
+        losses = {mode: torch.stack([step.loss for step in steps[mode]]).double() for mode in steps}
+        for one in losses.values():
+            dist.all_reduce(one, group=self.group)
+        mine = {
+            mode: [(s.ms, s.host_us, s.messages, s.bytes, s.rolls_equal) for s in steps[mode]]
+            for mode in steps
+        }
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, mine, group=self.group)
+        if self.rank:
+            return None
+        table = {mode: np.array([ranks[mode] for ranks in everyone], dtype=np.float64) for mode in steps}
+        times = {mode: table[mode][:, :, 0].max(0) for mode in steps}
+        sync = "sync" if "sync" in steps else None
+        compared = paired.compare(times, BASELINE, sync, self.settings.seed)
+        rows = {}
+        for mode in steps:
+            rows[mode] = {
+                **asdict(compared[mode]),
+                "tokens_per_s": self.settings.batch_size
+                * self.settings.seq_len
+                / compared[mode].median_ms
+                * 1000,
+                "host_us": float(np.median(table[mode][:, :, 1].max(0))),
+                "messages_per_step": float(table[mode][:, :, 2].sum(0).mean()),
+                "bytes_per_step": float(table[mode][:, :, 3].sum(0).mean()),
+                "loss": float(losses[mode][-1]),
+                "rolls_equal": bool(table[mode][:, :, 4].all()),
+                "loss_equal": bool(torch.equal(losses[mode], losses[BASELINE])),
+            }
+        settings = asdict(self.settings)
+        settings["data"] = "standard library" if self.settings.data is None else self.settings.data.name
+        return {
+            "experiment": "compare_modes",
+            "where": record.describe(self.device, self.ranks),
+            "settings": settings,
+            "rows": rows,
+            "times_ms": {mode: [round(float(t), 4) for t in times[mode]] for mode in times},
+        }

@@ -1,0 +1,62 @@
+"""Starting one process per rank, where torchrun has not done so already."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(
+    function: Callable[..., None], ranks: int | None, device: str | None, *arguments: Any
+) -> None:
+    """Calls `function(device, *arguments)` on every rank, inside a process group over all of them.
+
+    Under torchrun this process is one rank. Otherwise starts `ranks` of them here: by default one for each GPU, or
+    two on CPU. `device`: "cuda" or "cpu", by default CUDA where there is any.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device must be cuda or cpu, got {device!r}")
+    if "RANK" in os.environ:
+        _rank_main(int(os.environ["LOCAL_RANK"]), device, function, arguments)
+        return
+    gpus = torch.cuda.device_count()
+    ranks = ranks or (gpus if device == "cuda" else 2)
+    if device == "cuda" and not 1 <= ranks <= gpus:
+        raise ValueError(
+            f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
+        )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(ranks))
+    mp.spawn(_spawned, (device, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+
+
+def _spawned(rank: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ["RANK"] = str(rank)
+    _rank_main(rank, device, function, arguments)
+
+
+def _rank_main(
+    local_rank: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        function(torch.device(device, local_rank if device == "cuda" else None), *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port

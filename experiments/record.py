@@ -1,0 +1,30 @@
+"""What a record says about where it was made: hardware and versions, never hosts or paths."""
+
+from __future__ import annotations
+
+import platform
+from datetime import date
+from typing import Any
+
+import torch
+import triton
+
+import overlap_mtp
+
+
+def describe(device: torch.device, ranks: int) -> dict[str, Any]:
+    """Hardware, versions and date of a run."""
+    where: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "ranks": ranks,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "overlap_mtp": overlap_mtp.__version__,
+    }
+    if device.type == "cuda":
+        where["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+        where["cuda"] = torch.version.cuda
+    return where
