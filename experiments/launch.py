@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_on_ranks(
@@ -33,7 +33,7 @@ def run_on_ranks(
             f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
         )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(ranks))
-    mp.spawn(_spawned, (device, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    spawn(_spawned, (device, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
 def _spawned(rank: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -50,7 +50,7 @@ def _rank_main(
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        function(torch.device(device, local_rank if device == "cuda" else None), *arguments)
+        function(torch.device(device, local_rank) if device == "cuda" else torch.device(device), *arguments)
     finally:
         dist.destroy_process_group()
 

@@ -66,8 +66,8 @@ def unroll_kernel(
         expected = tl.load(table + FINGERPRINT_AT).to(tl.int64)
         for h in tl.static_range(NUM_HEADERS):
             header = tl.load(table + HEADERS_AT + h).to(tl.int64)
-            word = tl.load(wire + header * (NUM_TENSORS * batch))
-            tl.store(mismatch, h + 1, mask=word != expected)
+            found = tl.load(wire + header * (NUM_TENSORS * batch))
+            tl.store(mismatch, h + 1, mask=found != expected)
 
 
 def unroll(

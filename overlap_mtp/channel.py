@@ -45,6 +45,8 @@ class Channel:
         options: Any = None
         if self.device_type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            if self._timeout is not None:
+                options._timeout = self._timeout
         # torch names the group by its ranks and by how many groups the process has.
         what = "making the exchange group (its ranks must all have made the same number of process groups)"
         with self.named_errors(what):

@@ -26,8 +26,11 @@ BIN_DOCUMENT_TOKENS = 4096  # a .bin file marks no documents: it is cut into pie
 class Document(Protocol):
     """Token ids that are read when they are needed."""
 
-    name: str
-    num_tokens: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
     def read(self, begin: int, end: int) -> Tokens: ...
 
@@ -146,8 +149,8 @@ class BatchStream:
         unit = length_unit(self.cp_size, self.kind)
         if self.num_documents is not None and not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
-                f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a {self.kind} "
-                f"layout with cp_size {self.cp_size}, got {self.num_documents}"
+                f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "
+                f"{self.kind} layout with cp_size {self.cp_size}, got {self.num_documents}"
             )
 
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
@@ -172,18 +175,13 @@ class BatchStream:
         count = len(self.corpus.documents)
         chosen = [(first + i) % count for i in range(self.batch_size * num_documents)]
         lengths = self._fit([self.corpus.documents[at].num_tokens for at in chosen[:num_documents]])
-        rows = []
-        for row in range(self.batch_size):  # rows share their bounds: the first row's documents set them
-            starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]]
-            rows.append(
-                [
-                    self._checked(self.corpus.read(int(at), n), int(at))
-                    for at, n in zip(starts, lengths, strict=True)
-                ]
-            )
         streams = []
-        for row in rows:
-            stream, layout = pad_documents(row, self.cp_size, self.kind, seq_len=self.seq_len)
+        for row in range(self.batch_size):  # rows share their bounds: the first row's documents set them
+            starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]].tolist()
+            documents = [
+                self._checked(self.corpus.read(at, n), at) for at, n in zip(starts, lengths, strict=True)
+            ]
+            stream, layout = pad_documents(documents, self.cp_size, self.kind, seq_len=self.seq_len)
             streams.append(stream)
         ids = torch.from_numpy(np.stack(streams))
         offsets = torch.from_numpy(layout.unshard([layout.offsets(rank) for rank in range(self.cp_size)]))
@@ -208,7 +206,7 @@ class BatchStream:
             position = (at + bad) % self.corpus.bounds[-1]
             where = int(np.searchsorted(self.corpus.bounds, position, side="right")) - 1
             raise ValueError(
-                f"token id {int(tokens[bad])} in {self.corpus.documents[where].name} is outside the vocabulary: ids "
-                f"must be in [0, {self.vocab_size - 1}]"
+                f"token id {int(tokens[bad])} in {self.corpus.documents[where].name} is outside the vocabulary: "
+                f"ids must be in [0, {self.vocab_size - 1}]"
             )
         return tokens.astype(np.int64)

@@ -24,7 +24,10 @@ from overlap_mtp.upload import upload
 
 # torch 2.13 renames it.
 all_gather_autograd = getattr(functional, "all_gather_single_autograd", functional.all_gather_tensor_autograd)
-VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
+# torch 2.11 has no such option and takes fewer key than query heads as they come.
+GQA: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,6 @@ class VarlenPlan:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Shapes as in MaskPlan.attend."""
         keys, values = (side.flatten(0, 1).index_select(0, self.key_index) for side in (k, v))
-        options: dict[str, Any] = {"enable_gqa": True} if VARLEN_TAKES_GQA else {}
-        if not VARLEN_TAKES_GQA:
-            groups = q.shape[2] // k.shape[2]
-            keys, values = (side.repeat_interleave(groups, dim=1) for side in (keys, values))
         out = varlen_attn(
             q.flatten(0, 1),
             keys,
@@ -98,7 +97,7 @@ class VarlenPlan:
             self.longest_q,
             self.longest_k,
             window_size=(-1, 0),  # causal, aligned at the end of each segment
-            **options,
+            **GQA,
         )
         assert isinstance(out, torch.Tensor)
         return out.view_as(q)
