@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -120,11 +121,14 @@ class Comparison:
     def run(self, on_round: Callable[[], None]) -> dict[str, Any] | None:
         """All rounds; the record on rank 0. `on_round` is called after each."""
         steps: dict[str, list[Step]] = {mode: [] for mode in self.settings.modes}
+        gc.disable()  # a collection inside a step would be counted as the schedule's
         for index in range(self.settings.warmup + self.settings.rounds):
             for mode, step in self._round(index).items():
                 if index >= self.settings.warmup:
                     steps[mode].append(step)
             on_round()
+            gc.collect()
+        gc.enable()
         for roller in self.rollers.values():
             roller.close()
         return self._summary(steps)

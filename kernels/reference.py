@@ -34,7 +34,7 @@ def unroll(
 ) -> None:
     """Writes every tensor's rolls of depths 1 .. num_depths.
 
-    `tensors`: [B, L] each and `outputs`: [num_depths, B, L] each, viewed as integers of their own width;
+    `tensors`: [B, L] each and `outputs`: [num_depths * B, L] each, viewed as integers of their own width;
     `fills`: what a token past its document's end becomes, in the same view; `wire`: the received int64
     [num_recv_rows, len(tensors) * B]; `mismatch`: int32 [1], set to 1 + i where the header of the i-th source
     is not this plan's fingerprint.
@@ -55,7 +55,7 @@ def unroll(
     for index, (tensor, output, fill) in enumerate(zip(tensors, outputs, fills, strict=True)):
         received = wire[:, index * rows : (index + 1) * rows].T.to(tensor.dtype)
         known = torch.cat([tensor, received, tensor.new_full((rows, 1), fill)], dim=1)
-        output.copy_(known[:, source].transpose(0, 1))  # NOWHERE = -1 is the last column
+        output.view(-1, rows, length).copy_(known[:, source].transpose(0, 1))  # NOWHERE = -1: the last column
 
     headers = table[shape.headers_at : shape.fingerprint_at].long()
     wrong = torch.nonzero(wire[headers, 0] != table[shape.fingerprint_at])

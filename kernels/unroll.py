@@ -14,7 +14,7 @@ from overlap_mtp.plan import NOWHERE, PlanShape
 @triton.jit
 def unroll_kernel(
     tensors,  # tuple of [B, L]
-    outputs,  # tuple of [D, B, L]
+    outputs,  # tuple of [D * B, L]
     table,
     wire,  # [num_recv_rows, NUM_TENSORS * B]
     mismatch,  # [1]

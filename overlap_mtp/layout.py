@@ -8,6 +8,7 @@ the library asks about ownership is answered by `SequenceLayout.runs` (what a ra
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,7 +64,7 @@ class SequenceLayout:
         cp_size (contiguous).
         """
         _check_cp(cp_size, kind)
-        unit = length_unit(cp_size, kind)
+        unit, seq_len = length_unit(cp_size, kind), operator.index(seq_len)
         if seq_len < 1 or seq_len % unit:
             raise ValueError(
                 f"seq_len must be a positive multiple of {unit} for a {kind} layout with cp_size {cp_size}, "
@@ -265,6 +266,12 @@ def pad_documents(
     for at, one in enumerate(documents):
         if one.ndim != 1:
             raise ValueError(f"documents must be 1-D, document {at} has shape {tuple(one.shape)}")
+    example = next((one for one in documents if one.shape[0]), documents[0])
+    for at, one in enumerate(documents):
+        if one.shape[0] and one.dtype != example.dtype:
+            raise ValueError(
+                f"documents must be of one dtype, got {example.dtype} and, in document {at}, {one.dtype}"
+            )
     unit = length_unit(cp_size, kind)
     valid = np.array([one.shape[0] for one in documents])
     lengths = -(-valid // unit) * unit if kind == "zigzag" else valid.copy()
@@ -275,7 +282,7 @@ def pad_documents(
         )
     lengths[-1] += (seq_len or least) - int(lengths.sum())
     layout = SequenceLayout.packed(np.concatenate([[0], np.cumsum(lengths)]), cp_size, kind, valid)
-    stream = _full_like(documents[0], layout.seq_len, pad_value)
+    stream = _full_like(example, layout.seq_len, pad_value)
     for one, start, length in zip(documents, layout.cu_seqlens, valid, strict=False):
         stream[start : start + length] = one
     return stream, layout

@@ -92,18 +92,16 @@ def _decoder_layer(
     config = model.config
     length, head_dim = x.shape[0], config.head_dim
     normed = _rms_norm(x, weights[name + "attention_norm.weight"], config.norm_eps)
-    q = (normed @ weights[name + "attention.q_proj.weight"].T).view(length, config.num_heads, head_dim)
-    kv = (normed @ weights[name + "attention.kv_proj.weight"].T).view(
-        length, config.num_kv_heads, 2, head_dim
-    )
+    per_key = config.num_heads // config.num_kv_heads
+    qkv = normed @ weights[name + "attention.qkv_proj.weight"].T
+    qkv = qkv.view(length, config.num_kv_heads, per_key + 2, head_dim)
     future = torch.ones(length, length).triu(1).bool()
     heads = []
     for head in range(config.num_heads):
-        key, value = kv[:, head * config.num_kv_heads // config.num_heads].unbind(1)
-        turned = (
-            _rope(q[:, head], position_ids, config.rope_theta) @ _rope(key, position_ids, config.rope_theta).T
-        )
-        scores = (turned / head_dim**0.5).masked_fill(future, float("-inf"))
+        group = qkv[:, head // per_key]
+        query = _rope(group[:, head % per_key], position_ids, config.rope_theta)
+        key, value = _rope(group[:, -2], position_ids, config.rope_theta), group[:, -1]
+        scores = (query @ key.T / head_dim**0.5).masked_fill(future, float("-inf"))
         heads.append(scores.softmax(-1) @ value)
     x = x + torch.cat(heads, -1) @ weights[name + "attention.out_proj.weight"].T
     normed = _rms_norm(x, weights[name + "ffn_norm.weight"], config.norm_eps)

@@ -74,9 +74,6 @@ def assert_names(message: str, *words: str) -> None:
         assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", message), f"{word!r} is not in {message!r}"
 
 
-# --- one process
-
-
 def test_unknown_schedules_are_refused():
     for schedule in ("fastest", "", "Prefetch"):
         message = error_of(lambda schedule=schedule: make_roller(schedule, None, 2))
@@ -195,9 +192,7 @@ def test_roll_tensor_refuses_shifts_to_the_right(shifts):
     assert_names(error_of(lambda: roll_tensor(torch.arange(4), shifts=shifts)), "shifts", str(shifts))
 
 
-# --- at a roller's first use the ranks agree
-
-ODD_RANK = 1
+ODD_RANK = 1  # differs from the others where ranks must be alike
 
 
 def other_dtype(batch, layout):
@@ -424,8 +419,6 @@ def test_batches_of_other_sizes_are_agreed_on_when_they_come(pool: RankPool):
         assert results == [[]] * 4 * len(SCHEDULES)
 
 
-# --- after the agreement
-
 TIMEOUT_S = 2
 SLACK_S = 6
 
@@ -483,9 +476,6 @@ def test_contiguous_plans_that_differ_raise_at_the_receiver(short_pool: RankPool
     _, of_middle, of_last = (second for _, second in results)
     assert_sees_another_plan(of_middle, 2)
     assert of_last == "nothing"
-
-
-# --- a rank that never comes
 
 
 def timed_error(call: Callable[[], object]) -> tuple[str, float]:

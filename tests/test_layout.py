@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_rank_r_holds_chunks_r_and_its_mirror_of_every_document(cp_size, chunks)
     stream = np.arange(layout.seq_len)
     for rank in range(cp_size):
         expected = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             pieces = np.split(stream[start:end], 2 * cp_size)
             expected += [pieces[rank], pieces[2 * cp_size - 1 - rank]]
         np.testing.assert_array_equal(layout.shard(stream, rank), np.concatenate(expected))

@@ -52,7 +52,7 @@ def roll_by_plan(layout, tensors, num_depths, max_documents, kernels, **launch):
         sent.append(wire)
     shards = []
     for rank, wire in zip(ranks, carry(layout, plans, sent), strict=True):
-        outputs = [poisoned(num_depths, *t.shape, dtype=t.dtype) for t in held[rank]]
+        outputs = [poisoned(num_depths * len(t), t.shape[1], dtype=t.dtype) for t in held[rank]]
         mismatch = torch.zeros(1, dtype=torch.int32)
         fills = [0] * len(tensors)
         kernels["unroll"](
@@ -60,7 +60,10 @@ def roll_by_plan(layout, tensors, num_depths, max_documents, kernels, **launch):
         )
         assert mismatch.item() == 0
         shards.append(outputs)
-    return [layout.unshard([shard[i].view(t.dtype) for shard in shards]) for i, t in enumerate(tensors)]
+    return [
+        layout.unshard([shard[i].view(t.dtype) for shard in shards]).view(num_depths, *t.shape)
+        for i, t in enumerate(tensors)
+    ]
 
 
 PLAIN = {"pack": reference.pack, "unroll": reference.unroll}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.model.attention import Attention, AttentionPlan, attention_plan, rope_angles
+from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.loss import masked_loss_sum, token_mask
 from overlap_mtp.model.mtp import MultiTokenPrediction
@@ -40,9 +40,7 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, plan: AttentionPlan) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, plan)
         out: torch.Tensor = x + self.ffn(self.ffn_norm(x))
         return out
@@ -89,14 +87,13 @@ class GPT(nn.Module):
         rolls = self.mtp.start(batch, layout) if rolls is None else rolls
         ids, position_ids = batch["input_ids"], batch["position_ids"]
         hidden = self.embedding(ids)
-        angles = rope_angles(position_ids, self.config, hidden.dtype)
-        rope = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        turns = rope(position_ids, self.config, hidden.dtype)
         plan = self._plan(layout, hidden)
         for layer in self.layers:
-            hidden = layer(hidden, rope, plan)
+            hidden = layer(hidden, turns, plan)
         mask = token_mask(batch.get("loss_mask"), layout, self.cp_rank, depth=0, like=ids)
         sums = [masked_loss_sum(self.head(self.norm(hidden)), batch["labels"], mask)]
-        for prediction in self.mtp(hidden, rolls, self.embedding, rope, plan):
+        for prediction in self.mtp(hidden, rolls, self.embedding, turns, plan):
             tokens = prediction.tokens
             mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, prediction.depth, like=ids)
             sums.append(masked_loss_sum(self.head(prediction.hidden), tokens["labels"], mask))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,10 @@ class Rolls(ABC):
         """Every tensor of the batch shifted left by `depth` (1-based), by name, in its own dtype and shape.
 
         The tensors are this microbatch's own: nothing overwrites them. Waits for the exchange where the
-        schedule has one, on the current stream (CUDA) or on the host (CPU). The tensors given to `start` must
-        not be modified before. Raises ValueError outside [1, num_depths].
+        schedule has one, on the current stream (CUDA) or on the host (CPU). Until the last depth was taken, do
+        not write into these tensors or into those given to `start`: what follows may be rolled from them.
+        Raises ValueError outside [1, num_depths], and RuntimeError where a peer rolled by another layout: the
+        ranks are then out of step, and the cp group is of no further use.
         """
 
 
@@ -64,7 +66,8 @@ class Roller(ABC):
         self.max_documents = max_documents
         self.traffic = Traffic()
         self._channel = channel
-        self._agreed: set[Signature] = set()
+        self._current: Signature | None = None  # what all ranks agreed on last
+        self._signatures: dict[Hashable, Signature] = {}  # of the kinds of batches that passed all checks
         self._closed = False
 
     def start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
@@ -72,22 +75,35 @@ class Roller(ABC):
 
         `batch`: this rank's tensors by name, all of one shape [B, local_len] (or [local_len]) and on one
         device; int32, int64, bool, float32 or bfloat16. All ranks of the cp group call this in the same order
-        with the same layout. Communicates as the schedule does; at first use with a new set of names, dtypes
-        and batch sizes, the ranks also agree on them, and all raise ValueError where they differ or where one
+        with the same layout. Communicates as the schedule does. At first use, and whenever names, dtypes, batch
+        size or kind of layout change, the ranks also agree on them (blocking: alternate between two rollers
+        rather than between two kinds), and all raise ValueError where they differ; at first use also where one
         of them was given something illegal.
         """
         if self._closed:
             raise RuntimeError("this roller is closed")
+        kind = _kind_of(batch, layout)
+        if self._current is None or self._signatures.get(kind) != self._current:
+            self._signatures[kind] = self._current = self._check_and_agree(batch, layout)
+        # Sorted: the wire has no names, so that all ranks must have them in one order.
+        tensors = {
+            name: batch[name].detach() if batch[name].requires_grad else batch[name] for name in sorted(batch)
+        }
+        return self._start(tensors, layout)
+
+    def _check_and_agree(self, batch: Batch, layout: SequenceLayout) -> Signature:
+        """Checks a batch of another kind than the last one's; where its signature is another, collectively."""
         signature, error = None, None
         try:
             signature = self._signature(batch, layout)
         except ValueError as illegal:
-            if self._agreed:
+            if self._current is not None:
                 raise
             error = str(illegal)
-        if signature not in self._agreed or signature is None:
+        if signature is None or signature != self._current:
             self._agree(signature, error)
-        return self._start({name: tensor.detach() for name, tensor in batch.items()}, layout)
+        assert signature is not None
+        return signature
 
     @abstractmethod
     def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls: ...
@@ -123,7 +139,7 @@ class Roller(ABC):
         """Raises ValueError where the schedule needs tensors that the batch lacks."""
 
     def _agree(self, signature: Signature | None, error: str | None) -> None:
-        """Collective, once per signature: every rank learns what every other has, and all raise or none."""
+        """Collective, whenever the signature changes: every rank learns what every other has, and all raise or none."""
         everyone: list[tuple[Signature | None, str | None]] = [(signature, error)]
         if self._channel.cp_size > 1:
             everyone = [(None, None)] * self._channel.cp_size
@@ -135,8 +151,14 @@ class Roller(ABC):
         disagreements = _differences([one[0] for one in everyone if one[0] is not None])
         if disagreements:
             raise ValueError("the ranks of a cp group must start alike: " + "; ".join(disagreements))
-        assert signature is not None
-        self._agreed.add(signature)
+
+
+def _kind_of(batch: Batch, layout: SequenceLayout) -> Hashable:
+    """All that the checks look at: a batch of a kind that passed them needs no second look. None: not tensors."""
+    if not all(isinstance(tensor, torch.Tensor) for tensor in batch.values()):
+        return None
+    tensors = tuple((name, t.dtype, t.shape, t.device) for name, t in batch.items())
+    return tensors, layout.is_packed, layout.kind, layout.cp_size, layout.seq_len, layout.num_documents
 
 
 def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:
@@ -148,6 +170,9 @@ def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:
             f"the layout is for cp_size {layout.cp_size}, the cp group has {channel.cp_size} ranks: make the "
             "layout with the group's size"
         )
+    for name, tensor in batch.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     first_name, first = next(iter(batch.items()))
     for name, tensor in batch.items():
         if tensor.dtype not in INTEGER_VIEW:

@@ -35,4 +35,4 @@ class MergedRolls(Rolls):
         while len(self._rolled) <= depth:
             exchange = self._roller.launch(self._rolled[-1], self._layout)
             self._rolled += self._roller.land(exchange)
-        return self._rolled[depth]
+        return dict(self._rolled[depth])

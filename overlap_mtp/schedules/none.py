@@ -22,4 +22,4 @@ class NoneRolls(Rolls):
 
     def at(self, depth: int) -> dict[str, torch.Tensor]:
         self._roller.check_depth(depth)
-        return self._batch
+        return dict(self._batch)

@@ -39,4 +39,4 @@ class OverlapRolls(Rolls):
             self._rolled.append(rolled)
             if len(self._rolled) < self._roller.num_depths:
                 self._exchange = self._roller.launch(rolled, self._layout)
-        return self._rolled[depth - 1]
+        return dict(self._rolled[depth - 1])

@@ -34,4 +34,4 @@ class PrefetchRolls(Rolls):
         if self._exchange is not None:
             self._rolled = self._roller.land(self._exchange)
             self._exchange = None
-        return self._rolled[depth - 1]
+        return dict(self._rolled[depth - 1])

@@ -6,11 +6,15 @@ every rank (or in the loader), num_depths more tensors per tensor, and a model t
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.base import Batch, Roller, Rolls, fill_of
+
+PREPARED = re.compile(r"_depth\d+$")
 
 
 def prepared_name(name: str, depth: int) -> str:
@@ -40,8 +44,7 @@ class PreparedRoller(Roller):
         return PreparedRolls(self, batch)
 
     def _check_names(self, batch: Batch) -> None:
-        rolled = {prepared_name(name, depth) for name in batch for depth in range(1, self.num_depths + 1)}
-        names = [name for name in batch if name not in rolled]
+        names = [name for name in batch if not PREPARED.search(name)]
         missing = [
             prepared_name(name, depth)
             for name in names

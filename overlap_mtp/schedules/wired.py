@@ -63,7 +63,7 @@ class WiredRoller(Roller):
             name: tensor.new_empty((exchange.num_depths, *tensor.shape))
             for name, tensor in exchange.batch.items()
         }
-        views = [_integers(out).view(exchange.num_depths, -1, out.shape[-1]) for out in outputs.values()]
+        views = [_integers(out) for out in outputs.values()]
         exchange.transport.land(exchange.flight, views, _fills(exchange.batch))
         exchange.transport.check()
         return [{name: out[d] for name, out in outputs.items()} for d in range(exchange.num_depths)]
@@ -88,7 +88,12 @@ class WiredRoller(Roller):
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
     """[B, L] of integers of the same width: a view, or a copy of a tensor that is not contiguous."""
-    return tensor.contiguous().view(INTEGER_VIEW[tensor.dtype]).view(-1, tensor.shape[-1])
+    view = INTEGER_VIEW[tensor.dtype]
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    if tensor.dtype != view:
+        tensor = tensor.view(view)
+    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 def _fills(batch: dict[str, torch.Tensor]) -> Sequence[int]:
