@@ -1,0 +1,115 @@
+"""What does each schedule cost across presets, kinds of documents and directions? Many comparisons in one launch.
+
+    python experiments/sweep.py --out experiments/results/2xH200
+    torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents dense,32 --directions train
+
+Each comparison is one of `compare_modes`, with a record and pictures of its own; `summary.md` has a line for each
+schedule of each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import pictures
+import torch
+import torch.distributed as dist
+import typer
+from compare_modes import ALL_MODES, check_modes, run_with_progress
+from comparison import Comparison, Settings
+from launch import run_on_ranks
+from rich.console import Console
+
+from overlap_mtp.model.config import PRESETS
+
+DIRECTIONS = {"train": False, "forward": True}
+
+
+def main(
+    presets: Annotated[str, typer.Option(help="Comma-separated.")] = "h2048,h4096",
+    documents: Annotated[str, typer.Option(help="`dense` or numbers of packed documents.")] = "dense,8,32",
+    directions: Annotated[str, typer.Option(help="train (forward and backward), forward.")] = "train,forward",
+    modes: Annotated[str, typer.Option(help="Comma-separated schedules.")] = ",".join(ALL_MODES),
+    ranks: Annotated[int | None, typer.Option(min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    rounds: Annotated[int, typer.Option(min=2)] = 60,
+    warmup: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path, typer.Option()] = Path("out/sweep"),
+) -> None:
+    """Compares the schedules in every combination of presets, documents and directions."""
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or max(torch.cuda.device_count(), 2)
+        runs = [
+            (f"{preset}-{kind}-{direction}", _settings(preset, kind, direction, modes, world, rounds, warmup))
+            for preset in presets.split(",")
+            for kind in documents.split(",")
+            for direction in directions.split(",")
+        ]
+        run_on_ranks(sweep_on_rank, world, device, runs, out)
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _settings(
+    preset: str, documents: str, direction: str, modes: str, world: int, rounds: int, warmup: int
+) -> Settings:
+    chosen = PRESETS[preset]
+    return Settings(
+        chosen.model,
+        check_modes(modes),
+        chosen.tokens_per_rank * world,
+        chosen.batch_size,
+        "zigzag",
+        None if documents == "dense" else int(documents),
+        DIRECTIONS[direction],
+        rounds,
+        warmup,
+        data=None,
+        token_dtype="uint16",
+    )
+
+
+def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: Path) -> None:
+    console = Console(quiet=dist.get_rank() != 0, width=120)
+    results = {}
+    for name, settings in runs:
+        result = run_with_progress(Comparison(settings, device), console)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if result is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            pictures.draw(result, out, f"{name}-")
+            results[name] = result
+            (out / "summary.md").write_text(markdown_of(results))
+            console.print(markdown_of({name: result}), soft_wrap=True)
+
+
+def markdown_of(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table with a line for each schedule of each comparison."""
+    lines = [
+        "| run | schedule | step ms | / prepared [95 %] | exposed µs [95 %] | efficiency | host µs | messages | same |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        for mode, row in result["rows"].items():
+            ratio, exposed, efficiency = row["ratio"], row["exposed_us"], row["efficiency"]
+            same = row["rolls_equal"] and row["loss_equal"]
+            lines.append(
+                f"| {name} | {mode} | {row['median_ms']:.2f} "
+                f"| {ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] "
+                f"| {exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}] "
+                f"| {'-' if efficiency is None or mode == 'none' else format(efficiency['value'], '.2f')} "
+                f"| {row['host_us']:.0f} | {row['messages_per_step']:.0f} "
+                f"| {'-' if mode == 'none' else 'yes' if same else 'NO'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
