@@ -93,7 +93,7 @@ def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: P
 def markdown_of(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table with a line for each schedule of each comparison."""
     lines = [
-        "| run | schedule | step ms | / prepared [95 %] | exposed µs [95 %] | efficiency | host µs | messages | same |",
+        "| run | schedule | step ms | / prepared [95 %] | exposed µs [95 %] | efficiency | host µs | sent | same |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():

@@ -139,10 +139,10 @@ class Roller(ABC):
         """Raises ValueError where the schedule needs tensors that the batch lacks."""
 
     def _agree(self, signature: Signature | None, error: str | None) -> None:
-        """Collective, whenever the signature changes: every rank learns what every other has, and all raise or none."""
+        """Collective, whenever the signature changes: all ranks learn what each has, and all raise or none."""
         everyone: list[tuple[Signature | None, str | None]] = [(signature, error)]
         if self._channel.cp_size > 1:
-            everyone = [(None, None)] * self._channel.cp_size
+            everyone *= self._channel.cp_size
             with self._channel.named_errors(f"the agreement before the first exchange of {self.name!r}"):
                 dist.all_gather_object(everyone, (signature, error), group=self._channel.group)
         errors = [f"cp rank {rank}: {one[1]}" for rank, one in enumerate(everyone) if one[1] is not None]

@@ -1,0 +1,145 @@
+"""Corpora, and the batches that are made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from overlap_mtp.data import BIN_DOCUMENT_TOKENS, BatchStream, open_corpus
+from overlap_mtp.layout import length_unit
+
+
+def stream_of(corpus, num_documents=None, **sizes) -> BatchStream:
+    defaults = {"seq_len": 256, "batch_size": 2, "cp_size": 2, "kind": "zigzag", "vocab_size": 256}
+    return BatchStream(corpus, **{**defaults, **sizes}, num_documents=num_documents)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in [
+        ("a.txt", "first document"),
+        ("b.txt", ""),
+        ("c.txt", "the third one, a longer document"),
+    ]:
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_default_corpus_is_the_standard_library():
+    corpus = open_corpus()
+    names = [document.name for document in corpus.documents]
+    assert "abc.py" in names
+    assert len(names) > 100
+    assert all(document.num_tokens > 0 for document in corpus.documents)
+    text = bytes(corpus.documents[names.index("abc.py")].read(0, 400).astype(np.uint8))
+    assert b"Abstract Base Classes" in text
+
+
+def test_folder_and_file(folder):
+    corpus = open_corpus(folder)
+    assert [document.name for document in corpus.documents] == ["a.txt", "c.txt"]  # b.txt is empty
+    assert bytes(corpus.read(0, 17).astype(np.uint8)) == b"first documentthe"
+    assert len(open_corpus(folder / "a.txt").documents) == 1
+
+
+def test_the_stream_starts_over_at_its_end(folder):
+    corpus = open_corpus(folder / "a.txt")
+    assert bytes(corpus.read(9, 20).astype(np.uint8)) == b"umentfirst documentf"
+    assert bytes(corpus.read(14 * 5 + 1, 4).astype(np.uint8)) == b"irst"
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_bin_is_a_memory_map(tmp_path, dtype):
+    ids = np.arange(BIN_DOCUMENT_TOKENS + 100, dtype=dtype)
+    ids.tofile(tmp_path / "ids.bin")
+    corpus = open_corpus(tmp_path / "ids.bin", dtype)
+    assert isinstance(corpus.documents[0].ids, np.memmap)
+    assert [document.num_tokens for document in corpus.documents] == [BIN_DOCUMENT_TOKENS, 100]
+    assert np.array_equal(corpus.read(BIN_DOCUMENT_TOKENS - 3, 6), ids[BIN_DOCUMENT_TOKENS - 3 :][:6])
+
+
+def test_missing_and_empty_data_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
+        open_corpus(tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
+        open_corpus(tmp_path / "empty.txt")
+    (tmp_path / "empty.bin").touch()
+    with pytest.raises(ValueError, match=r"empty\.bin must hold a whole, positive number"):
+        open_corpus(tmp_path / "empty.bin")
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match=r"odd\.bin must hold .* has 3 bytes"):
+        open_corpus(tmp_path / "odd.bin")
+    with pytest.raises(ValueError, match="token_dtype must be one of uint16, uint32, got 'int8'"):
+        open_corpus(tmp_path / "odd.bin", "int8")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match="void holds no text"):
+        open_corpus(tmp_path / "void")
+
+
+@pytest.mark.parametrize("num_documents", [None, 2])
+def test_a_token_outside_the_vocabulary_is_named(tmp_path, num_documents):
+    ids = np.full(9000, 7, np.uint16)
+    ids[20] = 60_000
+    ids.tofile(tmp_path / "ids.bin")
+    stream = stream_of(open_corpus(tmp_path / "ids.bin"), num_documents, vocab_size=50_000)
+    with pytest.raises(ValueError, match=r"token id 60000 in ids\.bin\[0:\] is outside .* in \[0, 49999\]"):
+        stream.batch(0)
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_dense_batches_are_the_text_and_its_successors(kind):
+    corpus = open_corpus()
+    stream = stream_of(corpus, kind=kind)
+    batch, layout = stream.batch(3)
+    assert not layout.is_packed
+    for row in range(2):
+        at = (3 * 2 + row) * 256
+        assert np.array_equal(batch["input_ids"][row], corpus.read(at, 256))
+        assert np.array_equal(batch["labels"][row], corpus.read(at + 1, 256))
+    assert batch["loss_mask"].eq(1).all()
+    assert batch["position_ids"].tolist() == [list(range(256))] * 2
+    again, _ = stream.batch(3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("num_documents", [1, 5, 20])
+def test_packed_batches_hold_real_documents_by_themselves(kind, num_documents, batch_size):
+    corpus = open_corpus()
+    stream = stream_of(corpus, num_documents, kind=kind, batch_size=batch_size, seq_len=512)
+    for step in range(4):
+        batch, layout = stream.batch(step)
+        assert layout.is_packed
+        assert layout.num_documents == num_documents
+        assert layout.seq_len == 512
+        for i, (start, length) in enumerate(zip(layout.cu_seqlens, layout.valid_lengths, strict=False)):
+            document = corpus.documents[(step * batch_size * num_documents + i) % len(corpus.documents)]
+            assert 1 <= length <= document.num_tokens
+            ids = batch["input_ids"][0, start : start + length]
+            assert np.array_equal(ids, document.read(0, int(length)))
+            end = layout.cu_seqlens[i + 1]
+            assert torch.equal(batch["labels"][0, start : start + length - 1], ids[1:])
+            assert batch["labels"][:, start + length - 1 : end].eq(0).all()
+            mask = batch["loss_mask"][:, start:end]
+            assert mask[:, : length - 1].eq(1).all()
+            assert mask[:, length - 1 :].eq(0).all()
+            assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+
+
+def test_packing_keeps_the_proportions_of_real_lengths():
+    corpus = open_corpus()
+    _, layout = stream_of(corpus, 8, seq_len=8192, batch_size=1).batch(0)
+    real = np.array([document.num_tokens for document in corpus.documents[:8]])
+    assert np.corrcoef(real, layout.valid_lengths)[0, 1] > 0.999
+    assert layout.valid_lengths.sum() > 0.9 * min(8192, real.sum())
+
+
+def test_more_documents_than_fit_are_refused():
+    unit = length_unit(2, "zigzag")
+    with pytest.raises(ValueError, match=r"num_documents must be in \[1, 63\] .* got 64"):
+        stream_of(open_corpus(), 256 // unit)
