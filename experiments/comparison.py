@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,21 +47,23 @@ class Settings:
     seed: int = 0
 
 
-@dataclass
-class HostTime:
-    """Host time inside a roller's `start` and `at`, of the step that runs."""
+class TimedRoller:
+    """A roller, and the host time inside its `start` and `at` (and the rolls that it gave last)."""
 
-    seconds: float = 0.0
+    def __init__(self, roller: Roller) -> None:
+        self.roller = roller
+        self.seconds = 0.0
+        self.rolls: Rolls
 
-    def start(self, roller: Roller, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+    def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
         begin = time.perf_counter()
-        rolls = roller.start(batch, layout)
+        self.rolls = self.roller.start(batch, layout)
         self.seconds += time.perf_counter() - begin
-        return _TimedRolls(rolls, self)
+        return _TimedRolls(self.rolls, self)
 
 
 class _TimedRolls(Rolls):
-    def __init__(self, rolls: Rolls, clock: HostTime) -> None:
+    def __init__(self, rolls: Rolls, clock: TimedRoller) -> None:
         self._rolls, self._clock = rolls, clock
 
     def at(self, depth: int) -> dict[str, torch.Tensor]:
@@ -165,30 +167,26 @@ class Comparison:
         counts: torch.Tensor,
         expected: Rolls,
     ) -> Step:
-        roller, clock = self.rollers[mode], HostTime()
-        before = replace(roller.traffic)
-        kept: list[dict[str, torch.Tensor]] = []
+        roller = self.rollers[mode]
+        timed, before = TimedRoller(roller), replace(roller.traffic)
         self._meet()
         begin = time.perf_counter()
         with span(f"step {mode}"), torch.set_grad_enabled(not self.settings.forward_only):
-            rolls = clock.start(roller, batch, layout)
-            sums = self.model(batch, layout, rolls)
+            sums = self.model(batch, layout, timed)
             loss = combine(sums, counts, self.settings.model.mtp_loss_factor)
             if not self.settings.forward_only:
                 loss.backward()  # type: ignore[no-untyped-call]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         ms = 1000 * (time.perf_counter() - begin)
-        kept = [rolls.at(depth) for depth in range(1, self.settings.model.num_depths + 1)]
         equal = all(
-            torch.equal(tensor, wanted)
-            for depth, rolled in enumerate(kept, start=1)
+            torch.equal(timed.rolls.at(depth)[name], wanted)
+            for depth in range(1, self.settings.model.num_depths + 1)
             for name, wanted in expected.at(depth).items()
-            for tensor in [rolled[name]]
         )
         return Step(
             ms,
-            1e6 * clock.seconds,
+            1e6 * timed.seconds,
             roller.traffic.messages - before.messages,
             roller.traffic.bytes - before.bytes,
             loss.detach(),

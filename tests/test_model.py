@@ -197,9 +197,7 @@ def bf16_errors(group: dist.ProcessGroup, documents: str) -> dict[str, float]:
         torch.manual_seed(0)
         model = GPT(config, group).bfloat16().to(device, dtype)
         counts = global_counts(model, [(local, layout)], group)
-        loss = combine(
-            model(local, layout, make_roller("prefetch", group, 2).start(local, layout)), counts, 0.3
-        )
+        loss = combine(model(local, layout, make_roller("prefetch", group, 2)), counts, 0.3)
         loss.backward()
         total = loss.detach().clone()
         dist.all_reduce(total, group=group)

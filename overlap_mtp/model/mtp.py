@@ -30,7 +30,7 @@ class MultiTokenPrediction(nn.Module):
     h_k = layer(eh_proj([enorm(embed(roll_k(input_ids))), hnorm(h_{k-1})])). Embedding and output head are the
     model's own.
 
-        rolls = mtp.start(batch, layout)                   # before the trunk
+        rolls = mtp.start(batch, layout)                   # before the trunk, or early in it
         hidden = trunk(batch)
         for p in mtp(hidden, rolls, embedding, *layer_arguments):
             loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
@@ -57,7 +57,10 @@ class MultiTokenPrediction(nn.Module):
         )
 
     def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        """Starts the exchange of this rank's `batch` ([B, L] each). Call it before the trunk."""
+        """Starts the exchange of this rank's `batch` ([B, L] each).
+
+        Call it before the trunk, or behind its first layer's launches: those then hide the host time of starting.
+        """
         return self.roller.start(batch, layout)
 
     def forward(

@@ -39,6 +39,7 @@ class WiredRoller(Roller):
         super().__init__(channel, num_depths, max_documents)
         self._depths_per_exchange = depths_per_exchange
         self._transports: dict[object, Transport] = {}
+        self._shapes: Recent[PlanShape] = Recent()
         self._plans: Recent[RollPlan] = Recent()
         self._tables: Recent[torch.Tensor] = Recent()
 
@@ -83,7 +84,10 @@ class WiredRoller(Roller):
         return self._transports[key]
 
     def _shape(self, layout: SequenceLayout) -> PlanShape:
-        return plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents)
+        return self._shapes.get(
+            (layout.is_packed, layout.kind, None if layout.is_packed else layout.seq_len),
+            lambda: plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents),
+        )
 
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
