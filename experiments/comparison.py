@@ -144,10 +144,10 @@ class Comparison:
         counts = global_counts(self.model, [(plain, layout)], self.group)
         expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(local, layout)
 
-        modes = self.settings.modes
-        turn = index % len(modes)  # no schedule always comes first, behind the update
+        # Another order each round, alike on all ranks: a step behind a slow `sync` finds a cooler, faster GPU.
+        order = np.random.default_rng((self.settings.seed, index)).permutation(self.settings.modes)
         steps, gradients = {}, None
-        for mode in modes[turn:] + modes[:turn]:
+        for mode in order.tolist():
             self.optimizer.zero_grad()
             steps[mode] = self._step(mode, local if mode == BASELINE else plain, layout, counts, expected)
             if mode != TIMING_ONLY:
