@@ -32,6 +32,10 @@ from rich.table import Table
 from overlap_mtp import SCHEDULES
 from overlap_mtp.model.config import PRESETS
 
+MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
+CAPTION = (
+    "median [95 % interval]; exposed = step - prepared step; messages and KB are those of all ranks together"
+)
 WIDTH = 160  # of the table where there is no terminal
 ALL_MODES = (*SCHEDULES, TIMING_ONLY)
 Documents = StrEnum("Documents", ["dense", "packed"])
@@ -76,6 +80,8 @@ def main(
     try:
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        if on_gpu and not torch.cuda.is_available():
+            raise ValueError("device must be cpu on this machine: it has no GPU that torch can use")
         world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or (torch.cuda.device_count() if on_gpu else 2)
         sizes = {
             "num_depths": depths,
@@ -94,6 +100,7 @@ def main(
             batch_size or chosen.batch_size,
             layout.value,  # type: ignore[arg-type]
             num_documents if documents is Documents.packed else None,
+            max(MAX_DOCUMENTS, num_documents),
             forward_only,
             rounds,
             warmup,
@@ -139,29 +146,38 @@ def run_with_progress(comparison: Comparison, console: Console) -> dict[str, Any
 def table_of(result: dict[str, Any]) -> Table:
     """The record as a table."""
     table = Table(
-        title=pictures.caption(result), caption="median [95 % interval]; exposed = step - prepared step"
+        title=pictures.caption(result),
+        caption=CAPTION,
     )
     for heading in ("schedule", "step ms (p10-p90)", "/ prepared", "exposed µs", "efficiency", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for heading in ("host µs", "messages", "KB", "loss", "same rolls, loss"):
         table.add_column(heading, justify="right")
     for mode, row in result["rows"].items():
-        ratio, exposed, efficiency = row["ratio"], row["exposed_us"], row["efficiency"]
+        ratio, exposed = row["ratio"], row["exposed_us"]
         same = f"{_yes(row['rolls_equal'])}, {_yes(row['loss_equal'])}"
         table.add_row(
             mode,
             f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
             f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
             f"{exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}]",
-            "-" if efficiency is None or mode == TIMING_ONLY else f"{efficiency['value']:.2f}",
+            efficiency_of(mode, row),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['host_us']:.0f}",
             f"{row['messages_per_step']:.0f}",
             f"{row['bytes_per_step'] / 1000:.1f}",
             f"{row['loss']:.5f}",
-            "timing only" if mode == TIMING_ONLY else same,
+            {TIMING_ONLY: "timing only", BASELINE: "the reference"}.get(mode, same),
         )
     return table
+
+
+def efficiency_of(mode: str, row: dict[str, Any]) -> str:
+    """Overlap efficiency with its interval, where there is one."""
+    one = row["efficiency"]
+    if one is None or mode in (BASELINE, TIMING_ONLY):
+        return "-"
+    return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
 
 def _yes(value: bool) -> str:

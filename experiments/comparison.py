@@ -39,6 +39,7 @@ class Settings:
     batch_size: int
     layout: Kind
     num_documents: int | None  # None: dense
+    max_documents: int
     forward_only: bool
     rounds: int
     warmup: int
@@ -115,7 +116,7 @@ class Comparison:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.rollers = {
             mode: make_roller(
-                mode, self.group, settings.model.num_depths, max_documents=settings.num_documents or 1
+                mode, self.group, settings.model.num_depths, max_documents=settings.max_documents
             )
             for mode in settings.modes
         }
@@ -147,9 +148,13 @@ class Comparison:
         # Another order each round, alike on all ranks: a step behind a slow `sync` finds a cooler, faster GPU.
         order = np.random.default_rng((self.settings.seed, index)).permutation(self.settings.modes)
         steps, gradients = {}, None
-        for mode in order.tolist():
+        for mode in [
+            BASELINE,
+            *order.tolist(),
+        ]:  # the first step, behind the update, is not kept: it is faster
             self.optimizer.zero_grad()
-            steps[mode] = self._step(mode, local if mode == BASELINE else plain, layout, counts, expected)
+            anew = replace(layout, _positions={})  # each schedule finds the batch's layout new
+            steps[mode] = self._step(mode, local if mode == BASELINE else plain, anew, counts, expected)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.settings.forward_only:

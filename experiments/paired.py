@@ -43,20 +43,21 @@ def compare(
     """Compares every schedule's step times [rounds] with the baseline's, round by round.
 
     The bootstrap draws whole rounds, the same for all schedules, so that intervals are of paired differences.
-    `worst` is the schedule that efficiency is measured against, where it ran.
+    `worst` is the schedule that efficiency is measured against, where it ran; there is no efficiency where what
+    it exposes is not above 0 beyond doubt.
     """
     rounds = len(times_ms[baseline])
     draws = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
     draws = np.concatenate([np.arange(rounds)[None], draws])  # the first row: the sample itself
     added = {name: np.median((t - times_ms[baseline])[draws], axis=1) for name, t in times_ms.items()}
     floor = np.median(times_ms[baseline][draws], axis=1)
+    worst_exposes = worst is not None and np.percentile(added[worst], 2.5) > 0
     comparisons = {}
     for name, times in times_ms.items():
         efficiency = None
-        if worst is not None and name != worst and added[worst][0] > 0:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                samples = 1 - added[name] / added[worst]
-            efficiency = Estimate.of(samples[0], samples[np.isfinite(samples)])
+        if worst_exposes and worst is not None and name != worst:
+            samples = 1 - added[name] / np.maximum(added[worst], np.finfo(np.float64).tiny)
+            efficiency = Estimate.of(samples[0], samples)
         ratios = 1 + added[name] / floor
         p10, median, p90 = np.percentile(times, [10, 50, 90])
         comparisons[name] = Comparison(

@@ -19,7 +19,7 @@ import pictures
 import torch
 import torch.distributed as dist
 import typer
-from compare_modes import ALL_MODES, check_modes, run_with_progress
+from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, run_with_progress
 from comparison import Comparison, Settings
 from launch import run_on_ranks
 from rich.console import Console
@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Compares the schedules in every combination of presets, documents and directions."""
     try:
-        world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or max(torch.cuda.device_count(), 2)
+        world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or torch.cuda.device_count() or 2
         runs = [
             (f"{preset}-{kind}-{direction}", _settings(preset, kind, direction, modes, world, rounds, warmup))
             for preset in presets.split(",")
@@ -50,13 +50,18 @@ def main(
             for direction in directions.split(",")
         ]
         run_on_ranks(sweep_on_rank, world, device, runs, out)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
 def _settings(
     preset: str, documents: str, direction: str, modes: str, world: int, rounds: int, warmup: int
 ) -> Settings:
+    if preset not in PRESETS or direction not in DIRECTIONS:
+        raise ValueError(
+            f"presets must be among {', '.join(PRESETS)} and directions among {', '.join(DIRECTIONS)}, got "
+            f"{preset!r} and {direction!r}"
+        )
     chosen = PRESETS[preset]
     return Settings(
         chosen.model,
@@ -65,6 +70,7 @@ def _settings(
         chosen.batch_size,
         "zigzag",
         None if documents == "dense" else int(documents),
+        MAX_DOCUMENTS if documents == "dense" else max(MAX_DOCUMENTS, int(documents)),
         DIRECTIONS[direction],
         rounds,
         warmup,
@@ -98,13 +104,13 @@ def markdown_of(results: dict[str, dict[str, Any]]) -> str:
     ]
     for name, result in results.items():
         for mode, row in result["rows"].items():
-            ratio, exposed, efficiency = row["ratio"], row["exposed_us"], row["efficiency"]
+            ratio, exposed = row["ratio"], row["exposed_us"]
             same = row["rolls_equal"] and row["loss_equal"]
             lines.append(
                 f"| {name} | {mode} | {row['median_ms']:.2f} "
                 f"| {ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] "
                 f"| {exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}] "
-                f"| {'-' if efficiency is None or mode == 'none' else format(efficiency['value'], '.2f')} "
+                f"| {efficiency_of(mode, row)} "
                 f"| {row['host_us']:.0f} | {row['messages_per_step']:.0f} "
                 f"| {'-' if mode == 'none' else 'yes' if same else 'NO'} |"
             )

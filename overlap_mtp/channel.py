@@ -31,7 +31,8 @@ class Channel:
         self._side_stream: torch.cuda.Stream | None = None
         if cp_group is not None:
             self._ranks = dist.get_process_group_ranks(cp_group)
-            self.device_type = "cuda" if "nccl" in str(dist.get_backend(cp_group)) else "cpu"
+            on_gpu = "nccl" in dist.get_backend_config(cp_group) and torch.cuda.is_available()
+            self.device_type = "cuda" if on_gpu else "cpu"
             self._timeout = _timeout_of(cp_group, self.device_type)
 
     @property
@@ -61,11 +62,10 @@ class Channel:
         assert dist.get_process_group_ranks(group) == self._ranks
         return group
 
-    @property
-    def side_stream(self) -> torch.cuda.Stream:
+    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream that overlapped exchanges run on: one per channel, so that they keep their order."""
         if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+            self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return self._side_stream
 
     def global_rank(self, cp_rank: int) -> int:

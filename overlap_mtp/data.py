@@ -20,7 +20,7 @@ from overlap_mtp.layout import Kind, SequenceLayout, length_unit, pad_documents
 
 Tokens = npt.NDArray[np.integer]
 TOKEN_DTYPES = ("uint16", "uint32")
-BIN_DOCUMENT_TOKENS = 4096  # a .bin file marks no documents: it is cut into pieces of this length
+PIECE_TOKENS = 4096  # one file that marks no documents is cut into pieces of this length
 
 
 class Document(Protocol):
@@ -37,17 +37,18 @@ class Document(Protocol):
 
 @dataclass(frozen=True)
 class ByteDocument:
-    """A file whose bytes are the tokens."""
+    """A file, or a piece of one, whose bytes are the tokens."""
 
     path: Path
     num_tokens: int
+    offset: int = 0
 
     @property
     def name(self) -> str:
         return self.path.name
 
     def read(self, begin: int, end: int) -> Tokens:
-        return np.fromfile(self.path, np.uint8, end - begin, offset=begin)
+        return np.fromfile(self.path, np.uint8, end - begin, offset=self.offset + begin)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ class Corpus:
 
 
 def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus:
-    """The documents under a path: a text file, a folder of them (one document a file, bytes as tokens), or a
-    `.bin` file of token ids, opened as a memory map. None: the Python standard library's source files.
+    """The documents under a path: a folder of text files (one document a file, bytes as tokens), one text file,
+    or one `.bin` of token ids, opened as a memory map. None: the Python standard library's source files. One file
+    is cut into documents of PIECE_TOKENS tokens.
 
     Raises ValueError naming the path where it is missing, empty or not a whole number of ids.
     """
@@ -99,15 +101,20 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests"}
         files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
-        return _byte_corpus(files, root)
+        return Corpus([ByteDocument(path, size) for path in files if (size := path.stat().st_size)])
     if not data.exists():
         raise ValueError(
             f"{data} does not exist: give a text file, a folder of text files or a .bin of token ids"
         )
     if data.is_dir():
-        return _byte_corpus([path for path in sorted(data.rglob("*")) if path.is_file()], data)
+        files = [path for path in sorted(data.rglob("*")) if path.is_file()]
+        if not files:
+            raise ValueError(f"{data} holds no text: there is no file in it")
+        return Corpus([ByteDocument(path, _size(path)) for path in files])
     if data.suffix != ".bin":
-        return _byte_corpus([data], data)
+        size = _size(data)
+        starts = range(0, size, PIECE_TOKENS)
+        return Corpus([ByteDocument(data, min(PIECE_TOKENS, size - at), at) for at in starts])
     if token_dtype not in TOKEN_DTYPES:
         raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {token_dtype!r}")
     size, width = data.stat().st_size, np.dtype(token_dtype).itemsize
@@ -116,16 +123,15 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
             f"{data} must hold a whole, positive number of {token_dtype} token ids, has {size} bytes"
         )
     ids = np.memmap(data, token_dtype, mode="r")
-    pieces = range(0, ids.size, BIN_DOCUMENT_TOKENS)
-    return Corpus([BinDocument(ids[at : at + BIN_DOCUMENT_TOKENS], f"{data.name}[{at}:]") for at in pieces])
+    starts = range(0, ids.size, PIECE_TOKENS)
+    return Corpus([BinDocument(ids[at : at + PIECE_TOKENS], f"{data.name}[{at}:]") for at in starts])
 
 
-def _byte_corpus(files: Sequence[Path], source: Path) -> Corpus:
-    sizes = [path.stat().st_size for path in files]
-    documents = [ByteDocument(path, size) for path, size in zip(files, sizes, strict=True) if size]
-    if not documents:
-        raise ValueError(f"{source} holds no text: every file in it is empty")
-    return Corpus(documents)
+def _size(path: Path) -> int:
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty: give it some text, or take it away")
+    return size
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,12 @@ class BatchStream:
                 f"{self.kind} layout with cp_size {self.cp_size}, got {self.num_documents}"
             )
 
+        if self.num_documents is not None and self.num_documents > len(self.corpus.documents):
+            raise ValueError(
+                f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
+                f"got {self.num_documents}: give more data, as a folder of files"
+            )
+
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
         """`input_ids`, `labels` (int64), `position_ids` (int64) and `loss_mask` (fp32), [batch_size, seq_len]
         each, and their layout. Raises ValueError naming a token id outside the vocabulary and its document."""
@@ -173,7 +185,8 @@ class BatchStream:
     def _packed(self, step: int, num_documents: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
         first = step * self.batch_size * num_documents
         count = len(self.corpus.documents)
-        chosen = [(first + i) % count for i in range(self.batch_size * num_documents)]
+        lap = first // count  # of the corpus: each begins one document later, so that packings differ
+        chosen = [(first + lap + i) % count for i in range(self.batch_size * num_documents)]
         lengths = self._fit([self.corpus.documents[at].num_tokens for at in chosen[:num_documents]])
         streams = []
         for row in range(self.batch_size):  # rows share their bounds: the first row's documents set them

@@ -9,8 +9,10 @@ says where the first, second, ... token after the run is: a local slot, a row of
 nowhere (the document has ended).
 
 **Wire.** One message a peer: a header row whose first word is the plan's fingerprint, then one row a token,
-each row holding that token's word of every tensor and batch row. How many rows a message has is fixed by
-`PlanShape` (layout kind, num_depths, max_documents), never by the batch: unused rows travel empty.
+each row holding that token's word of every tensor and batch row. A token travels once however many depths want
+it (twice only where a chunk is shorter than num_depths and two runs of the receiver need it). How many rows a
+message has is fixed by `PlanShape` (layout kind, num_depths, max_documents), never by the batch: unused rows
+travel empty.
 """
 
 from __future__ import annotations

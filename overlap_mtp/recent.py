@@ -12,7 +12,7 @@ V = TypeVar("V")
 class Recent(Generic[V]):
     """Keeps the last few values that were made, by key: a dense layout's one plan, a few packed ones."""
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, size: int = 64) -> None:
         self._size = size
         self._values: OrderedDict[Hashable, V] = OrderedDict()
 

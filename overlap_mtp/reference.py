@@ -59,7 +59,7 @@ def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: Sequen
                 weight = mask[k:].to(log_p.dtype)
                 sums[k] = sums[k] - (log_p * weight).sum()
                 counts[k] += float(weight.sum())
-    means = [total / max(count, 1.0) for total, count in zip(sums, counts, strict=True)]
+    means = [total / (count or 1.0) for total, count in zip(sums, counts, strict=True)]
     return means[0] + config.mtp_loss_factor / config.num_depths * torch.stack(means[1:]).sum()
 
 

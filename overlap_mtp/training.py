@@ -48,7 +48,7 @@ def train_step(
 ) -> torch.Tensor:
     """Forward and backward of each microbatch, then one update; the loss of the step over all ranks.
 
-    `microbatches`: (batch, layout) with this rank's shards. The exchange of a microbatch starts before its trunk.
+    `microbatches`: (batch, layout) with this rank's shards. The exchange of a microbatch runs under its trunk.
     """
     optimizer.zero_grad()
     counts = global_counts(model, microbatches, group)

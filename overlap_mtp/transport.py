@@ -73,7 +73,8 @@ class ProcessGroupTransport:
     On CUDA, `overlapped` runs pack and send/recv on the channel's side stream; otherwise they run on the
     current stream, which then waits for the peers. On CPU gloo sends in a thread of its own; `land` waits.
     A plan that differs between two ranks is found when its header lands: at once on CPU, and on CUDA without
-    a synchronisation, so that `check` may raise a step later.
+    a synchronisation, so that `check` may raise a step later. A peer that never comes is an error that names the
+    exchange on gloo; on NCCL the watchdog ends the process after the group's timeout and names the exchange group.
     """
 
     channel: Channel
@@ -114,6 +115,8 @@ class ProcessGroupTransport:
         if self.device.type == "cuda" and self.overlapped:
             self._launch_on_side_stream(flight)
         else:
+            if buffers.landed is not None:
+                torch.cuda.current_stream(self.device).wait_event(buffers.landed)
             self._kernels.pack(tensors, table, self.shape, buffers.send)
             with self.channel.named_errors(self._name(flight)):
                 flight.work = self._exchange(buffers, async_op=self.device.type == "cpu")
@@ -136,8 +139,6 @@ class ProcessGroupTransport:
         if buffers.landed is not None:
             buffers.landed.record(compute)
         self._free.append(buffers)
-        if self.device.type == "cpu":
-            self.check()
 
     def check(self) -> None:
         """Raises RuntimeError if a peer's plan was found to differ. Never waits."""
@@ -151,15 +152,15 @@ class ProcessGroupTransport:
             )
 
     def close(self) -> None:
-        """Waits for what is under way and lets the buffers go."""
+        """Lets the buffers go, on CUDA when all that uses them has run."""
         if self.device.type == "cuda":
-            self.channel.side_stream.synchronize()
+            self.channel.side_stream(self.device).synchronize()
             torch.cuda.current_stream().synchronize()
         self._free.clear()
         self.check()
 
     def _launch_on_side_stream(self, flight: Flight) -> None:
-        buffers, side = flight.buffers, self.channel.side_stream
+        buffers, side = flight.buffers, self.channel.side_stream(self.device)
         compute = torch.cuda.current_stream(self.device)
         buffers.forked.record(compute)
         torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
@@ -168,7 +169,7 @@ class ProcessGroupTransport:
             side.wait_event(buffers.landed)  # passes at once unless the buffers' last unroll still reads them
             with span("pack"):
                 self._kernels.pack(flight.tensors, flight.table, self.shape, buffers.send)
-            with span("send-recv"):
+            with span("send-recv"), self.channel.named_errors(self._name(flight)):
                 self._exchange(buffers, async_op=False)
             buffers.sent.record(side)
         finally:
@@ -192,13 +193,18 @@ class ProcessGroupTransport:
         recv = torch.zeros(self.shape.num_recv_rows, self.words, dtype=torch.int64, device=self.device)
         if self.device.type == "cpu":
             return Buffers(send, recv)
+        if self.overlapped:  # a flight that is dropped before it landed frees them while they are in use
+            for wire in (send, recv):
+                wire.record_stream(self.channel.side_stream(self.device))
         return Buffers(send, recv, *(torch.cuda.Event() for _ in range(3)))  # type: ignore[no-untyped-call]
 
     def _warm_up(self) -> None:
         """NCCL connects two ranks when they first exchange, which blocks the host: better now than later."""
-        with torch.cuda.stream(self.channel.side_stream):
-            self._exchange(self._new_buffers(), async_op=False)
-        self.channel.side_stream.synchronize()
+        buffers = self._new_buffers()
+        with self.channel.named_errors("connecting to its neighbours"):
+            self._exchange(buffers, async_op=False)
+            torch.cuda.current_stream(self.device).synchronize()
+        self._free.append(buffers)
 
     def _name(self, flight: Flight) -> str:
         return f"exchange {flight.number} ({self.shape.num_depths} depths, {self._message_bytes} bytes sent)"

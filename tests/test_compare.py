@@ -48,6 +48,17 @@ def test_a_worse_schedule_has_negative_efficiency():
     assert compared["overlap"].efficiency.value == pytest.approx(-2)
 
 
+def test_there_is_no_efficiency_where_sync_exposes_no_more_than_noise():
+    rng = np.random.default_rng(0)
+    base = rng.normal(100, 1, 60)
+    times = {
+        "prepared": base,
+        "sync": base + rng.normal(0.01, 1, 60),
+        "prefetch": base + rng.normal(0, 1, 60),
+    }
+    assert paired.compare(times, "prepared", "sync")["prefetch"].efficiency is None
+
+
 def run_compare(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "experiments/compare_modes.py", *arguments]

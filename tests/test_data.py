@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from overlap_mtp.data import BIN_DOCUMENT_TOKENS, BatchStream, open_corpus
+from overlap_mtp.data import PIECE_TOKENS, BatchStream, open_corpus
 from overlap_mtp.layout import length_unit
 
 
@@ -21,7 +21,6 @@ def stream_of(corpus, num_documents=None, **sizes) -> BatchStream:
 def folder(tmp_path: Path) -> Path:
     for name, text in [
         ("a.txt", "first document"),
-        ("b.txt", ""),
         ("c.txt", "the third one, a longer document"),
     ]:
         (tmp_path / name).write_text(text)
@@ -40,7 +39,7 @@ def test_default_corpus_is_the_standard_library():
 
 def test_folder_and_file(folder):
     corpus = open_corpus(folder)
-    assert [document.name for document in corpus.documents] == ["a.txt", "c.txt"]  # b.txt is empty
+    assert [document.name for document in corpus.documents] == ["a.txt", "c.txt"]
     assert bytes(corpus.read(0, 17).astype(np.uint8)) == b"first documentthe"
     assert len(open_corpus(folder / "a.txt").documents) == 1
 
@@ -53,20 +52,22 @@ def test_the_stream_starts_over_at_its_end(folder):
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_bin_is_a_memory_map(tmp_path, dtype):
-    ids = np.arange(BIN_DOCUMENT_TOKENS + 100, dtype=dtype)
+    ids = np.arange(PIECE_TOKENS + 100, dtype=dtype)
     ids.tofile(tmp_path / "ids.bin")
     corpus = open_corpus(tmp_path / "ids.bin", dtype)
     assert isinstance(corpus.documents[0].ids, np.memmap)
-    assert [document.num_tokens for document in corpus.documents] == [BIN_DOCUMENT_TOKENS, 100]
-    assert np.array_equal(corpus.read(BIN_DOCUMENT_TOKENS - 3, 6), ids[BIN_DOCUMENT_TOKENS - 3 :][:6])
+    assert [document.num_tokens for document in corpus.documents] == [PIECE_TOKENS, 100]
+    assert np.array_equal(corpus.read(PIECE_TOKENS - 3, 6), ids[PIECE_TOKENS - 3 :][:6])
 
 
 def test_missing_and_empty_data_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
         open_corpus(tmp_path / "nowhere.txt")
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         open_corpus(tmp_path / "empty.txt")
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+        open_corpus(tmp_path)
     (tmp_path / "empty.bin").touch()
     with pytest.raises(ValueError, match=r"empty\.bin must hold a whole, positive number"):
         open_corpus(tmp_path / "empty.bin")
@@ -137,6 +138,19 @@ def test_packing_keeps_the_proportions_of_real_lengths():
     real = np.array([document.num_tokens for document in corpus.documents[:8]])
     assert np.corrcoef(real, layout.valid_lengths)[0, 1] > 0.999
     assert layout.valid_lengths.sum() > 0.9 * min(8192, real.sum())
+
+
+def test_one_text_file_is_cut_into_documents(tmp_path):
+    text = bytes(range(1, 251)) * 50
+    (tmp_path / "one.txt").write_bytes(text)
+    corpus = open_corpus(tmp_path / "one.txt")
+    assert [document.num_tokens for document in corpus.documents] == [4096, 4096, 4096, 212]
+    assert bytes(corpus.documents[1].read(0, 4096).astype(np.uint8)) == text[4096:8192]
+    with pytest.raises(ValueError, match="at most the 4 documents that the data holds, got 5"):
+        stream_of(corpus, 5)
+    stream = stream_of(corpus, 4, batch_size=1)
+    lengths = [stream.batch(step)[1].valid_lengths.tolist() for step in range(4)]
+    assert len({tuple(one) for one in lengths}) == 4  # every lap of the corpus is packed differently
 
 
 def test_more_documents_than_fit_are_refused():

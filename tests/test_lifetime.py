@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from overlap_mtp import SCHEDULES, Rolls, SequenceLayout, make_roller, pad_documents, prepare, roll_reference
 from overlap_mtp.schedules.base import fill_of
+from overlap_mtp.transport import ProcessGroupTransport
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, random_tensor, same_bits
@@ -267,6 +269,51 @@ def interleave(group: dist.ProcessGroup, first: str, second: str) -> list[str]:
 )
 def test_two_rollers_share_a_cp_group(pool: RankPool, first, second):
     assert pool.run(interleave, 3, first, second) == [[]] * 3
+
+
+def with_delays(group: dist.ProcessGroup, function, *args):
+    """Runs a function of this file with every exchange delayed on its stream, by up to 2 ms before and after."""
+    rng = random.Random(group.rank())
+    exchange = ProcessGroupTransport._exchange
+
+    def late(self, buffers, async_op):
+        torch.cuda._sleep(rng.randrange(4_000_000))
+        work = exchange(self, buffers, async_op)
+        torch.cuda._sleep(rng.randrange(4_000_000))
+        return work
+
+    ProcessGroupTransport._exchange = late
+    try:
+        return function(group, *args)
+    finally:
+        ProcessGroupTransport._exchange = exchange
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("function", [keep_early_rolls, join_late, drop_rolls, close_in_flight])
+def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, function, schedule):
+    """What gloo orders by waiting on the host, CUDA must order by events."""
+    size = gpu_pool.world_size
+    assert gpu_pool.run(with_delays, size, function, schedule) == [[]] * size
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients_accumulate_over_microbatches_on_gpus(gpu_pool: RankPool, schedule):
+    results = gpu_pool.run(with_delays, gpu_pool.world_size, accumulated_gradients, schedule)
+    for gradient, expected in results:
+        assert expected.abs().max() > 0
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(
+    ("first", "second"), [("prefetch", "prefetch"), ("overlap", "prefetch"), ("merged", "sync")]
+)
+def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, first, second):
+    size = gpu_pool.world_size
+    assert gpu_pool.run(with_delays, size, interleave, first, second) == [[]] * size
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -52,6 +52,8 @@ def make_batch(layout: SequenceLayout, rows: int = 2, mask: str = "uneven") -> d
         weight.zero_()
     elif mask == "bool":
         weight = torch.rand(shape, generator=generator) < 0.7
+    elif mask == "fractional":  # sums to less than 1
+        weight = (torch.rand(shape, generator=generator) < 0.7) / 2.0**12
     elif mask == "bfloat16":
         weight = (torch.rand(shape, generator=generator) < 0.7).bfloat16()
     return {**batch, "loss_mask": weight}
@@ -75,9 +77,9 @@ def worst_errors(
     """Relative errors of the loss and of each gradient against `loss_reference`, the largest by name."""
     batch = make_batch(layout, mask=mask)
     expected_loss, expected = reference_gradients(layout, batch, dtype)
-    model = make_model(dtype, group, schedule)
+    model = make_model(dtype, group, schedule).to(device_of(group))
     given = prepare(batch, layout, SMALL.num_depths) if schedule == "prepared" else batch
-    local = {name: layout.shard(tensor, group.rank()) for name, tensor in given.items()}
+    local = {n: layout.shard(tensor, group.rank()).to(device_of(group)) for n, tensor in given.items()}
     counts = global_counts(model, [(local, layout)], group)
     loss = combine(model(local, layout), counts, SMALL.mtp_loss_factor)
     loss.backward()
@@ -88,7 +90,7 @@ def worst_errors(
     errors = {"loss": abs(float(total) - expected_loss) / max(abs(expected_loss), 1e-30)}
     for name, parameter in model.named_parameters():
         scale = expected[name].norm().clamp(min=1e-30)
-        errors[name] = float((parameter.grad - expected[name]).norm() / scale)
+        errors[name] = float((parameter.grad.cpu() - expected[name]).norm() / scale)
     return errors
 
 
@@ -111,7 +113,7 @@ def test_gradients_are_right_under_every_schedule(pool: RankPool, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["sync", "prefetch", "prepared"])
-@pytest.mark.parametrize("mask", ["none", "empty rank", "bool", "bfloat16"])
+@pytest.mark.parametrize("mask", ["none", "empty rank", "bool", "bfloat16", "fractional"])
 def test_gradients_are_right_with_any_mask(pool: RankPool, mask, schedule):
     for documents in ("dense", "packed"):
         layout = layout_of(documents, 2, "zigzag")
@@ -171,6 +173,41 @@ def test_gradient_accumulation_is_alike_under_every_schedule(pool: RankPool):
             assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
 
 
+def data_parallel_errors(world: dist.ProcessGroup) -> float:
+    """Two cp groups of two ranks, each with a batch of its own; the largest relative error of a gradient."""
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    dp_rank = world.rank() // 2
+    group = pairs[dp_rank]
+    layouts = [layout_of("packed", 2, "zigzag"), layout_of("dense", 2, "zigzag")]
+    batches = [make_batch(layouts[0], mask="uneven"), make_batch(layouts[1], mask="empty rank")]
+
+    single = make_model(torch.float64, None)
+    counts = sum(
+        count_tokens(b, SequenceLayout.packed(la.cu_seqlens, 1, "contiguous", la.valid_lengths), 0, 2)
+        for b, la in zip(batches, layouts, strict=True)
+    )
+    for batch, layout in zip(batches, layouts, strict=True):
+        whole = SequenceLayout.packed(layout.cu_seqlens, 1, "contiguous", layout.valid_lengths)
+        combine(single(batch, whole), counts, SMALL.mtp_loss_factor).backward()
+
+    model, layout = make_model(torch.float64, group), layouts[dp_rank]
+    local = {n: layout.shard(t, group.rank()) for n, t in batches[dp_rank].items()}
+    totals = global_counts(model, [(local, layout)], world)
+    assert totals.tolist() == counts.tolist()
+    combine(model(local, layout), totals, SMALL.mtp_loss_factor).backward()
+    reduce_gradients(model.parameters(), world)
+    pairs_of_gradients = zip(model.parameters(), single.parameters(), strict=True)
+    return max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs_of_gradients)
+
+
+def test_disjoint_cp_groups_under_data_parallelism():
+    pool = RankPool(4)
+    try:
+        assert max(pool.run(data_parallel_errors, 4)) <= 1e-10
+    finally:
+        pool.close()
+
+
 def test_block_serves_a_model_that_is_not_ours():
     from overlap_mtp.model.mtp import MultiTokenPrediction
 
@@ -208,6 +245,15 @@ def bf16_errors(group: dist.ProcessGroup, documents: str) -> dict[str, float]:
         "loss": float((loss_16 - loss).abs() / loss.abs()),
         "gradients": max(float((a - b).norm() / a.norm()) for a, b in zip(expected, gradients, strict=True)),
     }
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("documents", ["dense", "packed"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients_are_right_under_every_schedule_on_gpus(gpu_pool: RankPool, schedule, documents):
+    layout = layout_of(documents, gpu_pool.world_size, "zigzag")
+    for errors in gpu_pool.run(worst_errors, gpu_pool.world_size, layout, "uneven", torch.float64, schedule):
+        assert max(errors.values()) <= 1e-10, errors
 
 
 @pytest.mark.multi_gpu

@@ -128,6 +128,47 @@ def test_roll_tensor_on_one_rank():
     assert total.item() == 12
 
 
+def test_roll_tensor_carries_no_gradients():
+    assert not roll_tensor(torch.ones(4, requires_grad=True))[0].requires_grad
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts(cp_sizes=(1,)), num_depths=st.integers(1, 9), dtypes=dtype_choices)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_rank_needs_no_group(schedule, layout, num_depths, dtypes):
+    full = full_batch(layout, 2, dtypes, seed=1)
+    batch = prepare(full, layout, num_depths) if schedule == "prepared" else full
+    rolls = make_roller(schedule, None, num_depths).start(batch, layout)
+    for depth in range(1, num_depths + 1):
+        for name, rolled in rolls.at(depth).items():
+            assert same_bits(rolled, roll_reference(full[name], layout, depth, fill_of(name)))
+
+
+def rolls_differ_in_a_default_group(world: dist.ProcessGroup, layout: SequenceLayout) -> list[str]:
+    """A group that names no backend, as init_process_group() and init_device_mesh make them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device_of(world).type, (world.size(),), mesh_dim_names=("cp",))
+    dtypes = dict(zip(NAMES, DTYPES, strict=True))
+    return rolls_differ(mesh.get_group("cp"), layout, 2, 1, dtypes, 5)
+
+
+@pytest.mark.multi_gpu
+def test_rolls_are_exact_in_a_device_mesh_on_gpus(gpu_pool: RankPool):
+    layout = SequenceLayout.dense(8 * gpu_pool.world_size, gpu_pool.world_size)
+    results = gpu_pool.run(rolls_differ_in_a_default_group, gpu_pool.world_size, layout)
+    assert results == [[]] * gpu_pool.world_size
+
+
+def test_rolls_are_exact_in_a_device_mesh():
+    pool = RankPool(2)
+    try:
+        layout = SequenceLayout.dense(16, 2)
+        assert pool.run(rolls_differ_in_a_default_group, 2, layout) == [[]] * 2
+    finally:
+        pool.close()
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("num_depths", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])

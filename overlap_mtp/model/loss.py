@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from overlap_mtp.dtypes import sum_dtype
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.sync import sum_dtype
 from overlap_mtp.upload import upload
 
 
@@ -31,7 +31,10 @@ def token_mask(
 
 
 def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of cross entropies: logits [B, L, vocab], labels [B, L], mask broadcast to [B, L]; fp32 or better."""
+    """Sum of cross entropies: logits [B, L, vocab], labels [B, L], mask broadcast to [B, L]; fp32 or better.
+
+    The mask alone decides what counts: a label of -100 adds nothing, but is counted unless its mask is 0.
+    """
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(precise.flatten(0, 1), labels.flatten().long(), reduction="none").view_as(labels)
     return torch.where(mask != 0, losses * mask, 0).sum()
@@ -58,5 +61,5 @@ def count_tokens(
 
 def combine(sums: torch.Tensor, counts: torch.Tensor, mtp_loss_factor: float) -> torch.Tensor:
     """LM loss + factor / D * sum of the depths' losses, each its sum over its count; 0 where nothing counts."""
-    means = sums / counts.clamp(min=1).to(sums.dtype)
+    means = sums / torch.where(counts > 0, counts, 1).to(sums.dtype)
     return means[0] + mtp_loss_factor * means[1:].mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,17 +69,18 @@ class MultiTokenPrediction(nn.Module):
         rolls: Rolls,
         embed: Callable[[torch.Tensor], torch.Tensor],
         *layer_arguments: Any,
-    ) -> Iterator[Prediction]:
+    ) -> list[Prediction]:
         """The predictions of depths 1 .. D, from the trunk's hidden states [B, L, hidden] before its norm."""
+        predictions = []
         for depth, block in enumerate(self.depths, start=1):
-            assert isinstance(block, MTPDepth)
             tokens = rolls.at(depth)
-            hidden = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
-            yield Prediction(depth, block.norm(hidden), tokens)
+            hidden, normed = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
+            predictions.append(Prediction(depth, normed, tokens))
+        return predictions
 
 
 class MTPDepth(nn.Module):
-    """One depth: merge and layer; `norm` comes before the output head, not before the next depth."""
+    """One depth: gives the next depth's hidden states, and the same normalised for the output head."""
 
     def __init__(self, hidden_size: int, layer: nn.Module, norm_eps: float) -> None:
         super().__init__()
@@ -89,7 +90,9 @@ class MTPDepth(nn.Module):
         self.layer = layer
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
 
-    def forward(self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         merged = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
-        out: torch.Tensor = self.layer(merged, *layer_arguments)
-        return out
+        hidden = self.layer(merged, *layer_arguments)
+        return hidden, self.norm(hidden)

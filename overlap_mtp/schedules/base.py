@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from overlap_mtp.channel import Channel
+from overlap_mtp.dtypes import INTEGER_VIEW
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.recent import Recent
 from overlap_mtp.transport import Traffic
 
 Batch = Mapping[str, torch.Tensor]
+Roll = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-INTEGER_VIEW = {
-    torch.int32: torch.int32,
-    torch.int64: torch.int64,
-    torch.bool: torch.uint8,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-}
 FILL_IS_ONE = frozenset({"padding_mask"})  # where a token is missing, it is padding
 
 
@@ -56,6 +52,21 @@ class Signature:
     tensors: tuple[str, ...]  # "name dtype shape" each, sorted
 
 
+class ChainedRolls(Rolls):
+    """Depth k + 1 is depth k rolled by one, when it is asked for."""
+
+    def __init__(self, roller: Roller, batch: dict[str, torch.Tensor], roll: Roll) -> None:
+        self._roller = roller
+        self._roll = roll
+        self._rolled = [batch]  # by depth, the batch itself at 0
+
+    def at(self, depth: int) -> dict[str, torch.Tensor]:
+        self._roller.check_depth(depth)
+        while len(self._rolled) <= depth:
+            self._rolled.append(self._roll(self._rolled[-1]))
+        return dict(self._rolled[depth])
+
+
 class Roller(ABC):
     """Rolls the tensors of microbatch after microbatch by one schedule. Made by `make_roller`."""
 
@@ -67,7 +78,7 @@ class Roller(ABC):
         self.traffic = Traffic()
         self._channel = channel
         self._current: Signature | None = None  # what all ranks agreed on last
-        self._signatures: dict[Hashable, Signature] = {}  # of the kinds of batches that passed all checks
+        self._signatures: Recent[Signature] = Recent()  # of the kinds of batches that passed all checks
         self._closed = False
 
     def start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
@@ -80,11 +91,11 @@ class Roller(ABC):
         rather than between two kinds), and all raise ValueError where they differ; at first use also where one
         of them was given something illegal.
         """
-        if self._closed:
-            raise RuntimeError("this roller is closed")
+        self._check_open()
         kind = _kind_of(batch, layout)
-        if self._current is None or self._signatures.get(kind) != self._current:
-            self._signatures[kind] = self._current = self._check_and_agree(batch, layout)
+        signature = self._signatures.get(kind, lambda: self._check_and_agree(batch, layout))
+        if signature != self._current:
+            self._agree(signature, None)
         # Sorted: the wire has no names, so that all ranks must have them in one order.
         tensors = {
             name: batch[name].detach() if batch[name].requires_grad else batch[name] for name in sorted(batch)
@@ -92,18 +103,13 @@ class Roller(ABC):
         return self._start(tensors, layout)
 
     def _check_and_agree(self, batch: Batch, layout: SequenceLayout) -> Signature:
-        """Checks a batch of another kind than the last one's; where its signature is another, collectively."""
-        signature, error = None, None
+        """Checks a batch of a kind not seen before. At first use an error here is one on all ranks."""
         try:
-            signature = self._signature(batch, layout)
-        except ValueError as illegal:
-            if self._current is not None:
-                raise
-            error = str(illegal)
-        if signature is None or signature != self._current:
-            self._agree(signature, error)
-        assert signature is not None
-        return signature
+            return self._signature(batch, layout)
+        except Exception as error:
+            if self._current is None:
+                self._agree(None, str(error))
+            raise
 
     @abstractmethod
     def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls: ...
@@ -111,6 +117,10 @@ class Roller(ABC):
     def close(self) -> None:
         """Lets the buffers go. The exchange group stays, for the next roller of the same cp group."""
         self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this roller is closed")
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.num_depths:
@@ -140,31 +150,32 @@ class Roller(ABC):
 
     def _agree(self, signature: Signature | None, error: str | None) -> None:
         """Collective, whenever the signature changes: all ranks learn what each has, and all raise or none."""
-        everyone: list[tuple[Signature | None, str | None]] = [(signature, error)]
+        everyone: list[tuple[Signature | None, str | None]] = [(signature, error)] * self._channel.cp_size
         if self._channel.cp_size > 1:
-            everyone *= self._channel.cp_size
             with self._channel.named_errors(f"the agreement before the first exchange of {self.name!r}"):
                 dist.all_gather_object(everyone, (signature, error), group=self._channel.group)
-        errors = [f"cp rank {rank}: {one[1]}" for rank, one in enumerate(everyone) if one[1] is not None]
+        errors = [f"cp rank {rank}: {one}" for rank, (_, one) in enumerate(everyone) if one is not None]
         if errors:
             raise ValueError("; ".join(errors))
-        disagreements = _differences([one[0] for one in everyone if one[0] is not None])
+        disagreements = _differences([one for one, _ in everyone if one is not None])
         if disagreements:
             raise ValueError("the ranks of a cp group must start alike: " + "; ".join(disagreements))
+        self._current = signature
 
 
 def _kind_of(batch: Batch, layout: SequenceLayout) -> Hashable:
-    """All that the checks look at: a batch of a kind that passed them needs no second look. None: not tensors."""
-    if not all(isinstance(tensor, torch.Tensor) for tensor in batch.values()):
-        return None
-    tensors = tuple((name, t.dtype, t.shape, t.device) for name, t in batch.items())
+    """All that the checks look at: a batch of a kind that passed them needs no second look."""
+    try:
+        tensors = tuple((name, t.dtype, t.shape, t.device) for name, t in batch.items())
+    except AttributeError:
+        return object()  # not tensors: the checks will say so
     return tensors, layout.is_packed, layout.kind, layout.cp_size, layout.seq_len, layout.num_documents
 
 
 def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:
     """Raises ValueError unless `batch` holds tensors that can be rolled together over this channel."""
-    if not batch:
-        raise ValueError("the batch must hold at least one tensor, got none")
+    if not isinstance(batch, Mapping) or not batch:
+        raise ValueError("the batch must be a dict and hold at least one tensor, got none")
     if layout.cp_size != channel.cp_size:
         raise ValueError(
             f"the layout is for cp_size {layout.cp_size}, the cp group has {channel.cp_size} ranks: make the "

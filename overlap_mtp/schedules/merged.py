@@ -9,7 +9,7 @@ import torch
 
 from overlap_mtp.channel import Channel
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.base import Rolls
+from overlap_mtp.schedules.base import ChainedRolls, Rolls
 from overlap_mtp.schedules.wired import WiredRoller
 
 
@@ -21,18 +21,4 @@ class MergedRoller(WiredRoller):
         super().__init__(channel, num_depths, max_documents, depths_per_exchange=1)
 
     def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        return MergedRolls(self, batch, layout)
-
-
-class MergedRolls(Rolls):
-    def __init__(self, roller: MergedRoller, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> None:
-        self._roller = roller
-        self._layout = layout
-        self._rolled = [batch]  # by depth, the batch itself at 0
-
-    def at(self, depth: int) -> dict[str, torch.Tensor]:
-        self._roller.check_depth(depth)
-        while len(self._rolled) <= depth:
-            exchange = self._roller.launch(self._rolled[-1], self._layout)
-            self._rolled += self._roller.land(exchange)
-        return dict(self._rolled[depth])
+        return ChainedRolls(self, batch, lambda rolled: self.land(self.launch(rolled, layout))[0])

@@ -1,4 +1,4 @@
-"""prefetch: one exchange for all depths, under way on the side stream from before the trunk to depth 1."""
+"""prefetch: one exchange for all depths, on the side stream, under the trunk."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class PrefetchRolls(Rolls):
     def at(self, depth: int) -> dict[str, torch.Tensor]:
         self._roller.check_depth(depth)
         if self._exchange is not None:
-            self._rolled = self._roller.land(self._exchange)
-            self._exchange = None
+            exchange, self._exchange = self._exchange, None
+            self._rolled = self._roller.land(exchange)
         return dict(self._rolled[depth - 1])

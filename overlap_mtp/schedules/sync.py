@@ -14,61 +14,64 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.channel import Channel, channel_of
+from overlap_mtp.dtypes import sum_dtype
 from overlap_mtp.layout import Kind, SequenceLayout
 from overlap_mtp.plan import NOWHERE, halo_of
 from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import Roller, Rolls, fill_of
+from overlap_mtp.schedules.base import ChainedRolls, Roller, Rolls, fill_of
 from overlap_mtp.transport import Traffic
 from overlap_mtp.upload import upload
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What one document's roll by one needs across ranks.
+    """One document's messages: which of the sent and received tokens go to and come from the rank below and above.
 
-    `lower` and `upper` are (slot to send, slot to receive) with the ranks below and above; a slot is None
-    where nothing moves. Slots are local: a received token lands there, in the rolled tensor.
+    Indices into `RollByOne.sent` and `RollByOne.received`; None where nothing moves.
     """
 
-    lower: tuple[int | None, int | None]
-    upper: tuple[int | None, int | None]
+    to_lower: int | None
+    from_lower: int | None
+    from_upper: int | None
+    to_upper: int | None
 
 
 @dataclass(frozen=True)
 class RollByOne:
-    """A rank's roll by one of one layout."""
+    """A rank's roll by one of one layout. All tensors are int64 slots on the tensors' device."""
 
     boundaries: list[Boundary]  # one a document that crosses ranks here
-    moved: list[tuple[int, int]]  # (from, to) slots of tokens that a run takes from another run of this rank
-    empty: torch.Tensor  # slots that no token moves into: document ends and padding
+    sent: torch.Tensor  # tokens that leave
+    received: torch.Tensor  # where tokens arrive, in the rolled tensor
+    moved: torch.Tensor  # [2, n]: from where to where a run takes a token of another run of this rank
+    empty: torch.Tensor  # where no token moves: document ends and padding
 
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, device: torch.device) -> RollByOne:
         runs = layout.runs(cp_rank)
         holder, slot = (side[:, 0] for side in halo_of(layout, cp_rank, num_depths=1))
         last = runs.slot + (runs.end - runs.begin) - 1  # of each run
-        neighbours = {cp_rank - 1, cp_rank + 1} & set(range(layout.cp_size))
-        wants, gives = {}, {}  # (document, neighbour) -> slot
-        for at in np.flatnonzero((holder != cp_rank) & (holder != NOWHERE)):
-            wants[int(runs.document[at]), int(holder[at])] = int(last[at])
-        for peer in neighbours:
-            theirs = layout.runs(peer)
+        wanted = [at for at in range(last.size) if holder[at] not in (cp_rank, NOWHERE)]
+        wants = {(int(runs.document[at]), int(holder[at])): i for i, at in enumerate(wanted)}
+        gives: dict[tuple[int, int], int] = {}  # (document, neighbour) -> which of the sent tokens
+        sent: list[int] = []
+        for peer in {cp_rank - 1, cp_rank + 1} & set(range(layout.cp_size)):
+            documents = layout.runs(peer).document
             their_holder, my_slot = (side[:, 0] for side in halo_of(layout, peer, num_depths=1))
             for at in np.flatnonzero(their_holder == cp_rank):
-                gives[int(theirs.document[at]), peer] = int(my_slot[at])
-        boundaries = []
-        for document in sorted({document for document, _ in [*wants, *gives]}):
-            pairs = [
-                (gives.get((document, peer)), wants.get((document, peer)))
-                for peer in (cp_rank - 1, cp_rank + 1)
-            ]
-            boundaries.append(Boundary(*pairs))
-        own = np.flatnonzero(holder == cp_rank)
-        return cls(
-            boundaries,
-            list(zip(slot[own].tolist(), last[own].tolist(), strict=True)),
-            upload(np.flatnonzero(~layout.valid(cp_rank, depth=1)), device),
-        )
+                gives[int(documents[at]), peer] = len(sent)
+                sent.append(int(my_slot[at]))
+        lower, upper = cp_rank - 1, cp_rank + 1
+        boundaries = [
+            Boundary(
+                gives.get((d, lower)), wants.get((d, lower)), wants.get((d, upper)), gives.get((d, upper))
+            )
+            for d in sorted({document for document, _ in [*wants, *gives]})
+        ]
+        own = holder == cp_rank
+        slots = (np.array(sent, np.int64), last[wanted], np.stack([slot[own], last[own]]))
+        empty = np.flatnonzero(~layout.valid(cp_rank, depth=1))
+        return cls(boundaries, *(upload(one, device) for one in (*slots, empty)))
 
 
 def roll_by_one(
@@ -77,42 +80,40 @@ def roll_by_one(
     """[..., L] -> [..., L], one blocking exchange with each neighbour per document."""
     rolled = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     rolled[..., :-1] = tensor[..., 1:]
-    for source, target in steps.moved:
-        rolled[..., target] = tensor[..., source]
-    for document, boundary in enumerate(steps.boundaries):
-        with channel.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
-            _exchange(tensor, rolled, boundary, channel, traffic)
+    if steps.moved.numel():
+        rolled[..., steps.moved[1]] = tensor[..., steps.moved[0]]
+    if steps.boundaries:
+        sent = tensor[..., steps.sent].movedim(-1, 0).contiguous()  # a row a token
+        received = tensor.new_empty((steps.received.numel(), *tensor.shape[:-1]))
+        for document, boundary in enumerate(steps.boundaries):
+            with channel.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
+                _exchange(sent, received, boundary, channel, traffic)
+        rolled[..., steps.received] = received.movedim(0, -1)
     return rolled.index_fill_(-1, steps.empty, fill)
 
 
 def _exchange(
-    tensor: torch.Tensor, rolled: torch.Tensor, boundary: Boundary, channel: Channel, traffic: Traffic
+    sent: torch.Tensor, received: torch.Tensor, boundary: Boundary, channel: Channel, traffic: Traffic
 ) -> None:
     work: list[dist.Work | None] = []
-    received = []
 
-    def send(slot: int | None, peer: int) -> None:
-        if slot is not None:
-            token = tensor[..., slot].contiguous()
-            work.append(dist.isend(token, channel.global_rank(peer), group=channel.group))
-            traffic.add(1, token.nbytes)
+    def send(row: int | None, peer: int) -> None:
+        if row is not None:
+            work.append(dist.isend(sent[row], channel.global_rank(peer), group=channel.group))
+            traffic.add(1, sent[row].nbytes)
 
-    def receive(slot: int | None, peer: int) -> None:
-        if slot is not None:
-            token = torch.empty_like(tensor[..., slot], memory_format=torch.contiguous_format)
-            work.append(dist.irecv(token, channel.global_rank(peer), group=channel.group))
-            received.append((slot, token))
+    def receive(row: int | None, peer: int) -> None:
+        if row is not None:
+            work.append(dist.irecv(received[row], channel.global_rank(peer), group=channel.group))
 
-    # In this order no two ranks wait for one another: below sends first, above receives first.
-    send(boundary.lower[0], channel.cp_rank - 1)
-    receive(boundary.lower[1], channel.cp_rank - 1)
-    receive(boundary.upper[1], channel.cp_rank + 1)
-    send(boundary.upper[0], channel.cp_rank + 1)
+    # In this order no two ranks wait for one another: the upper of two sends first, the lower receives first.
+    send(boundary.to_lower, channel.cp_rank - 1)
+    receive(boundary.from_lower, channel.cp_rank - 1)
+    receive(boundary.from_upper, channel.cp_rank + 1)
+    send(boundary.to_upper, channel.cp_rank + 1)
     for one in work:
         assert one is not None
         one.wait()
-    for slot, token in received:
-        rolled[..., slot] = token
 
 
 class SyncRoller(Roller):
@@ -124,27 +125,17 @@ class SyncRoller(Roller):
 
     def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
         device = next(iter(batch.values())).device
-        steps = self._steps.get(layout.key, lambda: RollByOne.of(layout, self._channel.cp_rank, device))
-        return SyncRolls(self, batch, steps)
+        steps = self._steps.get(
+            (layout.key, device), lambda: RollByOne.of(layout, self._channel.cp_rank, device)
+        )
 
-    def roll(self, batch: dict[str, torch.Tensor], steps: RollByOne) -> dict[str, torch.Tensor]:
-        return {
-            name: roll_by_one(tensor, steps, fill_of(name), self._channel, self.traffic)
-            for name, tensor in batch.items()
-        }
+        def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {
+                name: roll_by_one(tensor, steps, fill_of(name), self._channel, self.traffic)
+                for name, tensor in tensors.items()
+            }
 
-
-class SyncRolls(Rolls):
-    def __init__(self, roller: SyncRoller, batch: dict[str, torch.Tensor], steps: RollByOne) -> None:
-        self._roller = roller
-        self._steps = steps
-        self._rolled = [batch]  # by depth, the batch itself at 0
-
-    def at(self, depth: int) -> dict[str, torch.Tensor]:
-        self._roller.check_depth(depth)
-        while len(self._rolled) <= depth:
-            self._rolled.append(self._roller.roll(self._rolled[-1], self._steps))
-        return dict(self._rolled[depth])
+        return ChainedRolls(self, batch, roll)
 
 
 def roll_tensor(
@@ -168,15 +159,8 @@ def roll_tensor(
     kind: Kind = "zigzag" if channel.cp_size > 1 else "contiguous"
     layout = SequenceLayout.dense(local_len * channel.cp_size, channel.cp_size, kind)
     steps = RollByOne.of(layout, channel.cp_rank, tensor.device)
-    rolled = tensor.movedim(dims, -1)
+    rolled = tensor.detach().movedim(dims, -1)
     for _ in range(-shifts):
         rolled = roll_by_one(rolled, steps, 0, channel, Traffic())
     rolled = rolled.movedim(-1, dims)
     return rolled, rolled.sum(dtype=sum_dtype(tensor.dtype))
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What tokens are counted in: int64 for integers and bool, float32 for half precision."""
-    if not dtype.is_floating_point:
-        return torch.int64
-    return torch.float32 if dtype.itemsize < 4 else dtype

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from overlap_mtp.channel import Channel
+from overlap_mtp.dtypes import INTEGER_VIEW
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.plan import PlanShape, RollPlan, build_plan, plan_shape
 from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import INTEGER_VIEW, Roller, fill_of
+from overlap_mtp.schedules.base import Roller, fill_of
 from overlap_mtp.transport import Flight, ProcessGroupTransport, Transport
 from overlap_mtp.upload import upload
 
@@ -25,7 +26,6 @@ class Exchange:
     batch: dict[str, torch.Tensor]
     transport: Transport
     flight: Flight
-    num_depths: int
 
 
 class WiredRoller(Roller):
@@ -49,6 +49,7 @@ class WiredRoller(Roller):
 
     def launch(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Exchange:
         """Sends what peers need to roll `batch` by up to `depths_per_exchange`."""
+        self._check_open()
         first = next(iter(batch.values()))
         plan = self.plan(layout)
         tensors = [_integers(tensor) for tensor in batch.values()]
@@ -56,18 +57,16 @@ class WiredRoller(Roller):
         transport.check()
         table = self._tables.get((layout.key, first.device), lambda: upload(plan.table, first.device))
         flight = transport.launch(tensors, table)
-        return Exchange(batch, transport, flight, self._depths_per_exchange)
+        return Exchange(batch, transport, flight)
 
     def land(self, exchange: Exchange) -> list[dict[str, torch.Tensor]]:
         """The rolled tensors of each depth of the exchange, freshly allocated."""
-        outputs = {
-            name: tensor.new_empty((exchange.num_depths, *tensor.shape))
-            for name, tensor in exchange.batch.items()
-        }
+        depths = self._depths_per_exchange
+        outputs = {name: tensor.new_empty((depths, *tensor.shape)) for name, tensor in exchange.batch.items()}
         views = [_integers(out) for out in outputs.values()]
         exchange.transport.land(exchange.flight, views, _fills(exchange.batch))
         exchange.transport.check()
-        return [{name: out[d] for name, out in outputs.items()} for d in range(exchange.num_depths)]
+        return [{name: out[d] for name, out in outputs.items()} for d in range(depths)]
 
     def close(self) -> None:
         super().close()
