@@ -21,6 +21,9 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.upload import upload
 
+# torch 2.13 renames the collectives.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # torch 2.11 has no such option and takes fewer key than query heads as they come.
 GQA: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -125,13 +128,13 @@ class GatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cp_group: dist.ProcessGroup) -> torch.Tensor:
         ctx.cp_group = cp_group
         gathered = x.new_empty((cp_group.size(), *x.shape))
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=cp_group)
+        all_gather(gathered.flatten(0, 1), x.contiguous(), group=cp_group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         own = gradient.new_empty(gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous().flatten(0, 1), group=ctx.cp_group)
+        reduce_scatter(own, gradient.contiguous().flatten(0, 1), group=ctx.cp_group)
         return own, None
 
 
