@@ -36,7 +36,7 @@ MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 CAPTION = (
     "median [95 % interval]; exposed = step - prepared step; messages and KB are those of all ranks together"
 )
-WIDTH = 160  # of the table where there is no terminal
+WIDTH = 190  # of the table where there is no terminal
 ALL_MODES = (*SCHEDULES, TIMING_ONLY)
 Documents = StrEnum("Documents", ["dense", "packed"])
 LayoutKind = StrEnum("LayoutKind", ["zigzag", "contiguous"])
