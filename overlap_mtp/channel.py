@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 _CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel] = weakref.WeakKeyDictionary()
+_ALIVE: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
 class Channel:
@@ -24,6 +26,7 @@ class Channel:
     """
 
     def __init__(self, cp_group: dist.ProcessGroup | None) -> None:
+        _ALIVE.add(self)
         self.cp_rank = 0 if cp_group is None else cp_group.rank()
         self.cp_size = 1 if cp_group is None else cp_group.size()
         self.device_type = "cpu"
@@ -81,6 +84,13 @@ class Channel:
                 f"overlap_mtp: {what} failed on cp rank {self.cp_rank} of {self.cp_size}: a peer is missing, late "
                 f"or at another exchange ({error})"
             ) from error
+
+
+@atexit.register
+def _release_groups() -> None:
+    """Lets exchange groups end before the interpreter does: a gloo thread that outlives it aborts the process."""
+    for channel in list(_ALIVE):
+        channel._group = None
 
 
 def channel_of(cp_group: dist.ProcessGroup | None) -> Channel:
