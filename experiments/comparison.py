@@ -176,7 +176,7 @@ class Comparison:
         timed, before = TimedRoller(roller), replace(roller.traffic)
         self._meet()
         begin = time.perf_counter()
-        with span(f"step {mode}"), torch.set_grad_enabled(not self.settings.forward_only):
+        with span("step", mode), torch.set_grad_enabled(not self.settings.forward_only):
             sums = self.model(batch, layout, timed)
             loss = combine(sums, counts, self.settings.model.mtp_loss_factor)
             if not self.settings.forward_only:

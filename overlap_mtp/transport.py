@@ -132,7 +132,7 @@ class ProcessGroupTransport:
         compute = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         if compute is not None and self.overlapped:
             compute.wait_event(buffers.sent)
-        with span("unroll"):
+        with span("join"), span("unroll"):
             self._kernels.unroll(
                 flight.tensors, outputs, fills, flight.table, self.shape, buffers.recv, self._mismatch
             )
@@ -169,7 +169,7 @@ class ProcessGroupTransport:
             side.wait_event(buffers.landed)  # passes at once unless the buffers' last unroll still reads them
             with span("pack"):
                 self._kernels.pack(flight.tensors, flight.table, self.shape, buffers.send)
-            with span("send-recv"), self.channel.named_errors(self._name(flight)):
+            with span("send-recv", num_bytes=self._message_bytes), self.channel.named_errors(self._name(flight)):
                 self._exchange(buffers, async_op=False)
             buffers.sent.record(side)
         finally:

@@ -17,6 +17,7 @@ from overlap_mtp.model.loss import masked_loss_sum, token_mask
 from overlap_mtp.model.mtp import MultiTokenPrediction
 from overlap_mtp.recent import Recent
 from overlap_mtp.schedules.base import Rolls
+from overlap_mtp.tracing import BackwardSpan, span
 
 
 class SwiGLU(nn.Module):
@@ -95,20 +96,26 @@ class GPT(nn.Module):
         time of starting (0.5 to 1 ms on a cold cache, measured on H200) is hidden as well as the messages are.
         """
         ids, position_ids = batch["input_ids"], batch["position_ids"]
-        hidden = self.embedding(ids)
-        turns = rope(position_ids, self.config, hidden.dtype)
-        plan = self._plan(layout, hidden)
-        hidden = self.layers[0](hidden, turns, plan)
-        rolls = (roller or self.mtp).start(batch, layout)
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, turns, plan)
-        mask = token_mask(batch.get("loss_mask"), layout, self.cp_rank, depth=0, like=ids)
-        sums = [masked_loss_sum(self.head(self.norm(hidden)), batch["labels"], mask)]
+        backward = BackwardSpan()
+        with span("trunk"):
+            hidden = backward.ends(self.embedding(ids))
+            turns = rope(position_ids, self.config, hidden.dtype)
+            plan = self._plan(layout, hidden)
+            hidden = self.layers[0](hidden, turns, plan)
+            rolls = (roller or self.mtp).start(batch, layout)
+            for layer in self.layers[1:]:
+                hidden = layer(hidden, turns, plan)
+        sums = [self._loss_sum(self.norm(hidden), batch, layout, depth=0)]
         for prediction in self.mtp(hidden, rolls, self.embedding, turns, plan):
-            tokens = prediction.tokens
-            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, prediction.depth, like=ids)
-            sums.append(masked_loss_sum(self.head(prediction.hidden), tokens["labels"], mask))
-        return torch.stack(sums)
+            sums.append(self._loss_sum(prediction.hidden, prediction.tokens, layout, prediction.depth))
+        return backward.begins(torch.stack(sums))
+
+    def _loss_sum(
+        self, hidden: torch.Tensor, tokens: Mapping[str, torch.Tensor], layout: SequenceLayout, depth: int
+    ) -> torch.Tensor:
+        with span("loss", depth=depth):
+            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, like=tokens["labels"])
+            return masked_loss_sum(self.head(hidden), tokens["labels"], mask)
 
     def _plan(self, layout: SequenceLayout, hidden: torch.Tensor) -> AttentionPlan:
         rows = hidden.shape[0]

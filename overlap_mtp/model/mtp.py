@@ -12,6 +12,7 @@ from torch import nn
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules import Roller, Rolls, make_roller
+from overlap_mtp.tracing import span
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class MultiTokenPrediction(nn.Module):
         """The predictions of depths 1 .. D, from the trunk's hidden states [B, L, hidden] before its norm."""
         predictions = []
         for depth, block in enumerate(self.depths, start=1):
-            tokens = rolls.at(depth)
-            hidden, normed = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
+            with span("depth", depth, depth=depth):
+                tokens = rolls.at(depth)
+                hidden, normed = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
             predictions.append(Prediction(depth, normed, tokens))
         return predictions
 
