@@ -34,7 +34,7 @@ from launch import run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from overlap_mtp import SCHEDULES, make_roller
+from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
 
 WAYS = (*SCHEDULES, MEGATRON)
 BASE_DEPTHS, BASE_DOCUMENTS, MANY_DOCUMENTS = 2, 8, 32
@@ -166,13 +166,19 @@ def ways_for(point: Point, settings: Settings, missing: dict[str, str]) -> list[
     return ways
 
 
-def find_missing(settings: Settings, console: Console) -> tuple[dict[str, str], str | None]:
+def find_missing(
+    settings: Settings, device: torch.device, console: Console
+) -> tuple[dict[str, str], str | None]:
     """What cannot run here and why, and the version of megatron-core."""
     missing: dict[str, str] = {}
     version = None
+    layout = SequenceLayout.dense(2 * dist.get_world_size(), dist.get_world_size())
+    tokens = torch.ones(1, layout.local_len, dtype=torch.int64, device=device)
     for transport in settings.transports:
-        try:
-            make_roller("prefetch", dist.group.WORLD, 1, transport=transport).close()
+        try:  # one that cannot work here says so on all ranks, when it is made or at its first roll
+            roller = make_roller("prefetch", dist.group.WORLD, 1, transport=transport)
+            roller.start({"input_ids": tokens}, layout).at(1)
+            roller.close()
         except ValueError as error:
             missing[transport] = str(error)
     if MEGATRON in settings.schedules:
@@ -188,7 +194,7 @@ def find_missing(settings: Settings, console: Console) -> tuple[dict[str, str], 
 def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
     """One rank; rank 0 shows progress, prints the tables and writes the record."""
     console = Console(quiet=dist.get_rank() != 0, width=report.WIDTH)
-    missing, version = find_missing(settings, console)
+    missing, version = find_missing(settings, device, console)
     points = points_of(settings, dist.get_world_size())
     configurations = [
         Configuration(point, way) for point in points for way in ways_for(point, settings, missing)
@@ -223,6 +229,9 @@ def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
         "targets": latency_targets.targets_of(rows) if device.type == "cuda" else [],
     }
     lines = lines_through(settings, points[0].cp_size)
+    for size in dict.fromkeys(point.cp_size for point in points[1:] if point.cp_size != points[0].cp_size):
+        name, line = next(iter(lines_through(settings, size).items()))
+        lines[f"cp_size {size}: {name}"] = line
     out.mkdir(parents=True, exist_ok=True)
     (out / "roll_latency.json").write_text(json.dumps(result, indent=1) + "\n")
     picture = report.draw(result, lines, out / "roll_latency.png")
