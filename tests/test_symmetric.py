@@ -17,13 +17,14 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.plan import PlanShape, new_record
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.transports import shapes_of
-from overlap_mtp.transports.symmetric import SLOTS, SymmetricLayout, peer_tables
+from overlap_mtp.transports.symmetric import SymmetricLayout, peer_tables
 
 from strategies import layouts, same_bits
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"
 )
+SLOTS = 4
 PATIENCE = 3  # turns: nothing changes while a program waits under the interpreter
 
 
@@ -32,7 +33,7 @@ class Rank:
 
     def __init__(self, shape: PlanShape, cargo: Cargo, memories: list[torch.Tensor], shapes: list[PlanShape]):
         self.shape, self.cargo = shape, cargo
-        self.places = SymmetricLayout.of(shapes, cargo.words)
+        self.places = SymmetricLayout.of(shapes, cargo.words, SLOTS)
         self.memory = memories[shape.cp_rank]
         tables = peer_tables(shapes, shape.cp_rank, [memory.data_ptr() for memory in memories])
         self.peers, self.sources = (torch.tensor(one or [0]) for one in tables)
@@ -67,7 +68,7 @@ class Rank:
 def ranks_for(layout: SequenceLayout, batch: Batch, num_depths: int, max_documents: int) -> list[Rank]:
     shapes = shapes_of(layout, num_depths, max_documents)
     cargo = Cargo.of(layout_shards(layout, batch)[0])
-    words = SymmetricLayout.of(shapes, cargo.words).num_words
+    words = SymmetricLayout.of(shapes, cargo.words, SLOTS).num_words
     memories = [torch.zeros(words + FLAG_WORDS, dtype=torch.int64) for _ in shapes]
     return [Rank(shape, cargo, memories, shapes) for shape in shapes]
 

@@ -71,7 +71,7 @@ class Flight:
 
     def __del__(self) -> None:
         if not self.landed:
-            self.transport.abandon(self.slot)
+            self.transport.abandon(self)
 
 
 class Transport(ABC):
@@ -103,8 +103,8 @@ class Transport(ABC):
         """Waits for the flight, on the current stream on CUDA; the rolls by depth and name."""
 
     @abstractmethod
-    def abandon(self, slot: Any) -> None:
-        """Takes back the slot of a flight that will not land."""
+    def abandon(self, flight: Flight) -> None:
+        """Takes back the slot of a flight that will not land. Called by a finaliser: launches nothing."""
 
     @abstractmethod
     def close(self) -> None:

@@ -110,8 +110,8 @@ class DeviceTransport(Transport):
             self._free.append(slot)
         return depths
 
-    def abandon(self, slot: DeviceSlot) -> None:
-        self._abandoned.append(slot)  # from a finaliser, so that nothing is launched here
+    def abandon(self, flight: Flight) -> None:
+        self._abandoned.append(flight.slot)
 
     def relayout(self, flight: Flight, layout: SequenceLayout) -> None:
         if not flight.slot.captured:

@@ -69,7 +69,7 @@ class HostTransport(Transport):
         self._free.append(slot)
         return depths
 
-    def abandon(self, slot: HostSlot) -> None:
+    def abandon(self, flight: Flight) -> None:
         """Its wires are gloo's until the message is through, which nobody waits for: let it go."""
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from overlap_mtp.plan import PlanShape
 from overlap_mtp.transports.base import WORD_BYTES, Flight, Traffic, num_units
 from overlap_mtp.transports.device import DeviceSlot, DeviceTransport
 
-SLOTS = 4  # exchanges that may be under way to one peer before a put has to wait
+SLOTS = 64  # exchanges that may be under way at a time
 DEFAULT_PATIENCE = timedelta(minutes=10)  # as NCCL's
 
 
@@ -36,29 +37,30 @@ class SymmetricLayout:
 
     cp_size: int
     slot_words: int
+    slots: int
 
     @classmethod
-    def of(cls, shapes: list[PlanShape], words: int) -> SymmetricLayout:
+    def of(cls, shapes: list[PlanShape], words: int, slots: int = SLOTS) -> SymmetricLayout:
         """For ranks with these shapes, in rank order, and rows of so many words."""
         rows = max(shape.num_recv_rows for shape in shapes)
-        return cls(len(shapes), -(-rows * words // FLAG_WORDS) * FLAG_WORDS)
+        return cls(len(shapes), -(-rows * words // FLAG_WORDS) * FLAG_WORDS, slots)
 
     @property
     def signals_at(self) -> int:
-        return SLOTS * self.slot_words
+        return self.slots * self.slot_words
 
     @property
     def acknowledgements_at(self) -> int:
-        return self.signals_at + SLOTS * self.cp_size * FLAG_WORDS
+        return self.signals_at + self.slots * self.cp_size * FLAG_WORDS
 
     @property
     def num_words(self) -> int:
-        return self.acknowledgements_at + SLOTS * self.cp_size * FLAG_WORDS
+        return self.acknowledgements_at + self.slots * self.cp_size * FLAG_WORDS
 
     def constants(self, timed: bool) -> dict[str, object]:
         """What `put` and `take` have to know; `timed`: patience is in ns, else in turns of the waiting loop."""
         return {
-            "RING": SLOTS,
+            "RING": self.slots,
             "SLOT_WORDS": self.slot_words,
             "SIGNALS_AT": self.signals_at,
             "ACKNOWLEDGEMENTS_AT": self.acknowledgements_at,
@@ -106,7 +108,7 @@ class SymmetricTransport(DeviceTransport):
         shape = shapes[channel.cp_rank]
         super().__init__(channel, shape, cargo, traffic, overlapped)
         self._places = SymmetricLayout.of(shapes, cargo.words)
-        self._memory, addresses = share_memory(self._places.num_words, channel, self.device)
+        self._memory, addresses, self._mapping = share_memory(self._places.num_words, channel, self.device)
         peers, sources = peer_tables(shapes, channel.cp_rank, addresses)
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
@@ -114,7 +116,28 @@ class SymmetricTransport(DeviceTransport):
         self._epochs = torch.zeros(max(1, len(shape.destinations)), dtype=torch.int64, device=self.device)
         patience = (channel.timeout or DEFAULT_PATIENCE) / timedelta(microseconds=1) * 1000
         self._patience = torch.tensor([int(patience)], dtype=torch.int64, device=self.device)
+        self._under_way: dict[int, None] = {}  # numbers of flights, oldest first
         self._make_slots()
+
+    def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
+        oldest = next(iter(self._under_way), self.launched)
+        if oldest <= self.launched - SLOTS:
+            raise RuntimeError(
+                f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.launched} can start: at "
+                f"most {SLOTS} in a row may be under way over symmetric memory"
+            )
+        flight = super().launch(tensors, layout)
+        if not flight.slot.captured:
+            self._under_way[flight.number] = None
+        return flight
+
+    def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
+        self._under_way.pop(flight.number, None)
+        return super().land(flight)
+
+    def abandon(self, flight: Flight) -> None:
+        self._under_way.pop(flight.number, None)
+        super().abandon(flight)
 
     def _send(self, flight: Flight, stream: torch.cuda.Stream) -> None:
         with self._send_span:
@@ -128,7 +151,9 @@ class SymmetricTransport(DeviceTransport):
     def _recover(self, slot: DeviceSlot) -> None:
         stream = self._side if self._overlapped else self._compute
         places = self._places
-        discard(slot.record, self._sources, self.shape, SLOTS, places.acknowledgements_at)(stream.cuda_stream)
+        discard(slot.record, self._sources, self.shape, places.slots, places.acknowledgements_at)(
+            stream.cuda_stream
+        )
         super()._recover(slot)
 
     def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
@@ -140,8 +165,11 @@ class SymmetricTransport(DeviceTransport):
         slot.unroll_kernel = take(taken, self.shape, self.cargo, constants)
 
 
-def share_memory(num_words: int, channel: Channel, device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """(zeroed int64 memory that the ranks of the channel can write to, the address of each rank's). Collective."""
+def share_memory(
+    num_words: int, channel: Channel, device: torch.device
+) -> tuple[torch.Tensor, list[int], Any]:
+    """(zeroed int64 memory that the ranks of the channel can write to, the address of each rank's, what keeps these
+    mapped). Collective."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     memory = symmetric_memory.empty(num_words, dtype=torch.int64, device=device)
@@ -149,4 +177,4 @@ def share_memory(num_words: int, channel: Channel, device: torch.device) -> tupl
     torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(memory, channel.group)
     offset = getattr(handle, "offset", 0)
-    return memory, [address + offset for address in handle.buffer_ptrs]
+    return memory, [address + offset for address in handle.buffer_ptrs], handle
