@@ -16,7 +16,7 @@ FINGERPRINT_AT = tl.constexpr(FINGERPRINT)
 
 @triton.jit
 def source_of(given, override, OVERRIDABLE: tl.constexpr):
-    """Where to read a record: as it was given, or what has been put in its place since (see `pack`)."""
+    """Where to read a record and its addresses: as given, or what has been put in their place (see `pack`)."""
     source = given
     if OVERRIDABLE:
         source = tl.where(tl.load(override + FINGERPRINT_AT) >= 0, override, given)
@@ -24,19 +24,17 @@ def source_of(given, override, OVERRIDABLE: tl.constexpr):
 
 
 @triton.jit
-def keep_record(given, source, record, RECORD_LEN: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Copies a record and its addresses to where the unroll reads them: host memory would be too far away."""
+def copy_words(source, target, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     for begin in tl.static_range(0, LENGTH, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        word = tl.load(tl.where(at < RECORD_LEN, source, given) + at, mask=at < LENGTH, other=0)
-        tl.store(record + at, word, mask=at < LENGTH)
+        tl.store(target + at, tl.load(source + at, mask=at < LENGTH, other=0), mask=at < LENGTH)
 
 
 @triton.jit
 def pack_kernel(
     given,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], may be pinned host memory
-    override,  # int64 [RECORD_LEN]
-    record,  # like `given`, on the device
+    override,  # like `given`, on the device
+    record,  # the same
     table,
     wire,  # [NUM_ROWS, NUM_TENSORS * BATCH]
     WIDTHS: tl.constexpr,
@@ -53,14 +51,14 @@ def pack_kernel(
     source = source_of(given, override, OVERRIDABLE)
     b = tl.program_id(1)
     if tl.program_id(0) + b == 0:
-        keep_record(given, source, record, RECORD_LEN, RECORD_LEN + 2 * NUM_TENSORS, BLOCK)
+        copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, BLOCK)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < NUM_ROWS
     slot, used, header = slot_of_row(source, table, row, inside, NUM_ROWS, NUM_CHUNKS, CP_SIZE, BY_DOCUMENT)
     fingerprint = tl.load(source + FINGERPRINT_AT)
     length = tl.load(source + SEQ_LEN_AT) // CP_SIZE
     for n in tl.static_range(NUM_TENSORS):
-        tensor = typed(tl.load(given + RECORD_LEN + n), WIDTHS[n])
+        tensor = typed(tl.load(source + RECORD_LEN + n), WIDTHS[n])
         word = tl.load(tensor + b * length + slot, mask=used, other=0).to(tl.int64)
         to = wire + row.to(tl.int64) * (NUM_TENSORS * BATCH) + n * BATCH + b
         tl.store(to, tl.where(header, fingerprint, word), mask=inside)
@@ -78,9 +76,9 @@ def pack(
     `buffers` are the first five arguments of `pack_kernel`:
     - `given`: int64, the record of the batch followed by the addresses of its tensors and of their rolls; it may be
       pinned host memory, and is read when the kernel runs;
-    - `override`: with `overridable`, replaces the record where its fingerprint is not negative, which is how a
-      captured graph is given another;
-    - `record`: where the kernel leaves all this for the unroll;
+    - `override`: with `overridable`, replaces all that where its fingerprint is not negative, which is how a
+      captured graph is given another record;
+    - `record`: where the kernel leaves all this for the unroll, for which host memory would be too far away;
     - `table`: PlanShape.table on the device; `wire`: the outgoing one.
     `block`: rows a program.
     """

@@ -1,4 +1,7 @@
-"""Packs the tokens that peers need straight into the peers' memory, and says so: one launch, one program a peer."""
+"""Packs the tokens that peers need straight into the peers' memory, and says so: one launch.
+
+One program a peer, and one that keeps the record for the unroll.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import triton.language as tl
 from overlap_mtp.cargo import Cargo
 from overlap_mtp.kernels.geometry import NUM_DOCUMENTS_AT, SEQ_LEN_AT, slot_of_row, typed
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.kernels.pack import FINGERPRINT_AT, keep_record, source_of
+from overlap_mtp.kernels.pack import FINGERPRINT_AT, copy_words, source_of
 from overlap_mtp.kernels.signals import flag_at, raise_flag, wait_for
 from overlap_mtp.plan import EPOCH, PlanShape
 
@@ -24,7 +27,6 @@ LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `trouble` for it
 @triton.jit
 def put_rows(
     source,
-    given,
     table,
     peer,
     wire,  # where the message's first row goes, in the peer's memory
@@ -53,7 +55,7 @@ def put_rows(
             source, table, first + row, inside, NUM_ROWS, NUM_CHUNKS, CP_SIZE, BY_DOCUMENT
         )
         for n in tl.static_range(NUM_TENSORS):
-            tensor = typed(tl.load(given + RECORD_LEN + n), WIDTHS[n])
+            tensor = typed(tl.load(source + RECORD_LEN + n), WIDTHS[n])
             for b in range(BATCH):
                 word = tl.load(tensor + b * length + slot, mask=used, other=0).to(tl.int64)
                 to = wire + row.to(tl.int64) * (NUM_TENSORS * BATCH) + n * BATCH + b
@@ -63,12 +65,12 @@ def put_rows(
 @triton.jit
 def put_kernel(
     given,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], may be pinned host memory
-    override,  # int64 [RECORD_LEN]
-    record,  # like `given`, on the device
+    override,  # like `given`, on the device
+    record,  # the same
     table,
     peers,  # int64 [destinations, PEER_WORDS]
     memory,  # this rank's symmetric memory
-    epochs,  # int64 [programs]
+    epochs,  # int64 [NUM_DESTINATIONS + 1], a program's own each
     trouble,
     patience,  # int64 [1], 0 once something has failed
     WIDTHS: tl.constexpr,
@@ -92,10 +94,8 @@ def put_kernel(
     program = tl.program_id(0)
     source = source_of(given, override, OVERRIDABLE)
     epoch = tl.load(epochs + program) + 1
-    tl.debug_barrier()
-    tl.store(epochs + program, epoch)
-    if program == 0:
-        keep_record(given, source, record, RECORD_LEN, RECORD_LEN + 2 * NUM_TENSORS, BLOCK)
+    if program == NUM_DESTINATIONS:
+        copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, BLOCK)
         tl.debug_barrier()
         tl.store(record + EPOCH_AT, epoch)
     if program < NUM_DESTINATIONS:
@@ -109,7 +109,6 @@ def put_kernel(
             wire = theirs + slot * SLOT_WORDS + tl.load(peer + 2) * (NUM_TENSORS * BATCH)
             put_rows(
                 source,
-                given,
                 table,
                 peer,
                 wire,
@@ -127,6 +126,7 @@ def put_kernel(
         else:
             tl.store(trouble + LATE_ACKNOWLEDGEMENT, (1 + rank).to(tl.int32))
             tl.store(patience, tl.zeros_like(epoch))
+    tl.store(epochs + program, epoch)
 
 
 def put(
@@ -145,7 +145,7 @@ def put(
     return Launch(
         put_kernel,
         buffers,
-        (max(1, len(shape.destinations)), 1, 1),
+        (len(shape.destinations) + 1, 1, 1),
         WIDTHS=cargo.widths,
         NUM_TENSORS=len(cargo.names),
         BATCH=cargo.rows,

@@ -11,7 +11,7 @@ from overlap_mtp.kernels.geometry import typed
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put import EPOCH_AT
 from overlap_mtp.kernels.signals import flag_at, raise_flag, wait_for
-from overlap_mtp.kernels.unroll import check_headers, roll_constants, write_rolls
+from overlap_mtp.kernels.unroll import check_headers, find_sources, remember, roll_constants, store_rolls
 from overlap_mtp.plan import DONE, PlanShape
 
 DONE_AT = tl.constexpr(DONE)
@@ -39,11 +39,13 @@ def acknowledge(
 @triton.jit
 def take_kernel(
     record,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], as `put` left it
+    override,
     table,
     sources,  # int64 [NUM_SOURCES, SOURCE_WORDS]
     memory,  # this rank's symmetric memory
     trouble,
     patience,  # int64 [1], 0 once something has failed
+    OVERRIDABLE: tl.constexpr,
     CP_RANK: tl.constexpr,
     RING: tl.constexpr,
     SLOT_WORDS: tl.constexpr,
@@ -68,8 +70,21 @@ def take_kernel(
     RECORD_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    source, is_held, is_received = find_sources(
+        record,
+        table + ROUTES_AT,
+        NUM_DEPTHS,
+        NUM_CHUNKS,
+        CP_SIZE,
+        HELD_CHUNKS,
+        BY_DOCUMENT,
+        MAX_DOCUMENTS,
+        STEPS,
+        BLOCK,
+    )
     epoch = tl.load(record + EPOCH_AT)
     slot = epoch % RING
+    wire = memory + slot * SLOT_WORDS
     arrived = epoch > 0
     for s in tl.static_range(NUM_SOURCES):
         rank = tl.load(sources + s * SOURCE_WORDS_ + 1)
@@ -78,29 +93,25 @@ def take_kernel(
             arrived = epoch < 0
             tl.store(trouble + LATE_TOKENS, (1 + rank).to(tl.int32))
             tl.store(patience, tl.zeros_like(epoch))
-    wire = memory + slot * SLOT_WORDS
-    write_rolls(
+    store_rolls(
         record,
-        table + ROUTES_AT,
         wire,
-        arrived,
+        source,
+        is_held,
+        is_received & arrived,
         FILLS,
         WIDTHS,
         GROUP_SIZES,
         NUM_TENSORS,
         BATCH,
-        NUM_DEPTHS,
-        NUM_CHUNKS,
         CP_SIZE,
-        HELD_CHUNKS,
-        BY_DOCUMENT,
-        MAX_DOCUMENTS,
-        STEPS,
         RECORD_LEN,
         BLOCK,
     )
-    if arrived & (tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0):
-        check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, BLOCK)
+        if arrived:
+            check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     if tl.atomic_add(record + DONE_AT, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -125,17 +136,19 @@ def take(
     shape: PlanShape,
     cargo: Cargo,
     constants: dict[str, object],
+    overridable: bool = False,
     block: int = 256,
 ) -> Launch:
     """A launch that unrolls what peers put into this rank's memory, as `overlap_mtp.kernels.reference.unroll` does.
 
-    `buffers` are the first six arguments of `take_kernel`, `constants` are those of SymmetricLayout; the grid is
+    `buffers` are the first seven arguments of `take_kernel`, `constants` are those of SymmetricLayout; the grid is
     that of `unroll_grid`. Where tokens do not come in time, `trouble` says who is late and the rolls hold the fill.
     """
     return Launch(
         take_kernel,
         buffers,
         (1, 1, 1),
+        OVERRIDABLE=overridable,
         CP_RANK=shape.cp_rank,
         **constants,
         ROUTES_AT=shape.routes_at,

@@ -9,7 +9,7 @@ import triton.language as tl
 from overlap_mtp.cargo import Cargo
 from overlap_mtp.kernels.geometry import CU_AT, SEQ_LEN_AT, last_at_or_below, typed
 from overlap_mtp.kernels.launch import Grid, Launch
-from overlap_mtp.kernels.pack import FINGERPRINT_AT
+from overlap_mtp.kernels.pack import FINGERPRINT_AT, copy_words
 from overlap_mtp.plan import PlanShape
 
 
@@ -17,9 +17,6 @@ from overlap_mtp.plan import PlanShape
 def find_sources(
     record,
     routes,
-    slot,
-    depth,
-    inside,
     NUM_DEPTHS: tl.constexpr,
     NUM_CHUNKS: tl.constexpr,
     CP_SIZE: tl.constexpr,
@@ -27,8 +24,13 @@ def find_sources(
     BY_DOCUMENT: tl.constexpr,
     MAX_DOCUMENTS: tl.constexpr,
     STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """(slot or row, whether it is held here, whether it was received) of the token `depth` ahead of each slot."""
+    """For this program's block of slots, at its depth: (slot or row of the token so far ahead, whether it is held
+    here, whether it was received)."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    depth = tl.program_id(1) + 1
+    inside = slot < tl.load(record + SEQ_LEN_AT) // CP_SIZE
     if BY_DOCUMENT:
         unit = last_at_or_below(record + CU_AT, slot.to(tl.int64) * CP_SIZE, MAX_DOCUMENTS, STEPS)
         start = tl.load(record + CU_AT + unit)
@@ -61,54 +63,33 @@ def find_sources(
 
 
 @triton.jit
-def write_rolls(
+def store_rolls(
     record,
-    routes,
     wire,
-    may_read,  # whether the wire holds what it should
+    source,
+    is_held,
+    is_received,
     FILLS: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUP_SIZES: tl.constexpr,
     NUM_TENSORS: tl.constexpr,
     BATCH: tl.constexpr,
-    NUM_DEPTHS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
     CP_SIZE: tl.constexpr,
-    HELD_CHUNKS: tl.constexpr,
-    BY_DOCUMENT: tl.constexpr,
-    MAX_DOCUMENTS: tl.constexpr,
-    STEPS: tl.constexpr,
     RECORD_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """This program's block of slots, at its depth and batch row, of every tensor."""
+    """Writes this program's block of slots, at its depth and batch row, of every tensor."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.program_id(1) + 1
     b = tl.program_id(2)
     length = tl.load(record + SEQ_LEN_AT) // CP_SIZE
-    inside = slot < length
-    source, is_held, is_received = find_sources(
-        record,
-        routes,
-        slot,
-        depth,
-        inside,
-        NUM_DEPTHS,
-        NUM_CHUNKS,
-        CP_SIZE,
-        HELD_CHUNKS,
-        BY_DOCUMENT,
-        MAX_DOCUMENTS,
-        STEPS,
-    )
-    is_received = is_received & may_read
     for n in tl.static_range(NUM_TENSORS):
         tensor = typed(tl.load(record + RECORD_LEN + n), WIDTHS[n])
         output = typed(tl.load(record + RECORD_LEN + NUM_TENSORS + n), WIDTHS[n])
         held = tl.load(tensor + b * length + source, mask=is_held, other=FILLS[n])
         word = tl.load(wire + source * (NUM_TENSORS * BATCH) + n * BATCH + b, mask=is_received, other=0)
         to = output + ((depth - 1) * (GROUP_SIZES[n] * BATCH) + b) * length + slot
-        tl.store(to, tl.where(is_received, word.to(held.dtype), held), mask=inside)
+        tl.store(to, tl.where(is_received, word.to(held.dtype), held), mask=slot < length)
 
 
 @triton.jit
@@ -121,11 +102,21 @@ def check_headers(record, headers, wire, trouble, NUM_SOURCES: tl.constexpr, ROW
 
 
 @triton.jit
+def remember(record, override, LENGTH: tl.constexpr, OVERRIDABLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Lets the replays of a captured graph find on the device what the first has found on the host."""
+    if OVERRIDABLE:
+        if tl.load(override + FINGERPRINT_AT) < 0:
+            copy_words(record, override, LENGTH, BLOCK)
+
+
+@triton.jit
 def unroll_kernel(
     record,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], on the device
+    override,
     table,
     wire,  # [num_recv_rows, NUM_TENSORS * BATCH]
     trouble,
+    OVERRIDABLE: tl.constexpr,
     ROUTES_AT: tl.constexpr,
     HEADERS_AT: tl.constexpr,
     NUM_SOURCES: tl.constexpr,
@@ -144,16 +135,9 @@ def unroll_kernel(
     RECORD_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    write_rolls(
+    source, is_held, is_received = find_sources(
         record,
         table + ROUTES_AT,
-        wire,
-        True,
-        FILLS,
-        WIDTHS,
-        GROUP_SIZES,
-        NUM_TENSORS,
-        BATCH,
         NUM_DEPTHS,
         NUM_CHUNKS,
         CP_SIZE,
@@ -161,22 +145,38 @@ def unroll_kernel(
         BY_DOCUMENT,
         MAX_DOCUMENTS,
         STEPS,
+        BLOCK,
+    )
+    store_rolls(
+        record,
+        wire,
+        source,
+        is_held,
+        is_received,
+        FILLS,
+        WIDTHS,
+        GROUP_SIZES,
+        NUM_TENSORS,
+        BATCH,
+        CP_SIZE,
         RECORD_LEN,
         BLOCK,
     )
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
+        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, BLOCK)
 
 
 def unroll(
     buffers: tuple[torch.Tensor, ...],
     shape: PlanShape,
     cargo: Cargo,
+    overridable: bool = False,
     block: int = 256,
 ) -> Launch:
     """A launch of what `overlap_mtp.kernels.reference.unroll` does.
 
-    `buffers` are the first four arguments of `unroll_kernel`. `record`: the one that `pack` left. `trouble` may be
+    `buffers` are the first five arguments of `unroll_kernel`. `record`: the one that `pack` left. `trouble` may be
     pinned host memory, so that the host can look at it without waiting for the device. `block`: slots a program.
     The grid depends on the batch: see `unroll_grid`.
     """
@@ -184,6 +184,7 @@ def unroll(
         unroll_kernel,
         buffers,
         (1, 1, 1),
+        OVERRIDABLE=overridable,
         ROUTES_AT=shape.routes_at,
         HEADERS_AT=shape.headers_at,
         NUM_SOURCES=len(shape.sources),
@@ -193,7 +194,7 @@ def unroll(
 
 
 def roll_constants(shape: PlanShape, cargo: Cargo) -> dict[str, object]:
-    """The constants of `write_rolls`, in its order."""
+    """The constants that `unroll_kernel` and `take_kernel` share, in their order."""
     return {
         "FILLS": cargo.fills,
         "WIDTHS": cargo.widths,

@@ -66,18 +66,18 @@ class Cargo:
         )
 
     @cached_property
-    def groups(self) -> tuple[tuple[torch.dtype, tuple[str, ...]], ...]:
-        """The names of each dtype: their rolls share one allocation, [num_depths, names, B, L]."""
-        by_dtype: dict[torch.dtype, list[str]] = {}
-        for name, dtype in zip(self.names, self.dtypes, strict=True):
-            by_dtype.setdefault(dtype, []).append(name)
-        return tuple((dtype, tuple(names)) for dtype, names in by_dtype.items())
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The tensors (by number) of each dtype: their rolls share one allocation, [num_depths, tensors, B, L]."""
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for number, dtype in enumerate(self.dtypes):
+            by_dtype.setdefault(dtype, []).append(number)
+        return tuple(tuple(numbers) for numbers in by_dtype.values())
 
     @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """How many tensors share the allocation of each tensor's rolls."""
-        sizes = {name: len(names) for _, names in self.groups for name in names}
-        return tuple(sizes[name] for name in self.names)
+        sizes = {number: len(numbers) for numbers in self.groups for number in numbers}
+        return tuple(sizes[number] for number in range(len(self.names)))
 
     def tensors(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The batch's tensors in the order of `names`, contiguous."""
@@ -86,22 +86,24 @@ class Cargo:
             for tensor in [batch[name] for name in self.names]
         ]
 
-    def outputs(self, num_depths: int, length: int) -> Outputs:
-        """Room for the rolls of tensors of `length` tokens: one allocation per dtype."""
+    def outputs(self, tensors: list[torch.Tensor], num_depths: int, length: int) -> Outputs:
+        """Room for the rolls of `tensors`, of `length` tokens each: one allocation per dtype."""
         depths: list[dict[str, torch.Tensor]] = [{} for _ in range(num_depths)]
-        bases = dict.fromkeys(self.names, 0)
-        for dtype, names in self.groups:
-            room = torch.empty(
-                (num_depths * len(names), *self.leading, length), dtype=dtype, device=self.device
+        bases = [0] * len(self.names)
+        for numbers in self.groups:
+            count, first = len(numbers), tensors[numbers[0]]
+            room = first.new_empty((num_depths * count, *self.leading, length))
+            rolls, base, step = (
+                room.unbind(0),
+                room.data_ptr(),
+                self.rows * length * self.widths[numbers[0]],
             )
-            rolls = iter(room.unbind(0))
-            for tensors in depths:
-                for name in names:
-                    tensors[name] = next(rolls)
-            base, step = room.data_ptr(), self.rows * length * dtype.itemsize
-            for index, name in enumerate(names):
-                bases[name] = base + index * step
-        return Outputs(depths, list(bases.values()))
+            for index, number in enumerate(numbers):
+                bases[number] = base + index * step
+                name = self.names[number]
+                for depth, rolled in enumerate(depths):
+                    rolled[name] = rolls[depth * count + index]
+        return Outputs(depths, bases)
 
     def integers(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, L] view as integers of the same width."""

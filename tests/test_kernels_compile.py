@@ -48,9 +48,9 @@ def launches(kind: str) -> list[object]:
     shape = shapes[1]
     return [
         pack((word,) * 5, shape, cargo, overridable=True),
-        unroll((word,) * 4, shape, cargo),
+        unroll((word,) * 5, shape, cargo, overridable=True),
         put((word,) * 9, shape, cargo, constants, overridable=True),
-        take((word,) * 6, shape, cargo, constants),
+        take((word,) * 7, shape, cargo, constants, overridable=True),
         discard(word, word, shape, 4, places.acknowledgements_at),
     ]
 

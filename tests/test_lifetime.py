@@ -284,10 +284,9 @@ def with_delays(group: dist.ProcessGroup, transport: str, function, *args):
 
     def delayed(send):
         def late(self, flight, stream):
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(rng.randrange(4_000_000))
-                send(self, flight, stream)
-                torch.cuda._sleep(rng.randrange(4_000_000))
+            torch.cuda._sleep(rng.randrange(4_000_000))
+            send(self, flight, stream)
+            torch.cuda._sleep(rng.randrange(4_000_000))
 
         return late
 

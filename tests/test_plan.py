@@ -25,8 +25,8 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.full((*shape, dtype.itemsize), POISON, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
-def poisoned_outputs(cargo: Cargo, num_depths: int, length: int):
-    outputs = cargo.outputs(num_depths, length)
+def poisoned_outputs(cargo: Cargo, tensors: list[torch.Tensor], num_depths: int, length: int):
+    outputs = cargo.outputs(tensors, num_depths, length)
     for rolled in outputs.depths:
         for tensor in rolled.values():
             tensor.view(torch.uint8).fill_(POISON)
@@ -55,14 +55,15 @@ class Plain:
             torch.from_numpy(new_record(layout, shape)),
             torch.from_numpy(shape.table),
         )
-        self.tensors = [self.cargo.integers(batch[name]) for name in self.cargo.names]
+        self.given = [batch[name] for name in self.cargo.names]
+        self.tensors = [self.cargo.integers(tensor) for tensor in self.given]
         self.length = layout.local_len
 
     def pack(self, wire: torch.Tensor) -> None:
         reference.pack(self.tensors, self.record, self.table, self.shape, wire)
 
     def unroll(self, wire: torch.Tensor, trouble: torch.Tensor) -> list[Batch]:
-        outputs = poisoned_outputs(self.cargo, self.shape.num_depths, self.length)
+        outputs = poisoned_outputs(self.cargo, self.given, self.shape.num_depths, self.length)
         integers = [
             [self.cargo.integers(rolled[name]) for rolled in outputs.depths] for name in self.cargo.names
         ]
@@ -76,16 +77,16 @@ class Interpreted(Plain):
     """The same by the Triton kernels."""
 
     def pack(self, wire: torch.Tensor) -> None:
-        self.outputs = poisoned_outputs(self.cargo, self.shape.num_depths, self.length)
+        self.outputs = poisoned_outputs(self.cargo, self.given, self.shape.num_depths, self.length)
         addresses = [t.data_ptr() for t in self.tensors] + self.outputs.bases
         given = torch.cat([self.record, torch.tensor(addresses)])
         self.device_record = poisoned(len(given))
-        override = torch.full_like(self.record, -1)
-        buffers = (given, override, self.device_record, self.table, wire)
+        self.override = torch.full_like(given, -1)
+        buffers = (given, self.override, self.device_record, self.table, wire)
         triton_pack.pack(buffers, self.shape, self.cargo, block=64)(None)
 
     def unroll(self, wire: torch.Tensor, trouble: torch.Tensor) -> list[Batch]:
-        buffers = (self.device_record, self.table, wire, trouble)
+        buffers = (self.device_record, self.override, self.table, wire, trouble)
         launch = triton_unroll.unroll(buffers, self.shape, self.cargo, block=64)
         launch(None, triton_unroll.unroll_grid(self.length, self.shape, self.cargo, block=64))
         return self.outputs.depths

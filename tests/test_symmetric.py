@@ -37,7 +37,7 @@ class Rank:
         self.memory = memories[shape.cp_rank]
         tables = peer_tables(shapes, shape.cp_rank, [memory.data_ptr() for memory in memories])
         self.peers, self.sources = (torch.tensor(one or [0]) for one in tables)
-        self.epochs = torch.zeros(max(1, len(shape.destinations)), dtype=torch.int64)
+        self.epochs = torch.zeros(len(shape.destinations) + 1, dtype=torch.int64)
         self.trouble = torch.zeros(4, dtype=torch.int32)
         self.patience = torch.tensor([PATIENCE])
         self.table = torch.from_numpy(shape.table)
@@ -45,18 +45,18 @@ class Rank:
     def put(self, layout: SequenceLayout, batch: Batch):
         """Launches a put; what is needed to take."""
         tensors = [batch[name] for name in self.cargo.names]
-        outputs = poisoned_outputs(self.cargo, self.shape.num_depths, layout.local_len)
+        outputs = poisoned_outputs(self.cargo, tensors, self.shape.num_depths, layout.local_len)
         record = torch.from_numpy(new_record(layout, self.shape))
         given = torch.cat([record, torch.tensor([t.data_ptr() for t in tensors] + outputs.bases)])
-        kept, override = poisoned(len(given)), torch.full_like(record, -1)
+        kept, override = poisoned(len(given)), torch.full_like(given, -1)
         own = (self.memory, self.epochs, self.trouble, self.patience)
         buffers = (given, override, kept, self.table, self.peers, *own)
         put(buffers, self.shape, self.cargo, self.places.constants(timed=False), block=64)(None)
-        return kept, outputs, layout.local_len, tensors
+        return kept, outputs, layout.local_len, tensors, override
 
     def take(self, flight) -> list[Batch]:
-        kept, outputs, length, _ = flight
-        buffers = (kept, self.table, self.sources, self.memory, self.trouble, self.patience)
+        kept, outputs, length, _, override = flight
+        buffers = (kept, override, self.table, self.sources, self.memory, self.trouble, self.patience)
         launch = take(buffers, self.shape, self.cargo, self.places.constants(timed=False), block=64)
         launch(None, unroll_grid(length, self.shape, self.cargo, block=64))
         return outputs.depths

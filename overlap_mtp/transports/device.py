@@ -13,7 +13,7 @@ from overlap_mtp.channel import Channel
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.unroll import unroll_grid
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.plan import PlanShape, new_record
+from overlap_mtp.plan import PlanShape
 from overlap_mtp.tracing import span
 from overlap_mtp.transports.base import Flight, Slot, Traffic, Transport
 from overlap_mtp.upload import upload
@@ -33,7 +33,7 @@ class DeviceSlot(Slot):
     def __init__(self, shape: PlanShape, cargo: Cargo) -> None:
         super().__init__(shape, cargo)
         self.record = torch.zeros_like(self.given, device=cargo.device)
-        self.override = torch.full((shape.record_len,), -1, dtype=torch.int64, device=cargo.device)
+        self.override = torch.full_like(self.record, -1)
         self.forked, self.sent, self.landed = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
 
 
@@ -54,6 +54,7 @@ class DeviceTransport(Transport):
         self._compute = torch.cuda.current_stream(self.device)
         # What Triton asks too: 0.2 µs where torch.cuda.current_stream takes 3 (measured on the host of an H200).
         self._current_handle = torch._C._cuda_getCurrentRawStream
+        self._is_capturing = torch.cuda.is_current_stream_capturing
         self._free: deque[DeviceSlot] = deque()
         self._slots: list[DeviceSlot] = []
         self._abandoned: deque[DeviceSlot] = deque()
@@ -67,27 +68,32 @@ class DeviceTransport(Transport):
         """Gives a slot its launches; with `overridable` they heed `DeviceSlot.override`."""
 
     @abstractmethod
-    def _send(self, flight: Flight, stream: torch.cuda.Stream) -> None:
-        """Launches pack and send/recv on `stream`."""
+    def _send(self, flight: Flight, stream: int) -> None:
+        """Launches pack and send/recv on the current stream, whose handle is `stream`."""
 
     @abstractmethod
     def _count(self, layout: SequenceLayout) -> None:
         """Adds an exchange to `traffic`."""
 
     def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
-        compute = self._current_stream()
+        compute, side = self._current_stream(), self._side
         slot = self._take_slot()
-        outputs = self.cargo.outputs(self.shape.num_depths, layout.local_len)
+        length = tensors[0].shape[-1]
+        outputs = self.cargo.outputs(tensors, self.shape.num_depths, length)
         slot.write(tensors, layout, outputs)
-        flight = Flight(self, self.launched, slot, layout.local_len, outputs, stream=compute.cuda_stream)
+        flight = Flight(self, self.launched, slot, length, outputs.depths, compute)
         self.launched += 1
         if self._overlapped:
             slot.forked.record(compute)
-            self._side.wait_event(slot.forked)
-            self._send(flight, self._side)
-            slot.sent.record(self._side)
+            side.wait_event(slot.forked)
+            torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
+            try:
+                self._send(flight, side.cuda_stream)
+            finally:
+                torch.cuda.set_stream(compute)
+            slot.sent.record(side)
         else:
-            self._send(flight, compute)
+            self._send(flight, compute.cuda_stream)
         if self.has_peers:
             self._count(layout)
         return flight
@@ -99,16 +105,16 @@ class DeviceTransport(Transport):
             if self._overlapped:
                 compute.wait_event(slot.sent)
             with self._unroll_span:
-                slot.unroll_kernel(compute.cuda_stream, unroll_grid(flight.length, self.shape, self.cargo))
-        depths = flight.outputs.depths
-        if flight.stream != compute.cuda_stream:
-            for rolled in depths:
+                grid = unroll_grid(flight.length, self.shape, self.cargo)
+                slot.unroll_kernel(compute.cuda_stream, grid, as_graph=not slot.captured)
+        if flight.stream is not compute:
+            for rolled in flight.depths:
                 for tensor in rolled.values():
                     tensor.record_stream(compute)
         if not slot.captured:
             slot.landed.record(compute)
             self._free.append(slot)
-        return depths
+        return flight.depths
 
     def abandon(self, flight: Flight) -> None:
         self._abandoned.append(flight.slot)
@@ -121,7 +127,7 @@ class DeviceTransport(Transport):
                 f"a captured exchange keeps its length: it has {flight.length} tokens a rank, the new layout "
                 f"{layout.local_len}"
             )
-        flight.slot.override.copy_(upload(new_record(layout, self.shape), self.device))
+        flight.slot.override.copy_(upload(flight.slot.words_for(layout), self.device))
 
     def close(self) -> None:
         self._closer()
@@ -135,7 +141,7 @@ class DeviceTransport(Transport):
         return self._compute
 
     def _take_slot(self) -> DeviceSlot:
-        if torch.cuda.is_current_stream_capturing():
+        if self._is_capturing():
             return self._take_slot_for_capture()
         while self._abandoned:
             self._recover(self._abandoned.popleft())

@@ -30,9 +30,9 @@ class HostTransport(Transport):
 
     def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
         slot = self._free.pop() if self._free else HostSlot(self.shape, self.cargo)
-        outputs = self.cargo.outputs(self.shape.num_depths, layout.local_len)
+        outputs = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
         slot.write(tensors, layout, outputs)
-        flight = Flight(self, self.launched, slot, layout.local_len, outputs)
+        flight = Flight(self, self.launched, slot, layout.local_len, outputs.depths)
         self.launched += 1
         if self.has_peers:
             views = [self.cargo.integers(tensor) for tensor in tensors]
@@ -55,7 +55,7 @@ class HostTransport(Transport):
             with self.channel.named_errors(self.describe(flight)):
                 flight.work.wait()
         flight.landed = True
-        depths = flight.outputs.depths
+        depths = flight.depths
         reference.unroll(
             [integers(tensor) for tensor in slot.tensors],
             [[integers(rolled[name]) for rolled in depths] for name in self.cargo.names],

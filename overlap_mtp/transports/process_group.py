@@ -30,31 +30,30 @@ class ProcessGroupTransport(DeviceTransport):
     ) -> None:
         super().__init__(channel, shape, cargo, traffic, overlapped)
         self._send_rows, self._recv_rows = list(shape.send_rows), list(shape.recv_rows)
+        self._options = dist.AllToAllOptions()
+        self._options.asyncOp = False
         self._make_slots()
         if self.has_peers:
+            self._group = channel.group
             self._connect()
 
-    def _send(self, flight: Flight, stream: torch.cuda.Stream) -> None:
+    def _send(self, flight: Flight, stream: int) -> None:
+        slot = flight.slot
         with self._pack_span:
-            flight.slot.send_kernel(stream.cuda_stream)
-        if not self.has_peers:
-            return
-        torch.cuda.set_stream(stream)  # half the host time of `with torch.cuda.stream(stream)`
-        try:
-            with self._send_span:
-                self._exchange(flight.slot)
-        except RuntimeError as error:
-            raise self.channel.named(error, self.describe(flight)) from error
-        finally:
-            torch.cuda.set_stream(self._compute)
+            slot.send_kernel(stream, as_graph=not slot.captured)
+        if self.has_peers:
+            try:
+                with self._send_span:
+                    self._exchange(slot)
+            except RuntimeError as error:
+                raise self.channel.named(error, self.describe(flight)) from error
 
     def _count(self, layout: SequenceLayout) -> None:
         self.traffic.add(len(self.shape.destinations), self._message_bytes)
 
     def _exchange(self, slot: DeviceSlot) -> None:
-        dist.all_to_all_single(
-            slot.recv, slot.send, self._recv_rows, self._send_rows, group=self.channel.group, async_op=False
-        )
+        """`dist.all_to_all_single(async_op=False)` without its wrapper, a sixth of its host time."""
+        self._group.alltoall_base(slot.recv, slot.send, self._recv_rows, self._send_rows, self._options)
 
     def _connect(self) -> None:
         """NCCL connects two ranks when they first exchange, which blocks the host: better now than later."""
@@ -71,4 +70,6 @@ class ProcessGroupTransport(DeviceTransport):
         slot.send_kernel = pack(
             (slot.given, slot.override, slot.record, self.table, slot.send), shape, cargo, overridable
         )
-        slot.unroll_kernel = unroll((slot.record, self.table, slot.recv, self.trouble), shape, cargo)
+        slot.unroll_kernel = unroll(
+            (slot.record, slot.override, self.table, slot.recv, self.trouble), shape, cargo, overridable
+        )

@@ -113,7 +113,7 @@ class SymmetricTransport(DeviceTransport):
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
         )
-        self._epochs = torch.zeros(max(1, len(shape.destinations)), dtype=torch.int64, device=self.device)
+        self._epochs = torch.zeros(len(shape.destinations) + 1, dtype=torch.int64, device=self.device)
         patience = (channel.timeout or DEFAULT_PATIENCE) / timedelta(microseconds=1) * 1000
         self._patience = torch.tensor([int(patience)], dtype=torch.int64, device=self.device)
         self._under_way: dict[int, None] = {}  # numbers of flights, oldest first
@@ -139,9 +139,9 @@ class SymmetricTransport(DeviceTransport):
         self._under_way.pop(flight.number, None)
         super().abandon(flight)
 
-    def _send(self, flight: Flight, stream: torch.cuda.Stream) -> None:
+    def _send(self, flight: Flight, stream: int) -> None:
         with self._send_span:
-            flight.slot.send_kernel(stream.cuda_stream)
+            flight.slot.send_kernel(stream, as_graph=not flight.slot.captured)
 
     def _count(self, layout: SequenceLayout) -> None:
         units = num_units(self.shape, layout)
@@ -151,9 +151,10 @@ class SymmetricTransport(DeviceTransport):
     def _recover(self, slot: DeviceSlot) -> None:
         stream = self._side if self._overlapped else self._compute
         places = self._places
-        discard(slot.record, self._sources, self.shape, places.slots, places.acknowledgements_at)(
-            stream.cuda_stream
-        )
+        with torch.cuda.stream(stream):
+            discard(slot.record, self._sources, self.shape, places.slots, places.acknowledgements_at)(
+                stream.cuda_stream
+            )
         super()._recover(slot)
 
     def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
@@ -161,8 +162,10 @@ class SymmetricTransport(DeviceTransport):
         given = (slot.given, slot.override, slot.record, self.table)
         shared = (self._memory, self._epochs, self.trouble, self._patience)
         slot.send_kernel = put((*given, self._peers, *shared), self.shape, self.cargo, constants, overridable)
-        taken = (slot.record, self.table, self._sources, self._memory, self.trouble, self._patience)
-        slot.unroll_kernel = take(taken, self.shape, self.cargo, constants)
+        taken = (slot.record, slot.override, self.table, self._sources, self._memory)
+        slot.unroll_kernel = take(
+            (*taken, self.trouble, self._patience), self.shape, self.cargo, constants, overridable
+        )
 
 
 def share_memory(
