@@ -119,6 +119,11 @@ class Roller(ABC):
         if signature != self._current:
             self._agree(signature, None)
 
+    @property
+    def transport(self) -> str:
+        """What its tokens travel by, as far as that has been settled; "" where none do."""
+        return ""
+
     @abstractmethod
     def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls: ...
 

@@ -20,9 +20,13 @@ class WiredRoller(Roller):
 
     def __init__(self, channel: Channel, num_depths: int, max_documents: int, transport: str) -> None:
         super().__init__(channel, num_depths, max_documents)
-        self.transport = transport
+        self._wanted = transport
         self._transports: dict[object, Transport] = {}
         self._transport: Transport  # for the kind of batch that came last
+
+    @property
+    def transport(self) -> str:
+        return self._transport.name if hasattr(self, "_transport") else self._wanted
 
     @property
     def depths_per_exchange(self) -> int:
@@ -35,7 +39,7 @@ class WiredRoller(Roller):
         if key not in self._transports:
             shapes = shapes_of(layout, self.depths_per_exchange, self.max_documents)
             self._transports[key] = open_transport(
-                self.transport, self._channel, shapes, cargo, self.traffic, self.overlapped
+                self._wanted, self._channel, shapes, cargo, self.traffic, self.overlapped
             )
         self._transport = self._transports[key]
 
