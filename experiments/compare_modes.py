@@ -34,7 +34,10 @@ from overlap_mtp.model.config import PRESETS
 from overlap_mtp.transports import TRANSPORTS
 
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
-CAPTION = "median [95 % interval]; exposed = step - prepared step; metered = by CUDA events; messages and KB are those of all ranks together"
+CAPTION = (
+    "median [95 % interval]; exposed = step - prepared step; metered: the same by CUDA events, on one rank's "
+    "stream; messages and KB of all ranks together"
+)
 WIDTH = 190  # of the table where there is no terminal
 ALL_MODES = (*SCHEDULES, TIMING_ONLY)
 Documents = StrEnum("Documents", ["dense", "packed"])
