@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -54,6 +55,17 @@ class Settings:
     profile: Path | None = None  # where traces of torch.profiler go
     profile_nsys: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What all steps of a round compute on: this rank's shards, without and with the rolls of `prepared`."""
+
+    plain: dict[str, torch.Tensor]
+    prepared: dict[str, torch.Tensor]
+    layout: SequenceLayout
+    counts: torch.Tensor
+    expected: Rolls
 
 
 def schedule_of(mode: str) -> str:
@@ -128,14 +140,13 @@ class Comparison:
         """All rounds; the record on rank 0. `on_round` is called after each."""
         steps: dict[str, list[Step]] = {mode: [] for mode in self.settings.modes}
         gc.disable()  # a collection inside a step would be counted as the schedule's
-        for index in range(self.settings.warmup):
-            self._round(index)
-            on_round()
-            gc.collect()
+        # From the first warm-up on: a profiler sees the inside of those CUDA graphs only whose capture it saw.
         with recording(self.settings.profile_nsys, self.settings.profile, self.rank):
-            for index in range(self.settings.rounds):
-                for mode, step in self._round(self.settings.warmup + index).items():
-                    steps[mode].append(step)
+            for index in range(self.settings.warmup + self.settings.rounds):
+                kept = index >= self.settings.warmup
+                for mode, step in self._round(index, kept).items():
+                    if kept:
+                        steps[mode].append(step)
                 on_round()
                 gc.collect()
         gc.enable()
@@ -143,25 +154,15 @@ class Comparison:
             one.close()
         return self._summary(steps)
 
-    def _round(self, index: int) -> dict[str, Step]:
-        """One step of every schedule on the same weights and batch, then one update."""
-        full, layout = self.stream.batch(index)
-        everything = prepare(full, layout, self.settings.model.num_depths)
-        local = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
-        plain = {name: local[name] for name in full}
-        counts = global_counts(self.model, [(plain, layout)], self.group)
-        expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(local, layout)
-
+    def _round(self, index: int, kept: bool) -> dict[str, Step]:
+        """One step of every schedule on the same weights and batch, then one update. `kept`: named in profiles."""
+        feed = self._feed(index)
         # Another order each round, alike on all ranks: a step behind a slow `sync` finds a cooler, faster GPU.
         order = np.random.default_rng((self.settings.seed, index)).permutation(self.settings.modes)
+        self._step(BASELINE, feed, named=False)  # not kept: the first step behind an update is faster
         steps, gradients = {}, None
-        for mode in [
-            BASELINE,
-            *order.tolist(),
-        ]:  # the first step, behind the update, is not kept: it is faster
-            self.optimizer.zero_grad()
-            anew = replace(layout, _positions={})  # each schedule finds the batch's layout new
-            steps[mode] = self._step(mode, local if mode == BASELINE else plain, anew, counts, expected)
+        for mode in order.tolist():
+            steps[mode] = self._step(mode, feed, named=kept)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.settings.forward_only:
@@ -171,37 +172,36 @@ class Comparison:
             self.optimizer.step()
         return steps
 
-    def _step(
-        self,
-        mode: str,
-        batch: dict[str, torch.Tensor],
-        layout: SequenceLayout,
-        counts: torch.Tensor,
-        expected: Rolls,
-    ) -> Step:
+    def _feed(self, index: int) -> Feed:
+        full, layout = self.stream.batch(index)
+        everything = prepare(full, layout, self.settings.model.num_depths)
+        prepared = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
+        plain = {name: prepared[name] for name in full}
+        counts = global_counts(self.model, [(plain, layout)], self.group)
+        expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(prepared, layout)
+        return Feed(plain, prepared, layout, counts, expected)
+
+    def _step(self, mode: str, feed: Feed, named: bool) -> Step:
         step = self.steps[mode]
         traffic = step.meter.roller.traffic
         before = replace(traffic)
+        self.optimizer.zero_grad()
+        anew = replace(feed.layout, _positions={})  # each schedule finds the batch's layout new
+        step.load(feed.prepared if mode == BASELINE else feed.plain, anew, feed.counts)
         self._meet()
         begin = time.perf_counter()
-        with span("step", mode):
-            loss = step(batch, layout, counts)
+        with span("step", mode) if named else contextlib.nullcontext():
+            loss = step.run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         ms = 1000 * (time.perf_counter() - begin)
         equal = all(
             torch.equal(step.rolls.at(depth)[name], wanted)
             for depth in range(1, self.settings.model.num_depths + 1)
-            for name, wanted in expected.at(depth).items()
+            for name, wanted in feed.expected.at(depth).items()
         )
-        return Step(
-            ms,
-            step.meter.read(),
-            traffic.messages - before.messages,
-            traffic.bytes - before.bytes,
-            loss.clone(),
-            equal,
-        )
+        cost, sent = step.meter.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
+        return Step(ms, cost, *sent, loss.clone(), equal)
 
     def _meet(self) -> None:
         """All ranks, with idle devices, at one point."""

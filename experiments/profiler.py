@@ -1,4 +1,4 @@
-"""Letting a profiler see only the timed rounds."""
+"""Letting a profiler see the rounds, and nothing before or behind them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 @contextlib.contextmanager
@@ -20,9 +21,11 @@ def recording(for_nsys: bool, folder: Path | None, rank: int) -> Iterator[None]:
         profile.export_chrome_trace(str(folder / f"rank{rank}.json.gz"))
         return
     if for_nsys:
+        dist.barrier()  # the first rank to stop ends the capture of all
         torch.cuda.synchronize()
         torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
     yield
     if for_nsys:
+        dist.barrier()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]

@@ -42,7 +42,7 @@ class Case:
 
     layout: SequenceLayout
     batch: dict[str, torch.Tensor]
-    rolls: list[dict[str, torch.Tensor]]
+    rolls: dict[str, torch.Tensor]  # [NUM_DEPTHS, L]
 
 
 def make_case(seed: int, rank: int, ranks: int, device: torch.device) -> Case:
@@ -56,7 +56,10 @@ def make_case(seed: int, rank: int, ranks: int, device: torch.device) -> Case:
         "loss_mask": torch.rand(1, layout.seq_len, generator=generator),
     }
     local = {n: layout.shard(t, rank).to(device) for n, t in prepare(full, layout, NUM_DEPTHS).items()}
-    rolls = [{n: local[prepared_name(n, depth)] for n in full} for depth in range(1, NUM_DEPTHS + 1)]
+    rolls = {
+        name: torch.cat([local[prepared_name(name, depth)] for depth in range(1, NUM_DEPTHS + 1)])
+        for name in full
+    }
     return Case(layout, {name: local[name] for name in full}, rolls)
 
 
@@ -105,10 +108,9 @@ class Soak:
                 self.exchanges += 1
                 continue
             self._delay()
-            for depth, expected in enumerate(case.rolls, start=1):
-                rolled = rolls.at(depth)
-                for key, tensor in expected.items():
-                    self.wrong += (rolled[key] != tensor).sum()
+            rolled = [rolls.at(depth) for depth in range(1, NUM_DEPTHS + 1)]
+            for key, tensor in case.rolls.items():
+                self.wrong += (torch.cat([one[key] for one in rolled]) != tensor).sum()
             self.exchanges += 1 if name == "prefetch" else NUM_DEPTHS
 
     def _delay(self) -> None:

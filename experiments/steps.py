@@ -23,14 +23,20 @@ class EagerStep:
         self.model = model
         self.meter = OverlapMeter(roller)
         self.forward_only = forward_only
+        self._input: tuple[Batch, SequenceLayout, torch.Tensor]
 
     @property
     def rolls(self) -> Rolls:
         """Of the last step."""
         return self.meter.rolls
 
-    def __call__(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> torch.Tensor:
+    def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
+        """Gives the next step its input; what a data loader would do, outside of the step."""
+        self._input = batch, layout, counts
+
+    def run(self) -> torch.Tensor:
         """The loss of a step, detached; gradients are left in the parameters."""
+        batch, layout, counts = self._input
         with torch.set_grad_enabled(not self.forward_only):
             loss = combine(self.model(batch, layout, self.meter), counts, self.model.config.mtp_loss_factor)
             if not self.forward_only:
@@ -42,45 +48,45 @@ class EagerStep:
 
 
 class CapturedStep(EagerStep):
-    """The same as one CUDA graph with the exchange inside, captured at the first call and replayed from then on.
+    """The same as one CUDA graph with the exchange inside, captured for the first batch and replayed from then on.
 
-    For one dense layout. Loss and gradients are the graph's own: the next call overwrites them.
+    For one dense layout. Loss and gradients are the graph's own: the next step overwrites them.
     """
 
     def __init__(self, model: GPT, roller: Roller, forward_only: bool) -> None:
         super().__init__(model, roller, forward_only)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._batch: Batch = {}
-        self._counts: torch.Tensor
         self._loss: torch.Tensor
         self._gradients: list[torch.Tensor | None] = []
 
-    def __call__(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> torch.Tensor:
+    def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         if self._graph is None:
-            self._capture(batch, layout, counts)
-        assert self._graph is not None
+            self._capture({name: tensor.clone() for name, tensor in batch.items()}, layout, counts.clone())
+        own, _, own_counts = self._input
         for name, tensor in batch.items():
-            self._batch[name].copy_(tensor)
-        self._counts.copy_(counts)
+            own[name].copy_(tensor)
+        own_counts.copy_(counts)
+
+    def run(self) -> torch.Tensor:
+        assert self._graph is not None
         self._graph.replay()
         for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
         return self._loss
 
     def _capture(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
-        self._batch = {name: tensor.clone() for name, tensor in batch.items()}
-        self._counts = counts.clone()
+        super().load(batch, layout, counts)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._forget_gradients()
-                super().__call__(self._batch, layout, self._counts)
+                super().run()
         torch.cuda.current_stream().wait_stream(stream)
         self._forget_gradients()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss = super().__call__(self._batch, layout, self._counts)
+            self._loss = super().run()
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
 
     def _forget_gradients(self) -> None:

@@ -24,6 +24,7 @@ class Launch:
         self._kernel = kernel
         self._tensors = tensors  # kept alive
         self._constants = constants
+        self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         self._runners: dict[Grid, Callable[..., None]] = {}
         self._graphs: dict[Grid, torch.cuda.CUDAGraph] = {}
         self.grid = grid
@@ -45,14 +46,14 @@ class Launch:
             self._runners[grid](stream)
 
     def _compiled(self, grid: Grid) -> Runner:
-        if not self._tensors[-1].is_cuda:
+        if self._device is None:
             return lambda _: self._kernel[grid](*self._tensors, **self._constants)
         runner = self._kernel.warmup(*self._tensors, grid=grid, **self._constants)[grid]
         arguments = (*(tensor.data_ptr() for tensor in self._tensors), *self._constants.values())
         return lambda stream: runner(*arguments, stream=stream)
 
     def _captured(self, grid: Grid) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._tensors[-1].device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may ask their events
             self._runners[grid](stream.cuda_stream)

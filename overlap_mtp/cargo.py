@@ -86,24 +86,27 @@ class Cargo:
             for tensor in [batch[name] for name in self.names]
         ]
 
-    def outputs(self, tensors: list[torch.Tensor], num_depths: int, length: int) -> Outputs:
-        """Room for the rolls of `tensors`, of `length` tokens each: one allocation per dtype."""
-        depths: list[dict[str, torch.Tensor]] = [{} for _ in range(num_depths)]
-        bases = [0] * len(self.names)
+    def outputs(
+        self, tensors: list[torch.Tensor], num_depths: int, length: int, ahead: int = 1
+    ) -> list[Outputs]:
+        """Room for the rolls of `ahead` microbatches of `tensors`, `length` tokens each: one allocation per dtype."""
+        made = [Outputs([{} for _ in range(num_depths)], [0] * len(self.names)) for _ in range(ahead)]
         for numbers in self.groups:
-            count, first = len(numbers), tensors[numbers[0]]
-            room = first.new_empty((num_depths * count, *self.leading, length))
-            rolls, base, step = (
-                room.unbind(0),
-                room.data_ptr(),
-                self.rows * length * self.widths[numbers[0]],
-            )
-            for index, number in enumerate(numbers):
-                bases[number] = base + index * step
-                name = self.names[number]
-                for depth, rolled in enumerate(depths):
-                    rolled[name] = rolls[depth * count + index]
-        return Outputs(depths, bases)
+            count, width = len(numbers), self.widths[numbers[0]]
+            room = tensors[numbers[0]].new_empty((ahead * num_depths * count, *self.leading, length))
+            rolls, address, step = iter(room.unbind(0)), room.data_ptr(), self.rows * length * width
+            for outputs in made:
+                for index, number in enumerate(numbers):
+                    outputs.bases[number] = address + index * step
+                for rolled in outputs.depths:
+                    for number in numbers:
+                        rolled[self.names[number]] = next(rolls)
+                address += num_depths * count * step
+        return made
+
+    def bytes_of_rolls(self, num_depths: int, length: int) -> int:
+        """Bytes of the rolls of one microbatch."""
+        return num_depths * self.rows * length * sum(self.widths)
 
     def integers(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, L] view as integers of the same width."""

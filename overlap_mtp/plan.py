@@ -224,7 +224,6 @@ def write_record(layout: SequenceLayout, shape: PlanShape, record: IntArray) -> 
     ends_at = shape.valid_ends_at
     record[NUM_DOCUMENTS] = documents
     record[SEQ_LEN] = layout.cu_seqlens[-1]
-    record[EPOCH : DONE + 1] = 0
     record[CU_SEQLENS : CU_SEQLENS + documents + 1] = layout.cu_seqlens
     record[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
     record[ends_at : ends_at + documents] = layout.valid_ends

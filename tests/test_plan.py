@@ -26,7 +26,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 
 def poisoned_outputs(cargo: Cargo, tensors: list[torch.Tensor], num_depths: int, length: int):
-    outputs = cargo.outputs(tensors, num_depths, length)
+    (outputs,) = cargo.outputs(tensors, num_depths, length)
     for rolled in outputs.depths:
         for tensor in rolled.values():
             tensor.view(torch.uint8).fill_(POISON)

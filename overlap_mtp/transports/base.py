@@ -49,7 +49,7 @@ class Slot:
 
     def write(self, tensors: list[torch.Tensor], layout: SequenceLayout, outputs: Outputs) -> None:
         """Says what the next exchange carries, and keeps it alive."""
-        if layout is not self._layout:
+        if layout.is_packed or self._layout is None:  # all dense layouts of one shape are alike
             write_record(layout, self.shape, self._record)
             self._layout = layout
         self._addresses[:] = [*(tensor.data_ptr() for tensor in tensors), *outputs.bases]

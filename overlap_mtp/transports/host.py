@@ -30,7 +30,7 @@ class HostTransport(Transport):
 
     def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
         slot = self._free.pop() if self._free else HostSlot(self.shape, self.cargo)
-        outputs = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
+        (outputs,) = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
         slot.write(tensors, layout, outputs)
         flight = Flight(self, self.launched, slot, layout.local_len, outputs.depths)
         self.launched += 1

@@ -63,10 +63,11 @@ class ProcessGroupTransport(DeviceTransport):
 
     def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
         shape, cargo = self.shape, self.cargo
-        rows = (shape.num_send_rows, shape.num_recv_rows)
-        slot.send, slot.recv = (
-            torch.zeros(n, cargo.words, dtype=torch.int64, device=self.device) for n in rows
-        )
+        if not overridable:
+            rows = (shape.num_send_rows, shape.num_recv_rows)
+            slot.send, slot.recv = (
+                torch.zeros(n, cargo.words, dtype=torch.int64, device=self.device) for n in rows
+            )
         slot.send_kernel = pack(
             (slot.given, slot.override, slot.record, self.table, slot.send), shape, cargo, overridable
         )
