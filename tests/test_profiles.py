@@ -230,3 +230,17 @@ def test_an_old_trace_with_other_categories_and_no_header(tmp_path):
     path.write_text(json.dumps(document["traceEvents"]))  # a bare list of events
     found = report_on([read_profile(path)])
     assert row(found, "rank 0", "prefetch", "send-recv").hidden_us == 6
+
+
+@pytest.mark.parametrize("kind", ["ours", "foreign", "quiet"])
+def test_the_picture_is_drawn_of_whatever_there_is(tmp_path, kind):
+    from matplotlib import image
+
+    from overlap_mtp.profiling.picture import draw
+
+    foreign = [Work("ncclDevKernel_AllReduce", 1, 10, 30), Work("gemm", 2, 20, 40, stream=9)]
+    process = rank(0) if kind == "ours" else Process(5, work=foreign[1:] if kind == "quiet" else foreign)
+    found = report(tmp_path, "nsys", process)
+    draw(found.lanes, tmp_path / "timeline.png")
+    height, width, _ = image.imread(tmp_path / "timeline.png").shape
+    assert width > height > 200
