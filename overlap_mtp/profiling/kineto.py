@@ -53,15 +53,15 @@ def read_kineto(path: Path, text: str) -> Profile:
 
 def _profile(source: str, header: Event, events: list[Event]) -> Profile:
     names, texts, threads = Texts(), Texts(), Texts()
-    spans = list(_spans(events))
+    timed = list(spans(events))
     calls: dict[int, tuple[int, int]] = {}
-    for category, event in spans:
+    for category, event in timed:
         if category in CALLS and "correlation" in event.get("args", {}):
             call = (_ns(event["ts"]), threads.index(str(event["tid"])))
             correlation = int(event["args"]["correlation"])
             calls[correlation] = min(call, calls.get(correlation, call))
     activities = [
-        _activity(event, KINDS[category], names, calls) for category, event in spans if category in KINDS
+        _activity(event, KINDS[category], names, calls) for category, event in timed if category in KINDS
     ]
     if not activities:
         raise ProfileError(
@@ -74,10 +74,10 @@ def _profile(source: str, header: Event, events: list[Event]) -> Profile:
             texts.index(event["name"]),
             LABEL.match(event["name"]) is not None,
         )
-        for category, event in spans
+        for category, event in timed
         if category == ANNOTATION
     ]
-    pid = next((e["pid"] for category, e in spans if category in CALLS and isinstance(e["pid"], int)), 0)
+    pid = next((e["pid"] for category, e in timed if category in CALLS and isinstance(e["pid"], int)), 0)
     rank = (header.get("distributedInfo") or {}).get("rank")
     start, end, thread, text, ours = np.array(ranges, np.int64).reshape(-1, 5).T
     nothing = np.zeros_like(start)
@@ -92,7 +92,8 @@ def _profile(source: str, header: Event, events: list[Event]) -> Profile:
     )
 
 
-def _spans(events: list[Event]) -> Iterator[tuple[str, Event]]:
+def spans(events: list[Event]) -> Iterator[tuple[str, Event]]:
+    """The events that last, with their categories in the names of today."""
     for event in events:
         if event["ph"] == "X" and "ts" in event:
             category = str(event.get("cat", "")).lower()

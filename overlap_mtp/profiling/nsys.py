@@ -36,7 +36,15 @@ TABLES = {
 }
 PUSH_POP, START_END, DOMAIN_CREATED = 59, 60, 75  # NVTX_EVENTS.eventType
 WITHIN_DEVICE, BETWEEN_DEVICES = (5, 6, 7, 8), 10  # copyKind, as CUpti_ActivityMemcpyKind
-REQUIRED = ("start", "end", "deviceId", "streamId", "correlationId")
+CALLS, RANGES, NODES = "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS", "CUDA_GRAPH_NODE_EVENTS"
+PAYLOADS = ("uint64Value", "int64Value", "uint32Value", "int32Value")
+# What is read of each table: the columns that it must have, and those that it may have.
+ACTIVITY = ("start", "end", "deviceId", "streamId", "correlationId")
+ACTIVITY_MORE = ("globalPid", "graphNodeId", "bytes", "copyKind", "srcDeviceId", "dstDeviceId")
+KERNEL_NAMES = ("shortName", "demangledName")  # the first that is there
+CALL = ("start", "globalTid", "correlationId")
+RANGE, RANGE_MORE = ("start", "globalTid"), ("end", "eventType", "domainId", "textId", "text", *PAYLOADS)
+NODE, NODE_MORE = ("start", "globalTid", "graphNodeId"), ("originalGraphNodeId",)
 PID_BITS = 24  # a globalTid is machine, process and thread; the lower bits are the thread's
 CHUNK = 100_000
 
@@ -83,7 +91,7 @@ class _Export:
         names, strings = Texts(), self._strings()
         raw = [self._activities(kind, names, strings) for kind in TABLES if TABLES[kind] in self._columns]
         columns = np.concatenate(raw)
-        calls = self._rows("CUPTI_ACTIVITY_KIND_RUNTIME", ("start", "globalTid", "correlationId"), ())
+        calls = self._rows(CALLS, CALL, ())
         if not len(columns):
             raise ProfileError(f"{self._name}: the profile is empty: it holds no kernel, copy or memset")
         start, end, device, stream, correlation, global_pid, node, kind, name, num_bytes = columns.T
@@ -127,10 +135,9 @@ class _Export:
     def _activities(self, kind: Kind, names: Texts, strings: Mapping[int, str]) -> Ints:
         """[n, 10]: start, end, device, stream, correlation, globalPid, graph node, kind, name, bytes."""
         table = TABLES[kind]
-        label = "shortName" if "shortName" in self._columns[table] else "demangledName"
-        copy = ("copyKind", "srcDeviceId", "dstDeviceId")
-        rows = self._rows(table, REQUIRED, ("globalPid", "graphNodeId", label, "bytes", *copy))
-        label_id, num_bytes, copy_kind, source, target = rows[:, 7:].T
+        label = next((name for name in KERNEL_NAMES if name in self._columns[table]), KERNEL_NAMES[0])
+        rows = self._rows(table, ACTIVITY, (*ACTIVITY_MORE, label))
+        num_bytes, copy_kind, source, target, label_id = rows[:, 7:].T
         kinds = np.full(len(rows), kind, np.int64)
         if kind is Kind.HOST_COPY:
             between = (source != target) & (source >= 0) & (target >= 0)
@@ -150,11 +157,7 @@ class _Export:
     def _origins(self, process: Ints, node: Ints, launched: Ints, thread: Ints) -> tuple[Ints, Ints]:
         """When and on which thread each activity was asked for: a graph's node where it was captured."""
         origin, origin_thread = launched.copy(), thread.copy()
-        if "CUDA_GRAPH_NODE_EVENTS" not in self._columns:
-            return origin, origin_thread
-        rows = self._rows(
-            "CUDA_GRAPH_NODE_EVENTS", ("start", "globalTid", "graphNodeId"), ("originalGraphNodeId",)
-        )
+        rows = self._rows(NODES, NODE, NODE_MORE)
         copied_from: dict[tuple[int, int], int] = {}
         made: dict[tuple[int, int], tuple[int, int]] = {}
         for start, tid, its_node, original in rows.tolist():
@@ -178,11 +181,9 @@ class _Export:
     def _ranges(self, strings: Mapping[int, str]) -> tuple[Texts, Ranges]:
         """The texts and the ranges; a range's process is not numbered yet."""
         texts = Texts()
-        payloads = ("uint64Value", "int64Value", "uint32Value", "int32Value")
-        optional = ("end", "eventType", "domainId", "textId", "text", *payloads)
         domains: dict[tuple[int, int], str] = {}
         columns = []
-        for start, tid, end, event, domain, text_id, text, *values in self._nvtx(optional):
+        for start, tid, end, event, domain, text_id, text, *values in self._range_rows():
             name = text if text is not None else strings.get(text_id)
             if name is None or start is None:
                 continue
@@ -202,10 +203,10 @@ class _Export:
         ]
         return texts, Ranges(start, end, process, thread, index, payload, np.array(ours, bool))
 
-    def _nvtx(self, optional: Iterable[str]) -> Iterable[tuple[Any, ...]]:
-        if "NVTX_EVENTS" not in self._columns:
+    def _range_rows(self) -> Iterable[tuple[Any, ...]]:
+        if RANGES not in self._columns:
             return ()
-        return self._db.execute(self._select("NVTX_EVENTS", ("start", "globalTid"), optional, null="NULL"))
+        return self._db.execute(self._select(RANGES, RANGE, RANGE_MORE, null="NULL"))
 
     def _rows(self, table: str, required: Iterable[str], optional: Iterable[str]) -> Ints:
         """[n, columns]: UNKNOWN where a value or a column is missing; no rows where the table is missing."""

@@ -56,14 +56,12 @@ def draw(lanes: Sequence[Lane], path: Path) -> None:
         2,
         figsize=(13, 1.2 + 0.5 * sum(heights)),
         height_ratios=heights,
-        sharex="col",
         layout="constrained",
         squeeze=False,
     )
-    closer = [_zoom_begin(view) for view in views]
-    whole = max(view.end - view.begin for view in views)  # one scale for all of a column
-    close = max(width for _, width in closer)
-    for row, (view, (begin, _)) in enumerate(zip(views, closer, strict=True)):
+    whole = max(view.end - view.begin for view in views)  # one scale for all steps
+    for row, view in enumerate(views):
+        begin, close = _close_look(view)
         _draw_view(grid[row, 0], view, (0, whole), 1e6)
         grid[row, 0].axvspan(begin / 1e6, (begin + close) / 1e6, color="black", alpha=0.08)
         grid[row, 0].set_title(f"{view.name}: {_said(view)}", fontsize=9, loc="left")
@@ -92,7 +90,7 @@ def _whole(lane: Lane, name: str, members: Ints) -> View:
     return View(lane, name, members, int(lane.start[members].min()), int(lane.end[members].max()) + 1)
 
 
-def _zoom_begin(view: View) -> tuple[int, int]:
+def _close_look(view: View) -> tuple[int, int]:
     """Where a close look begins and how long it is: at the step's first exchange, or else communication; ns."""
     lane, members = view.lane, view.of(Role.EXCHANGE)
     if not members.size:
@@ -125,7 +123,7 @@ def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, orig
     """
     lane, gap = view.lane, (window[1] - window[0]) // RESOLUTION
     streams = np.unique(lane.stream[view.members]).tolist()
-    place = _Place(axes, view.begin + origin, unit, "white" if origin else None)
+    place = _Place(axes, view.begin + origin, unit)
     for number, stream in enumerate(streams):
         for role, (colour, _) in LOOKS.items():
             members = view.of(role)
@@ -153,17 +151,14 @@ class _Place:
     axes: Any
     origin: int
     unit: float
-    edge: str | None  # None: of the bars' own colour, which keeps visible what is shorter than a pixel
 
     def at(self, time: float) -> float:
         return (time - self.origin) / self.unit
 
     def bars(self, union: Union, place: tuple[float, float], colour: str) -> None:
         bars = [(self.at(a), (b - a) / self.unit) for a, b in zip(*union, strict=True)]
-        if bars:
-            self.axes.broken_barh(
-                bars, place, facecolors=colour, edgecolors=self.edge or colour, linewidth=0.4
-            )
+        if bars:  # the edge keeps visible what is shorter than a pixel
+            self.axes.broken_barh(bars, place, facecolors=colour, edgecolors=colour, linewidth=0.4)
 
     def name(self, part: str, union: Union, window: tuple[int, int]) -> None:
         """Writes the part's name where there is room, and a line where an MTP depth begins."""
@@ -171,6 +166,7 @@ class _Place:
             if part.startswith("depth") and window[0] <= start <= window[1]:
                 self.axes.axvline(self.at(start), color="#a8741a", linewidth=0.8, linestyle=":")
             start, end = max(start, window[0]), min(end, window[1])
-            if end - start > 0.045 * (window[1] - window[0]):
-                middle = self.at((start + end) / 2)
-                self.axes.text(middle, 0.95, part, ha="center", va="center", fontsize=7)
+            share = (end - start) / (window[1] - window[0])
+            if share > 0.02:
+                text = part if share > 0.07 else part.split()[-1] if part.startswith("depth") else ""
+                self.axes.text(self.at((start + end) / 2), 0.95, text, ha="center", va="center", fontsize=7)
