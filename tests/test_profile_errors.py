@@ -135,7 +135,7 @@ def test_without_runtime_calls_names_decide_and_that_is_said(tmp_path):
     path = nsys(tmp_path / "a.sqlite", drop_all("CUPTI_ACTIVITY_KIND_RUNTIME"))
     found = report_on([read_profile(path)])
     assert [(row.schedule, row.range, row.kind) for row in found.rows] == [
-        ("outside steps", "no range", "collective")
+        ("outside steps", "no range", "model")
     ]
     assert "lacks the CUDA runtime calls" in " ".join(found.notes)
 

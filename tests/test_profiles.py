@@ -97,7 +97,7 @@ def test_known_answer(tmp_path, form):
     unrolled = row(found, "rank 0", "prefetch", "unroll")
     assert (unrolled.kind, unrolled.time_us, unrolled.hidden_us) == ("local", 2, None)
     gathered = row(found, "rank 0", "prefetch", "trunk")
-    assert (gathered.kind, gathered.time_us, gathered.hidden_us) == ("collective", 10, 0)
+    assert (gathered.kind, gathered.time_us, gathered.hidden_us) == ("model", 10, 0)
     assert row(found, "rank 0", "prefetch", "backward").time_us == 10
     assert row(found, "rank 0", "sync", "send-recv").hidden_fraction == 0
 

@@ -32,7 +32,7 @@ class Role(IntEnum):
 
     COMPUTE = 0
     EXCHANGE = 1  # communication in the ranges `pack` and `send-recv`
-    COLLECTIVE = 2  # any other communication
+    MODEL = 2  # any other communication
     LOCAL = 3  # the exchange's own work, in the ranges `join` and `unroll`
     NEITHER = 4  # copies between host and device
 
@@ -173,8 +173,8 @@ def _roles(profile: Profile, parts: list[str], is_ours: npt.NDArray[np.bool_], p
     activities = profile.activities
     named = np.array([COMMUNICATION_NAME.search(name) is not None for name in profile.names], bool)
     role = np.full(part.size, Role.COMPUTE, np.int64)
-    role[(named[activities.name] & (activities.kind == Kind.KERNEL))] = Role.COLLECTIVE
-    role[activities.kind == Kind.PEER_COPY] = Role.COLLECTIVE
+    role[(named[activities.name] & (activities.kind == Kind.KERNEL))] = Role.MODEL
+    role[activities.kind == Kind.PEER_COPY] = Role.MODEL
     for names, theirs in ((EXCHANGE_RANGES, Role.EXCHANGE), (LOCAL_RANGES, Role.LOCAL)):
         numbers = [number for number, name in enumerate(parts) if name in names]
         role[is_ours & np.isin(part, numbers)] = theirs

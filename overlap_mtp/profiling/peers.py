@@ -37,7 +37,7 @@ def peer_waits(lanes: Sequence[Lane]) -> list[Ints]:
 def _groups(lane: Lane) -> list[tuple[tuple[object, ...], Ints]]:
     """The communications of each range in each step, by start."""
     packs = [part for part, name in enumerate(lane.parts) if name == LOCAL_PART]
-    shared = np.isin(lane.role, (Role.EXCHANGE, Role.COLLECTIVE)) & ~(
+    shared = np.isin(lane.role, (Role.EXCHANGE, Role.MODEL)) & ~(
         (lane.role == Role.EXCHANGE) & np.isin(lane.part, packs)
     )
     members = np.flatnonzero(shared)

@@ -21,7 +21,7 @@ PREFERRED = ("sync", "prefetch")  # from top to bottom
 LOOKS = {  # drawn in this order, so that short messages lie on top
     Role.NEITHER: ("#dddddd", "host copies"),
     Role.COMPUTE: ("#9db4c0", "compute"),
-    Role.COLLECTIVE: ("#b79ecb", "other communication"),
+    Role.MODEL: ("#b79ecb", "other communication"),
     Role.LOCAL: ("#5f9e6e", "unroll"),
     Role.EXCHANGE: ("#c8371b", "the exchange"),
 }
@@ -94,7 +94,7 @@ def _close_look(view: View) -> tuple[int, int]:
     """Where a close look begins and how long it is: at the step's first exchange, or else communication; ns."""
     lane, members = view.lane, view.of(Role.EXCHANGE)
     if not members.size:
-        members = view.of(Role.COLLECTIVE) if view.of(Role.COLLECTIVE).size else view.members
+        members = view.of(Role.MODEL) if view.of(Role.MODEL).size else view.members
     starts, ends = merge(lane.start[members], np.maximum(lane.end[members], lane.start[members] + 1), NEAR_NS)
     begin, length_ns = int(starts[0]) - view.begin, int(ends[0] - starts[0])
     width = min(max(2 * length_ns, ZOOM_NS[0]), ZOOM_NS[1])

@@ -24,7 +24,7 @@ from overlap_mtp.profiling.profile import UNKNOWN, Profile
 
 EVERYTHING, OUTSIDE = "all", "outside steps"  # schedules where there is no step
 FLOOR, BASELINE, JUDGED = "prepared", "sync", "prefetch"
-COMMUNICATION = (Role.EXCHANGE, Role.COLLECTIVE)
+COMMUNICATION = (Role.EXCHANGE, Role.MODEL)
 Mask = npt.NDArray[np.bool_]
 
 
@@ -39,7 +39,7 @@ class Row:
     device: str
     schedule: str
     range: str
-    kind: str  # exchange, collective or local
+    kind: str  # exchange, model (any other communication) or local
     steps: int
     time_us: float
     hidden_us: float | None
@@ -237,7 +237,7 @@ def efficiency(times: dict[str, list[int]], schedule: str) -> float | None:
 
 
 def _notes(lanes: Sequence[Lane], rows: Sequence[Row]) -> Iterator[str]:
-    if not any(row.kind in ("exchange", "collective") for row in rows):
+    if not any(row.kind != "local" for row in rows):
         yield "No communication: no kernel of NCCL, no copy between devices, nothing in a range of the exchange."
     if not any(lane.has_ours for lane in lanes):
         yield "No ranges of overlap_mtp: communication is told by name alone."
