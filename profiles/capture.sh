@@ -6,8 +6,9 @@
 #   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents packed --rounds 2 --warmup 3
 #   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (where there is no nsys)
 #
-# The full report, for the GUI of Nsight Systems, stays in out/profiles. With --torch-profiler OUT is a folder, with
-# one trace a rank in it. Environment: PYTHON (default .venv/bin/python, else python3), NSYS (the nsys to use).
+# The full report, for the GUI of Nsight Systems, stays in out/profiles: unlike the small part it holds the environment
+# of the machine. With --torch-profiler OUT is a folder, with one trace a rank in it. Environment: PYTHON (default
+# .venv/bin/python, else python3), NSYS (the nsys to use).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

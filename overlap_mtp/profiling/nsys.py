@@ -51,7 +51,6 @@ CHUNK = 100_000
 
 def read_nsys(path: Path) -> Profile:
     """Reads an export. Raises ProfileError where it is none, is damaged, or has a schema that is not known."""
-    _check_length(path)
     try:
         with closing(
             sqlite3.connect(path.resolve().as_uri() + "?mode=ro&immutable=1", uri=True)
@@ -61,16 +60,6 @@ def read_nsys(path: Path) -> Profile:
         if isinstance(error, ProfileError):
             raise
         raise ProfileError(f"{path.name}: the SQLite file is damaged or not complete ({error})") from error
-
-
-def _check_length(path: Path) -> None:
-    """SQLite itself notices a missing end only where it has to read it."""
-    with path.open("rb") as file:
-        head = file.read(100)  # https://www.sqlite.org/fileformat.html, "The Database Header"
-    page_bytes = int.from_bytes(head[16:18]) or 1
-    pages, size = int.from_bytes(head[28:32]), path.stat().st_size
-    if len(head) < 100 or pages * (65536 if page_bytes == 1 else page_bytes) > size:
-        raise ProfileError(f"{path.name}: the SQLite file is not complete: it ends after {size} bytes")
 
 
 class _Export:

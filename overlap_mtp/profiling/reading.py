@@ -46,6 +46,7 @@ def _read_plain(path: Path, plain: Path, head: bytes) -> Profile:
     if not head.strip():
         raise ProfileError(f"{path.name}: the file is empty")
     if head == SQLITE:
+        _check_length(plain)
         return read_nsys(plain)
     if path.suffix in (".nsys-rep", ".qdrep"):
         raise ProfileError(f"{path.name}: export it first: nsys export --type sqlite {path.name}")
@@ -54,3 +55,13 @@ def _read_plain(path: Path, plain: Path, head: bytes) -> Profile:
     raise ProfileError(
         f"{path.name}: not a profile: neither an SQLite export of Nsight Systems nor a JSON trace of torch.profiler"
     )
+
+
+def _check_length(path: Path) -> None:
+    """SQLite itself notices a missing end only where it has to read it."""
+    with path.open("rb") as file:
+        head = file.read(100)  # https://www.sqlite.org/fileformat.html, "The Database Header"
+    page_bytes = int.from_bytes(head[16:18]) or 1
+    pages, size = int.from_bytes(head[28:32]), path.stat().st_size
+    if len(head) < 100 or pages * (65536 if page_bytes == 1 else page_bytes) > size:
+        raise ProfileError(f"{path.name}: the SQLite file is not complete: it ends after {size} bytes")
