@@ -16,7 +16,7 @@ COPY_KINDS = {"HtoD": 1, "DtoH": 2, "DtoD": 8, "PtoP": 10}
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel, copy ("Memcpy PtoP") or "Memset" that runs from `start` to `end`, launched by the host earlier."""
+    """A kernel, copy ("Memcpy PtoP"), "Memset" or whole "CUDA graph", and when the host launched it."""
 
     name: str
     launched: float
@@ -74,6 +74,8 @@ TABLES = {
     "srcDeviceId INT, dstDeviceId INT, graphNodeId INT",
     "CUPTI_ACTIVITY_KIND_MEMSET": "start INT NOT NULL, end INT NOT NULL, deviceId INT NOT NULL, contextId INT, "
     "streamId INT NOT NULL, correlationId INT, globalPid INT, value INT, bytes INT NOT NULL, graphNodeId INT",
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "start INT NOT NULL, end INT NOT NULL, deviceId INT NOT NULL, "
+    "contextId INT, streamId INT NOT NULL, correlationId INT, globalPid INT, graphId INT, graphExecId INT",
     "CUDA_GRAPH_NODE_EVENTS": "start INT NOT NULL, end INT NOT NULL, eventClass INT, globalTid INT, nameId INT, "
     "graphNodeId INT NOT NULL, originalGraphNodeId INT",
 }
@@ -147,7 +149,10 @@ class NsysWriter:
     def work(self, work: Work, device: int, correlation: int, global_pid: int) -> None:
         row = {"start": ns(work.start), "end": ns(work.end), "deviceId": device, "streamId": work.stream}
         row |= {"correlationId": correlation, "globalPid": global_pid, "graphNodeId": work.graph_node}
-        if work.name.startswith("Memcpy"):
+        if work.name == "CUDA graph":
+            row.pop("graphNodeId")
+            self.add("CUPTI_ACTIVITY_KIND_GRAPH_TRACE", **row, graphId=1, graphExecId=2)
+        elif work.name.startswith("Memcpy"):
             kind = COPY_KINDS[work.name.split()[1]]
             self.add("CUPTI_ACTIVITY_KIND_MEMCPY", **row, bytes=work.num_bytes, copyKind=kind)
         elif work.name.startswith("Memset"):

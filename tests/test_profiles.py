@@ -192,6 +192,39 @@ def test_kernels_of_a_cuda_graph(tmp_path, captured):
     assert (sent.hidden_us, sent.launches, sent.steps) == (2 * 10, 2, 2)
 
 
+def test_a_graph_that_is_launched_in_an_exchange_belongs_to_it(tmp_path):
+    """The library launches its kernels as graphs of their own, which it made anywhere."""
+    spans = [Span("trunk r0", 0, 20), Span("send-recv r0", 100, 110, payload=80)]
+    spans += [Span("send-recv r0", 200, 210, payload=80), Span("trunk r0", 90, 220)]
+    work = [
+        Work("triton_put", at + 5, at + 20, at + 30, 9, graph_node=11, correlation=at) for at in (100, 200)
+    ]
+    nodes = [(1, None, 15.0), (11, 1, 16.0)]
+    found = report(tmp_path, "nsys", Process(pid=77, spans=spans, work=work, nodes=nodes))
+    assert [(one.range, one.kind, one.launches, one.bytes) for one in found.rows] == [
+        ("send-recv", "exchange", 2, 160)
+    ]
+
+
+def test_bytes_of_a_captured_exchange_count_in_each_replay(tmp_path):
+    spans = [Span("send-recv r0", 0, 20, payload=80)]
+    work = [
+        Work("triton_put", at, at + 20, at + 30, 9, graph_node=11, correlation=at) for at in (100, 200, 300)
+    ]
+    nodes = [(1, None, 15.0), (11, 1, 30.0)]
+    found = report(tmp_path, "nsys", Process(pid=77, spans=spans, work=work, nodes=nodes))
+    assert [(one.range, one.launches, one.bytes) for one in found.rows] == [("send-recv", 3, 240)]
+
+
+def test_graphs_without_their_kernels(tmp_path):
+    """Known in an exchange; elsewhere they may hold anything, so that they neither hide nor are hidden."""
+    spans = [Span("send-recv r0", 0, 10)]
+    work = [Work("CUDA graph", 5, 20, 30, stream=9), Work("CUDA graph", 15, 20, 40), Work("gemm", 16, 20, 24)]
+    found = report(tmp_path, "nsys", Process(pid=77, spans=spans, work=work))
+    assert [(one.range, one.hidden_us) for one in found.rows] == [("send-recv", 4)]
+    assert "--cuda-graph-trace=node" in found.notes[-1]
+
+
 def test_processes_with_equal_correlations_and_devices_are_kept_apart(tmp_path):
     first = Process(5, [Span("send-recv r0", 0, 10)], [Work("a", 5, 20, 30, correlation=9)])
     second = Process(6, [Span("trunk r1", 0, 10)], [Work("b", 5, 20, 30, correlation=9)])

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.profiling.profile import UNKNOWN, Activities, Kind, Profile, ProfileError, Ranges, Texts
 from overlap_mtp.tracing import LABEL
 
@@ -140,10 +139,10 @@ def _ns(microseconds: float | str) -> int:
 
 def _columns(rows: list[list[int]]) -> Activities:
     start, end, device, stream, kind, name, num_bytes, launched, thread = np.array(rows, np.int64).T
-    process: Ints = np.zeros_like(start)
+    process, unknown = np.zeros_like(start), np.full_like(start, UNKNOWN)
     return Activities(
         *(start, end, process, device, stream, kind, name, num_bytes),
-        launched=launched,
-        origin=launched,
-        origin_thread=thread,
+        *(launched, thread),
+        captured=unknown,
+        capture_thread=unknown,
     )

@@ -1,7 +1,8 @@
 """Tells communication from compute: by our ranges at launch first, then by name.
 
 A Triton kernel that moves tokens looks like compute to a filter on names, so the innermost range of ours that holds
-the launching call decides. Only where there is none do names count.
+the launching call decides. Only where there is none do names count. A kernel of a CUDA graph that was launched
+outside of an exchange belongs where it was captured.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Role(IntEnum):
     MODEL = 2  # any other communication
     LOCAL = 3  # the exchange's own work, in the ranges `join` and `unroll`
     NEITHER = 4  # copies between host and device
+    OPAQUE = 5  # a CUDA graph of which the kernels were not traced
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ def lanes_of(profile: Profile) -> list[Lane]:
     """The lanes of a profile, classified, in the order of their labels."""
     activities, ranges = profile.activities, profile.ranges
     ours = _Ours(profile)
-    mine = ours.innermost(activities.origin_thread, activities.origin)
-    part, region = ours.part_of(mine), ours.region_of(mine)
-    foreign = _foreign_parts(profile, ours)
-    part = np.where(mine == NONE, foreign, part)
+    launched_in = ours.innermost(activities.thread, activities.launched)
+    captured_in = ours.innermost(activities.capture_thread, activities.captured)
+    by_launch = ours.is_of_exchange(launched_in) | (captured_in == NONE)
+    mine = np.where(by_launch, launched_in, captured_in)
+    region = ours.region_of(mine)
+    part = np.where(mine == NONE, _foreign_parts(profile, ours), ours.part_of(mine))
     role = _roles(profile, ours.parts, mine != NONE, part)
-    num_bytes = _bytes(activities.num_bytes, ours.payload, mine, role)
+    # A range in which a graph was captured counts anew in each launch of the graph.
+    occasion = np.stack([mine, np.where(by_launch, 0, activities.launched)])
+    num_bytes = _bytes(activities.num_bytes, ours.payload, occasion, role)
     steps = {process: _steps(profile, process) for process in np.unique(activities.process).tolist()}
     labels = _labels(profile)
     lanes = []
@@ -139,6 +145,12 @@ class _Ours:
         """The innermost range of ours at each time on each thread, as an index into these ranges, or NONE."""
         return self._nesting.innermost(thread, time)
 
+    def is_of_exchange(self, mine: Ints) -> npt.NDArray[np.bool_]:
+        names = (*EXCHANGE_RANGES, *LOCAL_RANGES)
+        return np.isin(
+            self.part_of(mine), [number for number, part in enumerate(self.parts) if part in names]
+        )
+
     def part_of(self, mine: Ints) -> Ints:
         return _pick(self._part, mine)
 
@@ -156,7 +168,8 @@ def _foreign_parts(profile: Profile, ours: _Ours) -> Ints:
     libraries = np.array([OF_LIBRARIES.match(text) is not None for text in profile.texts], bool)
     others = np.flatnonzero(~ranges.is_ours & ~libraries[ranges.text])
     nesting = Nesting(*(column[others] for column in (ranges.thread, ranges.start, ranges.end)))
-    found = nesting.innermost(activities.origin_thread, activities.origin)
+    captured = nesting.innermost(activities.capture_thread, activities.captured)
+    found = np.where(captured == NONE, nesting.innermost(activities.thread, activities.launched), captured)
     texts, inverse = np.unique(np.append(ranges.text[others], UNKNOWN)[found], return_inverse=True)
     known = {part: number for number, part in enumerate(ours.parts)}
     numbers = []
@@ -175,6 +188,7 @@ def _roles(profile: Profile, parts: list[str], is_ours: npt.NDArray[np.bool_], p
     role = np.full(part.size, Role.COMPUTE, np.int64)
     role[(named[activities.name] & (activities.kind == Kind.KERNEL))] = Role.MODEL
     role[activities.kind == Kind.PEER_COPY] = Role.MODEL
+    role[activities.kind == Kind.GRAPH] = Role.OPAQUE
     for names, theirs in ((EXCHANGE_RANGES, Role.EXCHANGE), (LOCAL_RANGES, Role.LOCAL)):
         numbers = [number for number, name in enumerate(parts) if name in names]
         role[is_ours & np.isin(part, numbers)] = theirs
@@ -182,11 +196,11 @@ def _roles(profile: Profile, parts: list[str], is_ours: npt.NDArray[np.bool_], p
     return role
 
 
-def _bytes(counted: Ints, payload: Ints, mine: Ints, role: Ints) -> Ints:
-    """Bytes of each activity. What a range's payload counts stands at the first of the range's activities."""
-    counts = np.append(payload & PAYLOAD_BYTES, 0)[mine]
+def _bytes(counted: Ints, payload: Ints, occasion: Ints, role: Ints) -> Ints:
+    """Bytes of each activity. What a range's payload counts stands at the first activity of each occasion."""
+    counts = np.append(payload & PAYLOAD_BYTES, 0)[occasion[0]]
     told = np.flatnonzero((counts > 0) & (role == Role.EXCHANGE))
-    first = told[np.unique(mine[told], return_index=True)[1]]
+    first = told[np.unique(occasion[:, told], axis=1, return_index=True)[1]]
     num_bytes = counted.copy()
     num_bytes[told] = 0
     num_bytes[first] = counts[first]

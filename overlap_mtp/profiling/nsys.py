@@ -33,6 +33,7 @@ TABLES = {
     Kind.KERNEL: "CUPTI_ACTIVITY_KIND_KERNEL",
     Kind.MEMSET: "CUPTI_ACTIVITY_KIND_MEMSET",
     Kind.HOST_COPY: "CUPTI_ACTIVITY_KIND_MEMCPY",
+    Kind.GRAPH: "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
 }
 PUSH_POP, START_END, DOMAIN_CREATED = 59, 60, 75  # NVTX_EVENTS.eventType
 WITHIN_DEVICE, BETWEEN_DEVICES = (5, 6, 7, 8), 10  # copyKind, as CUpti_ActivityMemcpyKind
@@ -86,7 +87,6 @@ class _Export:
         start, end, device, stream, correlation, global_pid, node, kind, name, num_bytes = columns.T
         launched, thread = join_calls(global_pid >> PID_BITS, correlation, calls.T)
         process = np.where(global_pid != UNKNOWN, global_pid, thread) >> PID_BITS
-        origin, origin_thread = self._origins(process, node, launched, thread)
         texts, ranges = self._ranges(strings)
         pids = np.unique(np.concatenate([process, ranges.process]))
         return Profile(
@@ -96,7 +96,7 @@ class _Export:
             texts.all(),
             Activities(
                 *(start, np.maximum(start, end), np.searchsorted(pids, process), device, stream),
-                *(kind, name, num_bytes, launched, origin, origin_thread),
+                *(kind, name, num_bytes, launched, thread, *self._captures(process, node)),
             ),
             replace(ranges, process=np.searchsorted(pids, ranges.process)),
         )
@@ -143,9 +143,8 @@ class _Export:
         name = numbers[inverse] if len(rows) else label_id
         return np.column_stack([rows[:, :7], kinds, name, num_bytes])
 
-    def _origins(self, process: Ints, node: Ints, launched: Ints, thread: Ints) -> tuple[Ints, Ints]:
-        """When and on which thread each activity was asked for: a graph's node where it was captured."""
-        origin, origin_thread = launched.copy(), thread.copy()
+    def _captures(self, process: Ints, node: Ints) -> Ints:
+        """[2, n]: when and on which thread each node of a graph was captured; UNKNOWN for all else."""
         rows = self._rows(NODES, NODE, NODE_MORE)
         copied_from: dict[tuple[int, int], int] = {}
         made: dict[tuple[int, int], tuple[int, int]] = {}
@@ -162,10 +161,9 @@ class _Export:
                 seen.add(its_node)
                 its_node = copied_from[its_process, its_node]
             capture[number] = made.get((its_process, its_node), UNKNOWN)
-        captured = capture[inverse.reshape(-1)]
-        known = captured[:, 1] != UNKNOWN  # else it was captured before the profile began
-        origin[nodes[known]], origin_thread[nodes[known]] = captured[known].T
-        return origin, origin_thread
+        captures = np.full((2, node.size), UNKNOWN, np.int64)
+        captures[:, nodes] = capture[inverse.reshape(-1)].T
+        return captures
 
     def _ranges(self, strings: Mapping[int, str]) -> tuple[Texts, Ranges]:
         """The texts and the ranges; a range's process is not numbered yet."""

@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 PREFERRED = ("sync", "prefetch")  # from top to bottom
 LOOKS = {  # drawn in this order, so that short messages lie on top
     Role.NEITHER: ("#dddddd", "host copies"),
+    Role.OPAQUE: ("#f0e6c8", "CUDA graph"),
     Role.COMPUTE: ("#9db4c0", "compute"),
     Role.MODEL: ("#b79ecb", "other communication"),
     Role.LOCAL: ("#5f9e6e", "unroll"),
@@ -70,7 +71,8 @@ def draw(lanes: Sequence[Lane], path: Path) -> None:
         grid[row, 1].set_yticklabels([])
     grid[-1, 0].set_xlabel("ms since the step's first kernel", fontsize=8)
     grid[-1, 1].set_xlabel("µs", fontsize=8)
-    patches = [Patch(color=colour, label=label) for colour, label in LOOKS.values()]
+    used = {role for role in LOOKS if any(view.of(role).size for view in views)}
+    patches = [Patch(color=colour, label=label) for role, (colour, label) in LOOKS.items() if role in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     figure.suptitle(lane.label, fontsize=10)
     figure.savefig(path, dpi=140)

@@ -29,15 +29,15 @@ class Kind(IntEnum):
     LOCAL_COPY = 2  # within the device
     PEER_COPY = 3  # between devices
     HOST_COPY = 4  # between host and device
+    GRAPH = 5  # a whole CUDA graph, of which the kernels were not traced
 
 
 @dataclass(frozen=True)
 class Activities:
     """Device activities, one entry each; times in ns on the profile's clock, UNKNOWN where nothing is known.
 
-    `launched` is when the host launched it (a graph's node: when it launched the graph). `origin` and
-    `origin_thread` are when and where the host asked for it, which tells its range: the launch or, of a node of a
-    CUDA graph, its capture.
+    `launched` and `thread` are when and where the host launched it (a graph's node: when it launched the graph);
+    `captured` and `capture_thread` when and where a node of a CUDA graph was captured, where that is known.
     """
 
     start: Ints
@@ -49,8 +49,9 @@ class Activities:
     name: Ints  # an index into Profile.names
     num_bytes: Ints
     launched: Ints
-    origin: Ints
-    origin_thread: Ints
+    thread: Ints
+    captured: Ints
+    capture_thread: Ints
 
 
 @dataclass(frozen=True)

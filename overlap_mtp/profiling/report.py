@@ -245,5 +245,7 @@ def _notes(lanes: Sequence[Lane], rows: Sequence[Row]) -> Iterator[str]:
     if any(lane.steps for lane in lanes) and not launched:
         yield "No activity could be tied to a step: the profile lacks the CUDA runtime calls."
     names = {step.schedule for lane in lanes for step in lane.steps}
+    if any((lane.role == Role.OPAQUE).any() for lane in lanes):
+        yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
     if names and not {FLOOR, BASELINE} <= names:
         yield f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}."
