@@ -164,6 +164,19 @@ def test_a_rank_that_only_the_trace_knows(tmp_path):
     assert found.rows[0].peer_wait_us == 0
 
 
+def test_the_worst_of_several_transports_is_judged(tmp_path):
+    spans, work = [], []
+    for at, mode, hidden in (
+        (0, "prefetch:symmetric", 8),
+        (100, "prefetch:process_group", 3),
+        (200, "sync", 0),
+    ):
+        spans += [Span(f"step {mode} r0", at, at + 50), Span("send-recv r0", at, at + 10)]
+        work += [Work("put", at + 1, at + 20, at + 30, 9), Work("gemm", at + 15, at + 20, at + 20 + hidden)]
+    found = report(tmp_path, "nsys", Process(77, spans, work))
+    assert found.judged() == ("the exchange in prefetch steps", 0.3)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_kernels_of_a_cuda_graph(tmp_path, captured):
     """Nodes share the correlation of the graph's launch; their range is the one that they were captured in."""
@@ -186,6 +199,7 @@ def test_kernels_of_a_cuda_graph(tmp_path, captured):
     if not captured:  # nothing tells what the Triton kernels are, and that is said
         assert found.rows == ()
         assert "No communication" in found.notes[0]
+        assert "6 kernels are of CUDA graphs" in found.notes[1]
         return
     assert row(found, "rank 0", "prefetch", "pack").hidden_us == 2 * 5
     sent = row(found, "rank 0", "prefetch", "send-recv")

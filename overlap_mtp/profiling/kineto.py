@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.profile import UNKNOWN, Activities, Kind, Profile, ProfileError, Ranges, Texts
+from overlap_mtp.profiling.profile import (
+    LOST,
+    UNKNOWN,
+    Activities,
+    Kind,
+    Profile,
+    ProfileError,
+    Ranges,
+    Texts,
+)
 from overlap_mtp.tracing import LABEL
 
 Event = Mapping[str, Any]
@@ -107,7 +116,8 @@ def _activity(event: Event, kind: Kind, names: Texts, calls: Mapping[int, tuple[
     stream = args.get("stream", event["tid"])
     device = args.get("device", event["pid"])
     name = names.index(event["name"])
-    return [*_interval(event), int(device), int(stream), kind, name, _bytes(args), launched, thread]
+    captured = LOST if args.get("graph node id") else UNKNOWN
+    return [*_interval(event), int(device), int(stream), kind, name, _bytes(args), launched, thread, captured]
 
 
 def _copy_kind(name: str, args: Event) -> Kind:
@@ -138,11 +148,11 @@ def _ns(microseconds: float | str) -> int:
 
 
 def _columns(rows: list[list[int]]) -> Activities:
-    start, end, device, stream, kind, name, num_bytes, launched, thread = np.array(rows, np.int64).T
-    process, unknown = np.zeros_like(start), np.full_like(start, UNKNOWN)
+    start, end, device, stream, kind, name, num_bytes, launched, thread, captured = np.array(rows, np.int64).T
+    process = np.zeros_like(start)
     return Activities(
         *(start, end, process, device, stream, kind, name, num_bytes),
         *(launched, thread),
-        captured=unknown,
-        capture_thread=unknown,
+        captured=captured,
+        capture_thread=captured,
     )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.profiling.nesting import NONE, Nesting
-from overlap_mtp.profiling.profile import PAYLOAD_BYTES, UNKNOWN, Kind, Profile
+from overlap_mtp.profiling.profile import LOST, PAYLOAD_BYTES, UNKNOWN, Kind, Profile
 from overlap_mtp.tracing import LABEL
 
 COMMUNICATION_NAME = re.compile(r"nccl|rccl|nvshmem|multimem|(one|two)_shot_all_reduce", re.IGNORECASE)
@@ -65,10 +65,16 @@ class Lane:
     parts: tuple[str, ...]
     steps: tuple[Step, ...]
     has_ours: bool  # the profile has ranges of this project
+    num_lost: int  # kernels of CUDA graphs that were captured before the profile began: told by name alone
 
     def where(self, mask: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
         """Starts and ends of some of its activities."""
         return self.start[mask], self.end[mask]
+
+
+def base_name(schedule: str) -> str:
+    """`prefetch` of `prefetch:process_group`, which names a transport too."""
+    return schedule.split(":")[0]
 
 
 def lanes_of(profile: Profile) -> list[Lane]:
@@ -77,7 +83,9 @@ def lanes_of(profile: Profile) -> list[Lane]:
     ours = _Ours(profile)
     launched_in = ours.innermost(activities.thread, activities.launched)
     captured_in = ours.innermost(activities.capture_thread, activities.captured)
-    by_launch = ours.is_of_exchange(launched_in) | (captured_in == NONE)
+    in_exchange = ours.is_of_exchange(launched_in)
+    is_lost = ~in_exchange & (activities.captured == LOST)
+    by_launch = in_exchange | (captured_in == NONE)
     mine = np.where(by_launch, launched_in, captured_in)
     region = ours.region_of(mine)
     part = np.where(mine == NONE, _foreign_parts(profile, ours), ours.part_of(mine))
@@ -105,6 +113,7 @@ def lanes_of(profile: Profile) -> list[Lane]:
                 parts=tuple(ours.parts),
                 steps=steps[process],
                 has_ours=bool(ranges.is_ours.any()),
+                num_lost=int(is_lost[here].sum()),
             )
         )
     return lanes

@@ -18,6 +18,7 @@ import numpy as np
 from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.profiling.profile import (
     FOREVER,
+    LOST,
     UNKNOWN,
     Activities,
     Kind,
@@ -144,7 +145,7 @@ class _Export:
         return np.column_stack([rows[:, :7], kinds, name, num_bytes])
 
     def _captures(self, process: Ints, node: Ints) -> Ints:
-        """[2, n]: when and on which thread each node of a graph was captured; UNKNOWN for all else."""
+        """[2, n]: when and on which thread each node of a graph was captured, or LOST; UNKNOWN for all else."""
         rows = self._rows(NODES, NODE, NODE_MORE)
         copied_from: dict[tuple[int, int], int] = {}
         made: dict[tuple[int, int], tuple[int, int]] = {}
@@ -154,13 +155,13 @@ class _Export:
                 copied_from[tid >> PID_BITS, its_node] = original
         nodes = np.flatnonzero(node > 0)
         pairs, inverse = np.unique(np.stack([process, node])[:, nodes], axis=1, return_inverse=True)
-        capture = np.full((pairs.shape[1], 2), UNKNOWN, np.int64)
+        capture = np.full((pairs.shape[1], 2), LOST, np.int64)
         for number, (its_process, its_node) in enumerate(pairs.T.tolist()):
             seen = set()
             while (its_process, its_node) in copied_from and its_node not in seen:
                 seen.add(its_node)
                 its_node = copied_from[its_process, its_node]
-            capture[number] = made.get((its_process, its_node), UNKNOWN)
+            capture[number] = made.get((its_process, its_node), (LOST, LOST))
         captures = np.full((2, node.size), UNKNOWN, np.int64)
         captures[:, nodes] = capture[inverse.reshape(-1)].T
         return captures

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge
-from overlap_mtp.profiling.lanes import REGIONS, Lane, Role
+from overlap_mtp.profiling.lanes import REGIONS, Lane, Role, base_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,7 +49,7 @@ class View:
 
 def draw(lanes: Sequence[Lane], path: Path) -> None:
     """Draws the first device that has the most of `sync` and `prefetch`, the last step of each, into a PNG."""
-    lane = max(lanes, key=lambda one: len({step.schedule for step in one.steps} & set(PREFERRED)))
+    lane = max(lanes, key=lambda one: len({base_name(step.schedule) for step in one.steps} & set(PREFERRED)))
     views = [_whole(lane, name, members) for name, members in _chosen(lane)]
     heights = [1.6 + np.unique(lane.stream[view.members]).size for view in views]
     figure, grid = plt.subplots(
@@ -82,7 +82,7 @@ def draw(lanes: Sequence[Lane], path: Path) -> None:
 def _chosen(lane: Lane) -> list[tuple[str, Ints]]:
     """The last step of each preferred schedule, else of two others, else everything."""
     steps = {step.schedule: index for index, step in enumerate(lane.steps) if (lane.step == index).any()}
-    names = [name for name in PREFERRED if name in steps] or list(steps)[:2]
+    names = [name for wanted in PREFERRED for name in steps if base_name(name) == wanted] or list(steps)[:2]
     return [(name, np.flatnonzero(lane.step == steps[name])) for name in names] or [
         ("whole profile", np.arange(lane.start.size))
     ]

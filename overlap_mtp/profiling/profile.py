@@ -13,6 +13,7 @@ from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.tracing import LABEL
 
 UNKNOWN = -1
+LOST = -2  # when a node of a CUDA graph was captured, where that was before the profile began
 FOREVER = np.iinfo(np.int64).max // 2  # the end of a range that was open when the capture stopped
 PAYLOAD_BYTES = (1 << 40) - 1  # the bits of a payload that count bytes (overlap_mtp.tracing)
 
@@ -37,7 +38,7 @@ class Activities:
     """Device activities, one entry each; times in ns on the profile's clock, UNKNOWN where nothing is known.
 
     `launched` and `thread` are when and where the host launched it (a graph's node: when it launched the graph);
-    `captured` and `capture_thread` when and where a node of a CUDA graph was captured, where that is known.
+    `captured` and `capture_thread` when and where a node of a CUDA graph was captured, or LOST.
     """
 
     start: Ints

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from overlap_mtp.profiling.intervals import Union, covered, length, merge
-from overlap_mtp.profiling.lanes import Lane, Role, lanes_of
+from overlap_mtp.profiling.lanes import Lane, Role, base_name, lanes_of
 from overlap_mtp.profiling.nesting import NONE
 from overlap_mtp.profiling.peers import peer_waits
 from overlap_mtp.profiling.profile import UNKNOWN, Profile
@@ -84,8 +84,9 @@ class Report:
         if not any(lane.has_ours for lane in self.lanes):
             return "all communication", by_name[EVERYTHING].all_worst
         if any(lane.steps for lane in self.lanes):
-            found = by_name.get(JUDGED)
-            return f"the exchange in {JUDGED} steps", found.exchange_worst if found else None
+            shares = [one.exchange_worst for one in self.schedules if base_name(one.name) == JUDGED]
+            found = [share for share in shares if share is not None]
+            return f"the exchange in {JUDGED} steps", min(found, default=None)
         return "the exchange", by_name[EVERYTHING].exchange_worst
 
     def as_json(self) -> dict[str, Any]:
@@ -247,5 +248,10 @@ def _notes(lanes: Sequence[Lane], rows: Sequence[Row]) -> Iterator[str]:
     names = {step.schedule for lane in lanes for step in lane.steps}
     if any((lane.role == Role.OPAQUE).any() for lane in lanes):
         yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
+    if lost := sum(lane.num_lost for lane in lanes):
+        yield (
+            f"{lost:,} kernels are of CUDA graphs that were captured before the profile began, or of a trace without "
+            "captures: they are told by name alone."
+        )
     if names and not {FLOOR, BASELINE} <= names:
         yield f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}."

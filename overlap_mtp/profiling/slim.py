@@ -27,7 +27,17 @@ from overlap_mtp.tracing import DOMAIN, LABEL
 
 FOLDERS = re.compile(r"(?:[\w.~-]*/)+(?=[\w.-])")
 CALL_ARGS = ("correlation",)
-WORK_ARGS = ("device", "stream", "correlation", "bytes", "In msg nelems", "dtype", "fromDevice", "toDevice")
+WORK_ARGS = (
+    "device",
+    "stream",
+    "correlation",
+    "bytes",
+    "In msg nelems",
+    "dtype",
+    "fromDevice",
+    "toDevice",
+    "graph node id",
+)
 
 
 def slim(source: Path, target: Path) -> None:
