@@ -33,17 +33,21 @@ class Launch:
         """`stream`: the handle of the current CUDA stream; None where kernels are interpreted. `as_graph`: it may
         become one, which it may not while another is being captured."""
         grid = grid or self.grid
-        graph = self._graphs.get(grid)
-        if graph is not None and as_graph:
+        graph = self._graphs.get(grid) if as_graph else None
+        if graph is not None:
             graph.replay()
-        elif grid not in self._runners:
+            return
+        if grid not in self._runners:
             self._runners[grid] = self._compiled(grid)
-            self._runners[grid](stream)
         elif as_graph:
-            self._graphs[grid] = self._captured(grid)
-            self._graphs[grid].replay()
-        else:
-            self._runners[grid](stream)
+            self.prepare(grid)
+        self._runners[grid](stream)
+
+    def prepare(self, grid: Grid) -> None:
+        """Makes a graph of the launch ahead of its use. Nothing runs."""
+        if grid not in self._runners:
+            self._runners[grid] = self._compiled(grid)
+        self._graphs[grid] = self._captured(grid)
 
     def _compiled(self, grid: Grid) -> Runner:
         if self._device is None:

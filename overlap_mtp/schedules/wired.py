@@ -39,7 +39,13 @@ class WiredRoller(Roller):
         if key not in self._transports:
             shapes = shapes_of(layout, self.depths_per_exchange, self.max_documents)
             self._transports[key] = open_transport(
-                self._wanted, self._channel, shapes, cargo, self.traffic, self.overlapped
+                self._wanted,
+                self._channel,
+                shapes,
+                cargo,
+                self.traffic,
+                self.overlapped,
+                layout.local_len,
             )
         self._transport = self._transports[key]
 

@@ -28,9 +28,15 @@ def shapes_of(layout: SequenceLayout, num_depths: int, max_documents: int) -> li
 
 
 def open_transport(
-    name: str, channel: Channel, shapes: list[PlanShape], cargo: Cargo, traffic: Traffic, overlapped: bool
+    name: str,
+    channel: Channel,
+    shapes: list[PlanShape],
+    cargo: Cargo,
+    traffic: Traffic,
+    overlapped: bool,
+    length: int,
 ) -> Transport:
-    """The transport of that name for exchanges of `cargo`; collective over the channel's ranks.
+    """The transport of that name for exchanges of `cargo`, at first of `length` tokens a rank. Collective.
 
     "auto": symmetric memory where all ranks can share it, else the process group. Raises ValueError, on all ranks,
     where "symmetric" is asked for and one of them cannot.
@@ -48,12 +54,12 @@ def open_transport(
     from overlap_mtp.transports.symmetric import SymmetricTransport
 
     if name == "process_group" or channel.cp_size == 1:
-        return ProcessGroupTransport(channel, shape, cargo, traffic, overlapped)
+        return ProcessGroupTransport(channel, shape, cargo, traffic, overlapped, length)
     transport: Transport | None = None
     reason = _why_not_shared(channel)
     if not reason:
         transport, reason = _open_together(
-            lambda: SymmetricTransport(channel, shapes, cargo, traffic, overlapped), channel
+            lambda: SymmetricTransport(channel, shapes, cargo, traffic, overlapped, length), channel
         )
     if name == "symmetric" and reason:
         raise ValueError(f"transport symmetric does not work here: {reason}")
@@ -65,7 +71,7 @@ def open_transport(
             reason or "all ranks can write to each other's memory",
         )
     channel.chosen = "process_group" if reason else "symmetric"
-    return transport or ProcessGroupTransport(channel, shape, cargo, traffic, overlapped)
+    return transport or ProcessGroupTransport(channel, shape, cargo, traffic, overlapped, length)
 
 
 def _why_not_shared(channel: Channel) -> str:

@@ -48,17 +48,25 @@ class DeviceTransport(Transport):
     """
 
     def __init__(
-        self, channel: Channel, shape: PlanShape, cargo: Cargo, traffic: Traffic, overlapped: bool
+        self,
+        channel: Channel,
+        shape: PlanShape,
+        cargo: Cargo,
+        traffic: Traffic,
+        overlapped: bool,
+        length: int,
     ) -> None:
+        """`length`: tokens a rank of the first batch, for which launches are made ready."""
         super().__init__(channel, shape, cargo, traffic)
-        self._overlapped = overlapped
+        self._overlapped, self._length = overlapped, length
         self._index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         self._side = channel.side_stream(self.device)
         self._compute = torch.cuda.current_stream(self.device)
         # What Triton asks too: 0.2 µs where torch.cuda.current_stream takes 3 (measured on the host of an H200).
         self._current_handle = torch._C._cuda_getCurrentRawStream
         self._is_capturing = torch.cuda.is_current_stream_capturing
-        self._free: deque[DeviceSlot] = deque()
+        self._free: list[DeviceSlot] = []  # in the order in which they landed
+        self._are_short = False
         self._slots: list[DeviceSlot] = []
         self._abandoned: deque[DeviceSlot] = deque()
         self._ready: list[Outputs] = []
@@ -166,19 +174,25 @@ class DeviceTransport(Transport):
             return self._take_slot_for_capture()
         while self._abandoned:
             self._recover(self._abandoned.popleft())
-        free = self._free
-        if free and free[-1].landed.query():  # type: ignore[no-untyped-call]
-            return free.pop()  # the last one used: what it needs is still in the host's caches
-        if not free or not free[0].landed.query():  # type: ignore[no-untyped-call]
+        if self._are_short:
             self._make_slots()
-        return free.popleft()
+        free = self._free
+        # One of the last that were used, where it has landed: what it needs is still in the host's caches.
+        for index in (-1, -2, 0):
+            if -len(free) <= index < len(free) and free[index].landed.query():  # type: ignore[no-untyped-call]
+                return free.pop(index)
+        self._make_slots()
+        return free.pop(0)
 
     def _make_slots(self) -> None:
+        self._are_short = False
         for _ in range(RING):
             slot = DeviceSlot(self.shape, self.cargo)
             self._bind(slot, overridable=False)
+            slot.send_kernel.prepare(slot.send_kernel.grid)
+            slot.unroll_kernel.prepare(unroll_grid(self._length, self.shape, self.cargo))
             self._slots.append(slot)
-            self._free.appendleft(slot)
+            self._free.insert(0, slot)
 
     def _recover(self, slot: DeviceSlot) -> None:
         """Makes a slot whose flight was dropped fit for another."""
@@ -193,7 +207,8 @@ class DeviceTransport(Transport):
                 f"no slot is left for an exchange to be captured: a roller makes {RING} at a time, and none during "
                 "a capture; run the same exchanges outside of a graph before"
             )
-        slot = self._free.popleft()
+        self._are_short = True  # for the next capture
+        slot = self._free.pop(0)
         slot.retired = (
             slot.send_kernel,
             slot.unroll_kernel,

@@ -26,9 +26,15 @@ class ProcessGroupTransport(DeviceTransport):
     name = "process_group"
 
     def __init__(
-        self, channel: Channel, shape: PlanShape, cargo: Cargo, traffic: Traffic, overlapped: bool
+        self,
+        channel: Channel,
+        shape: PlanShape,
+        cargo: Cargo,
+        traffic: Traffic,
+        overlapped: bool,
+        length: int,
     ) -> None:
-        super().__init__(channel, shape, cargo, traffic, overlapped)
+        super().__init__(channel, shape, cargo, traffic, overlapped, length)
         self._send_rows, self._recv_rows = list(shape.send_rows), list(shape.recv_rows)
         self._options = dist.AllToAllOptions()
         self._options.asyncOp = False

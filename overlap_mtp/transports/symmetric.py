@@ -103,10 +103,11 @@ class SymmetricTransport(DeviceTransport):
         cargo: Cargo,
         traffic: Traffic,
         overlapped: bool,
+        length: int,
     ) -> None:
         """Collective over the cp group. `shapes`: of all ranks. Raises where the memory cannot be shared."""
         shape = shapes[channel.cp_rank]
-        super().__init__(channel, shape, cargo, traffic, overlapped)
+        super().__init__(channel, shape, cargo, traffic, overlapped, length)
         self._places = SymmetricLayout.of(shapes, cargo.words)
         self._memory, addresses, self._mapping = share_memory(self._places.num_words, channel, self.device)
         peers, sources = peer_tables(shapes, channel.cp_rank, addresses)
