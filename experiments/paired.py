@@ -25,6 +25,12 @@ class Estimate:
         return cls(float(value), float(low), float(high))
 
 
+def median(samples: Times, seed: int = 0) -> Estimate:
+    """The median of independent samples."""
+    draws = np.random.default_rng(seed).integers(0, samples.size, (RESAMPLES, samples.size))
+    return Estimate.of(float(np.median(samples)), np.median(samples[draws], axis=1))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One schedule's steps against the baseline's (`prepared`) of the same rounds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from datetime import date
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 import triton
 
 import overlap_mtp
+
+# What of the environment changes how ranks reach one another, and in which order a device runs work.
+LINK_VARIABLES = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_NET", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def describe(device: torch.device, ranks: int) -> dict[str, Any]:
@@ -27,4 +31,5 @@ def describe(device: torch.device, ranks: int) -> dict[str, Any]:
     if device.type == "cuda":
         where["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
         where["cuda"] = torch.version.cuda
+        where["environment"] = {name: os.environ[name] for name in LINK_VARIABLES if name in os.environ}
     return where

@@ -1,0 +1,302 @@
+"""The latency of rolls: what is timed is what is meant, its targets on known figures, and a short run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+from overlap_mtp import SequenceLayout, make_roller
+
+from rank_pool import device_of
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import latency_targets  # noqa: E402
+import paired  # noqa: E402
+import roll_latency  # noqa: E402
+from bench import Bench  # noqa: E402
+from latency import Case, Configuration, Point, Subject, Way, new_layout  # noqa: E402
+
+SETTINGS = roll_latency.Settings(
+    depths=(1, 2, 4, 8),
+    documents=(1, 8, 32, 128),
+    tokens=(4096, 8192),
+    cp_sizes=(),
+    schedules=roll_latency.WAYS,
+    transports=("process_group", "symmetric"),
+    cross=False,
+    rounds=60,
+    slow_seconds=1.0,
+    replays=200,
+)
+
+
+def test_packings_are_new_legal_and_padded():
+    point = Point(cp_size=4, depths=2, documents=16, tokens=64)
+    layouts = [new_layout(point, (0, seed)) for seed in range(20)]
+    assert len({layout.key for layout in layouts}) == 20
+    assert {layout.seq_len for layout in layouts} == {256}
+    assert {layout.num_documents for layout in layouts} == {16}
+    assert new_layout(point, (0, 3)).key == layouts[3].key  # alike on all ranks
+    padded = [layout.valid_lengths < np.diff(layout.cu_seqlens) for layout in layouts]
+    assert np.mean(padded) > 0.5
+    assert all((layout.valid_lengths > 0).all() for layout in layouts)
+    assert not new_layout(replace(point, documents=1), (0,)).is_packed
+    with pytest.raises(ValueError, match=r"documents in \[1, 32\]"):
+        new_layout(replace(point, documents=33), (0,))
+
+
+def test_lines_go_through_the_base_point_and_hold_what_targets_need():
+    lines = roll_latency.lines_through(SETTINGS, 4)
+    base = Point(4, 2, 8, 4096)
+    assert base in lines["documents, D = 2"]
+    assert base in lines["tokens"]
+    points = roll_latency.points_of(SETTINGS, 4)
+    assert len(points) == len(set(points)) == 11 + 4  # of 2 * 32 in the full product
+    for depths in (1, 2, 4, 8):
+        assert {Point(4, depths, 1, 4096), Point(4, depths, 32, 4096)} <= set(points)
+    assert {point.documents for point in points if point.cp_size == 2} == {1, 8, 32, 128}
+    assert {point.cp_size for point in roll_latency.points_of(SETTINGS, 2)} == {2}
+    assert len(roll_latency.points_of(replace(SETTINGS, cross=True), 2)) == 32
+
+
+def test_ways_leave_out_what_is_missing():
+    missing = {"symmetric": "no such transport", "megatron": "no module"}
+    ways = roll_latency.ways_for(Point(2, 2, 8, 64), SETTINGS, missing)
+    assert [str(way) for way in ways] == [
+        "sync",
+        "merged process_group",
+        "overlap process_group",
+        "prefetch process_group",
+        "prepared",
+    ]
+    assert len(roll_latency.ways_for(Point(2, 2, 8, 64), SETTINGS, {})) == 10
+    assert len(roll_latency.ways_for(Point(2, 2, 1, 64), SETTINGS, {})) == 9  # a dense roll has no cu_seqlens
+
+
+def row(schedule, transport, host, wall, depths=2, documents=1, gpu=None):
+    def summary(value):
+        return {"median": value, "low": 0.9 * value, "high": 1.1 * value, "p10": value, "p90": value}
+
+    return {
+        "schedule": schedule,
+        "transport": transport,
+        "cp_size": 2,
+        "depths": depths,
+        "documents": documents,
+        "tokens": 4096,
+        "failed": None,
+        "host_us": summary(host),
+        "wall_us": summary(wall),
+        "gpu_us": None if gpu is None else summary(gpu),
+    }
+
+
+def test_targets_on_known_figures():
+    rows = [
+        row("prefetch", "process_group", 50, 100, gpu=10),
+        row("prefetch", "process_group", 90, 100, documents=32, gpu=12),
+        row("prefetch", "process_group", 55, 100, depths=8),
+        row("megatron", "host", 2000, 2100),
+        row("megatron", "host", 40000, 49000, documents=32),
+        row("megatron", "device", 60000, 70000, documents=32),
+        row("sync", "", 2000, 2000),
+        row("sync", "", 40000, 60000, documents=32),
+        {**row("prefetch", "symmetric", 1, 1), "failed": "ValueError: no"},
+    ]
+    found = {one["what"]: one for one in latency_targets.targets_of(rows)}
+    assert not [what for what in found if "symmetric" in what]
+    measured = {what: (one["value"], one["met"]) for what, one in found.items()}
+    assert measured == {
+        "process_group: host µs of one exchange, D = 2, worst: 32 documents": (90, False),
+        "process_group: gpu µs of one exchange, D = 2, worst: 32 documents": (12, True),
+        "process_group: host time by documents, 32 over 1": (1.8, False),
+        "process_group: host time by depths, 1 documents, 8 over 2": (1.1, True),
+        "process_group: wall time of Megatron-LM over ours, D = 2, dense": (21, True),
+        "process_group: wall time of Megatron-LM over ours, D = 2, 32 documents": (490, False),
+        "wall time of sync over Megatron-LM, worst: cp 2, D = 2, 32 documents": (round(60 / 49, 4), False),
+    }
+    for one in found.values():
+        assert one["low"] < one["value"] < one["high"]
+
+
+def test_median_and_its_interval():
+    hits = []
+    for seed in range(40):
+        samples = np.random.default_rng(seed).exponential(100, 100)
+        estimate = paired.median(samples)
+        assert estimate.value == np.median(samples)
+        hits.append(estimate.low < 100 * np.log(2) < estimate.high)
+    assert 0.85 < np.mean(hits) < 1  # of 95 % intervals
+
+
+def differences_of_wrong_rolls(group):
+    """What the check says of right rolls, of rolls by one too few, and of rolls that keep the padding."""
+    point = Point(group.size(), 2, 4, 32)
+    case = Case(point, group, device_of(group), seed=1)
+    roller = make_roller("prefetch", group, num_depths=2)
+    right = roller.start(case.batch, case.layout)
+    unpadded = SequenceLayout.packed(case.layout.cu_seqlens, group.size())
+    keeping = make_roller("prefetch", group, num_depths=2).start(case.batch, unpadded)
+
+    class Late:
+        def at(self, depth):
+            return case.batch if depth == 1 else right.at(depth - 1)
+
+    return case.differences(right), case.differences(Late()), case.differences(keeping)
+
+
+def test_the_check_of_bits_can_fail(pool):
+    for right, late, keeping in pool.run(differences_of_wrong_rolls, 2):
+        assert right == (0, 0)
+        assert late[1] > 100
+        assert keeping[0] > 0
+        assert keeping[1] == 0
+
+
+class FailingRoller:
+    """Raises on one rank, at a given roll."""
+
+    def __init__(self, roller, at_roll):
+        self.roller, self.left = roller, at_roll
+        self.traffic = roller.traffic
+
+    def start(self, batch, layout):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("/some/folder/of/this/machine/file.py broke\nand more")
+        return self.roller.start(batch, layout)
+
+    def close(self):
+        self.roller.close()
+
+
+def bench_with_a_failure(group):
+    point = Point(group.size(), 2, 4, 32)
+    ways = [Way("prepared"), Way("prefetch", "process_group"), Way("sync", "nonsense")]
+    bench = Bench([Configuration(point, way) for way in ways], device_of(group))
+    prepared = bench.subjects[0]
+    opening = prepared.open
+
+    def open_failing():
+        opening()
+        if group.rank() == 1:
+            prepared.roller = FailingRoller(prepared.roller, 7)
+
+    prepared.open = open_failing
+    bench.prepare(rounds=4, slow_seconds=10)
+    bench.run(4)
+    bench.close()
+    return [(subject.failed, len(subject.host_us), subject.wall_us) for subject in bench.subjects]
+
+
+def test_one_failure_does_not_end_the_others(pool):
+    first, second = pool.run(bench_with_a_failure, pool.world_size)[:2]
+    assert first[0][0] == second[0][0] == "RuntimeError: file.py broke"
+    assert second[0][1] == 2  # 1 check, 3 warm-ups, 2 rounds; the seventh roll failed
+    assert first[1][:2] == second[1][:2] == (None, 4)
+    assert first[2][0].startswith("ValueError: transport must be one of")
+    assert all(wall > 0 for wall in first[1][2])
+
+
+def test_slow_configurations_sit_out_rounds_evenly():
+    from bench import _is_due
+
+    subject = Subject(Configuration(Point(2, 2, 8, 64), Way("sync")), case=None, rounds=5)  # type: ignore[arg-type]
+    due = [index for index in range(60) if _is_due(subject, index, 60)]
+    assert due == [11, 23, 35, 47, 59]
+
+
+def megatron_against_oracle(group):
+    import megatron_rolls
+
+    found = {}
+    for documents in (1, 4):
+        point = Point(group.size(), 3, documents, 64)
+        case = Case(point, group, device_of(group), seed=documents)
+        for where in megatron_rolls.WHERE:
+            roller = megatron_rolls.MegatronRoller(group, where, torch.device("cpu"))
+            rolls = roller.start(case.batch, roller.argument(case.layout))
+            found[documents, where] = case.differences(rolls)
+    return found
+
+
+def test_megatron_differs_from_the_oracle_at_padding_only(pool):
+    pytest.importorskip("megatron.core")
+    for cp_size in (2, 4):
+        for found in pool.run(megatron_against_oracle, cp_size):
+            assert found[1, "host"] == found[1, "device"] == (0, 0)
+            assert found[4, "host"] == found[4, "device"]
+            assert found[4, "host"][1] == 0
+        assert any(found[4, "host"][0] for found in pool.run(megatron_against_oracle, cp_size))
+
+
+def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "experiments/roll_latency.py", "--device", "cpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_roll_latency_end_to_end(tmp_path):
+    sizes = ["--tokens", "64", "--documents", "1,8", "--depths", "1,2", "--rounds", "3"]
+    transports = ["--transports", "process_group,pigeon"]
+    done = run_latency("--ranks", "2", *sizes, *transports, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "skipped: pigeon (transport must be one of" in done.stdout
+    result = json.loads((tmp_path / "roll_latency.json").read_text())
+    assert "pigeon" in result["skipped"]
+    rows = {
+        (one["schedule"], one["depths"], one["documents"]): one
+        for one in result["rows"]
+        if one["transport"] != "device"
+    }
+    for schedule in ("sync", "merged", "overlap", "prefetch", "prepared"):
+        for depths in (1, 2):
+            for documents in (1, 8):
+                one = rows[schedule, depths, documents]
+                assert one["failed"] is None
+                assert one["rounds"] == 3
+                assert one["differing_slots"] == 0
+                assert 0 < one["host_us"]["median"] <= one["wall_us"]["median"]
+                assert one["wall_us"]["p10"] <= one["wall_us"]["median"] <= one["wall_us"]["p90"]
+                assert one["gpu_us"] is None
+    # 4 tensors, 2 depths; each of two ranks sends to the other, once a dense document or more often
+    assert rows["prefetch", 2, 8]["messages"] == 1
+    assert rows["merged", 2, 8]["messages"] == rows["overlap", 2, 8]["messages"] == 2
+    assert rows["sync", 2, 1]["messages"] == 8
+    assert rows["sync", 2, 8]["messages"] > 32
+    assert rows["prepared", 2, 8]["messages"] == 0
+    assert rows["prefetch", 2, 1]["bytes"] < rows["prefetch", 2, 8]["bytes"]
+    assert result["targets"] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"roll_latency.json", "roll_latency.png"}
+    text = json.dumps(result)
+    for secret in (socket.gethostname(), str(Path.home()), str(ROOT)):
+        assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedules": "sync,fast"}, "schedules must be among"),
+        ({"depths": "1,two"}, "depths must be comma-separated whole numbers above 0"),
+        ({"documents": "0"}, "documents must be comma-separated whole numbers above 0"),
+        ({"cp_sizes": "3"}, "cp-sizes must divide the number of ranks 2"),
+        ({"tokens": "64", "documents": "100"}, r"documents in \[1, 32\]"),
+        ({"tokens": "63", "documents": "4"}, "tokens must be even"),
+        ({"ranks": 4, "tokens": "64", "documents": "33"}, r"documents in \[1, 32\]"),
+    ],
+)
+def test_bad_arguments_are_said_before_ranks_start(options, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        roll_latency.main(device="cpu", **options)
