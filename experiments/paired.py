@@ -43,12 +43,6 @@ class Comparison:
     efficiency: Estimate | None  # 1 - exposed / exposed of sync (Flux, arXiv 2406.06858)
 
 
-def median(samples: Times, seed: int = 0) -> Estimate:
-    """The median of samples [n]; all NaN where one of them is."""
-    draws = np.random.default_rng(seed).integers(0, len(samples), (RESAMPLES, len(samples)))
-    return Estimate.of(np.median(samples), np.median(samples[draws], axis=1))
-
-
 def compare(
     times_ms: dict[str, Times], baseline: str, worst: str | None, seed: int = 0
 ) -> dict[str, Comparison]:
