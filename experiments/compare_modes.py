@@ -31,10 +31,12 @@ from rich.table import Table
 
 from overlap_mtp import SCHEDULES
 from overlap_mtp.model.config import PRESETS
+from overlap_mtp.transports import TRANSPORTS
 
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 CAPTION = (
-    "median [95 % interval]; exposed = step - prepared step; messages and KB are those of all ranks together"
+    "median [95 % interval]; exposed = step - prepared step; metered: the same by CUDA events, on one rank's "
+    "stream; messages and KB of all ranks together"
 )
 WIDTH = 190  # of the table where there is no terminal
 ALL_MODES = (*SCHEDULES, TIMING_ONLY)
@@ -49,7 +51,9 @@ def main(
     ] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Default: all GPUs, else 2 CPU ranks.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
-    modes: Annotated[str, typer.Option(help="Comma-separated schedules.")] = ",".join(ALL_MODES),
+    modes: Annotated[
+        str, typer.Option(help="Comma-separated schedules; `prefetch:process_group` names a transport too.")
+    ] = ",".join(ALL_MODES),
     depths: Size = None,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the whole sequence, over all ranks.")
@@ -65,6 +69,13 @@ def main(
     ffn_size: Size = None,
     vocab_size: Size = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="No backward, no update.")] = False,
+    transport: Annotated[str, typer.Option(help=f"{', '.join(TRANSPORTS)}.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
+    captured: Annotated[bool, typer.Option("--graph", help="Replay steps as CUDA graphs; dense.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="nsys: tell it when to listen; torch: write traces.")
+    ] = None,
+    profile_out: Annotated[Path, typer.Option(help="Where traces go.")] = Path("out/profile"),
     rounds: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 40,
     warmup: Annotated[int, typer.Option(min=1, help="Rounds before them.")] = 5,
     data: Annotated[
@@ -106,19 +117,41 @@ def main(
             warmup,
             data,
             token_dtype,
+            transport,
+            compiled,
+            captured,
+            profile_out if profile == "torch" else None,
+            profile == "nsys",
         )
+        check_settings(settings, profile, on_gpu)
         open_stream(settings, world).batch(0)  # what is wrong with sizes or data is said before ranks start
         run_on_ranks(compare_on_rank, ranks, device, settings, out)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
+def check_settings(settings: Settings, profile: str | None, on_gpu: bool) -> None:
+    """Raises ValueError where options do not go together."""
+    if settings.transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {settings.transport!r}")
+    if profile not in (None, "nsys", "torch"):
+        raise ValueError(f"profile must be nsys or torch, got {profile!r}")
+    if not on_gpu and (settings.captured or settings.profile_nsys or settings.transport == "symmetric"):
+        raise ValueError("--graph, --profile nsys and --transport symmetric need GPUs")
+    if settings.captured and settings.num_documents is not None:
+        raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
+
+
 def check_modes(modes: str) -> tuple[str, ...]:
     """The schedules of a comma-separated list; `prepared`, the floor, is always among them."""
     chosen = tuple(dict.fromkeys(mode.strip() for mode in modes.split(",") if mode.strip()))
-    unknown = [mode for mode in chosen if mode not in ALL_MODES]
-    if unknown:
-        raise ValueError(f"modes must be among {', '.join(ALL_MODES)}, got {unknown[0]!r}")
+    for mode in chosen:
+        schedule, _, transport = mode.partition(":")
+        if schedule not in ALL_MODES or transport not in ("", *TRANSPORTS):
+            raise ValueError(
+                f"modes must be among {', '.join(ALL_MODES)}, with :process_group or :symmetric behind them or not, "
+                f"got {mode!r}"
+            )
     return chosen if BASELINE in chosen else (*chosen, BASELINE)
 
 
@@ -149,7 +182,15 @@ def table_of(result: dict[str, Any]) -> Table:
         title=pictures.caption(result),
         caption=CAPTION,
     )
-    for heading in ("schedule", "step ms (p10-p90)", "/ prepared", "exposed µs", "efficiency", "tokens/s"):
+    for heading in (
+        "schedule",
+        "step ms (p10-p90)",
+        "/ prepared",
+        "exposed µs",
+        "metered µs",
+        "efficiency",
+        "tokens/s",
+    ):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for heading in ("host µs", "messages", "KB", "loss", "same rolls, loss"):
         table.add_column(heading, justify="right")
@@ -161,6 +202,7 @@ def table_of(result: dict[str, Any]) -> Table:
             f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
             f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
             f"{exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}]",
+            metered_of(row),
             efficiency_of(mode, row),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['host_us']:.0f}",
@@ -170,6 +212,12 @@ def table_of(result: dict[str, Any]) -> Table:
             {TIMING_ONLY: "timing only", BASELINE: "the reference"}.get(mode, same),
         )
     return table
+
+
+def metered_of(row: dict[str, Any]) -> str:
+    """What CUDA events say that the rolls held up the compute stream, where there are any."""
+    one = row["metered_us"]
+    return "-" if one is None else f"{one['value']:.0f} [{one['low']:.0f}, {one['high']:.0f}]"
 
 
 def efficiency_of(mode: str, row: dict[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ import paired
 import record
 import torch
 import torch.distributed as dist
+from profiler import recording
+from steps import CapturedStep, EagerStep, compile_blocks
 
 from overlap_mtp import SequenceLayout, make_roller, prepare
 from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.layout import Kind
+from overlap_mtp.meter import Cost
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.model.loss import combine
-from overlap_mtp.schedules.base import Roller, Rolls
+from overlap_mtp.schedules.base import Rolls
 from overlap_mtp.tracing import span
 from overlap_mtp.training import global_counts, reduce_gradients
 
@@ -45,33 +49,38 @@ class Settings:
     warmup: int
     data: Path | None
     token_dtype: str
+    transport: str = "auto"
+    compiled: bool = False
+    captured: bool = False
+    profile: Path | None = None  # where traces of torch.profiler go
+    profile_nsys: bool = False
     seed: int = 0
 
 
-class TimedRoller:
-    """A roller, and the host time inside its `start` and `at` (and the rolls that it gave last)."""
+@dataclass(frozen=True)
+class Feed:
+    """What all steps of a round compute on: this rank's shards, without and with the rolls of `prepared`."""
 
-    def __init__(self, roller: Roller) -> None:
-        self.roller = roller
-        self.seconds = 0.0
-        self.rolls: Rolls
-
-    def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        begin = time.perf_counter()
-        self.rolls = self.roller.start(batch, layout)
-        self.seconds += time.perf_counter() - begin
-        return _TimedRolls(self.rolls, self)
+    plain: dict[str, torch.Tensor]
+    prepared: dict[str, torch.Tensor]
+    layout: SequenceLayout
+    counts: torch.Tensor
+    expected: Rolls
 
 
-class _TimedRolls(Rolls):
-    def __init__(self, rolls: Rolls, clock: TimedRoller) -> None:
-        self._rolls, self._clock = rolls, clock
+def schedule_of(mode: str) -> str:
+    """The schedule of a mode: "prefetch" of "prefetch:process_group" too."""
+    return mode.partition(":")[0]
 
-    def at(self, depth: int) -> dict[str, torch.Tensor]:
-        begin = time.perf_counter()
-        tokens = self._rolls.at(depth)
-        self._clock.seconds += time.perf_counter() - begin
-        return tokens
+
+def transport_of(mode: str, settings: Settings) -> str:
+    """The transport that a mode names, or the comparison's."""
+    return mode.partition(":")[2] or settings.transport
+
+
+def metered(samples: paired.Times, seed: int) -> dict[str, float] | None:
+    """The median of what the meter read, where it could."""
+    return None if np.isnan(samples).any() else asdict(paired.median(samples, seed))
 
 
 @dataclass
@@ -79,7 +88,7 @@ class Step:
     """What one timed step gave, on this rank."""
 
     ms: float
-    host_us: float
+    cost: Cost
     messages: int
     bytes: int
     loss: torch.Tensor
@@ -114,9 +123,15 @@ class Comparison:
         if device.type == "cuda":
             self.model.to(torch.bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
-        self.rollers = {
-            mode: make_roller(
-                mode, self.group, settings.model.num_depths, max_documents=settings.max_documents
+        if settings.compiled:
+            compile_blocks(self.model)
+        kind = CapturedStep if settings.captured else EagerStep
+        depths, documents = settings.model.num_depths, settings.max_documents
+        self.steps = {
+            mode: kind(
+                self.model,
+                make_roller(schedule_of(mode), self.group, depths, transport_of(mode, settings), documents),
+                settings.forward_only,
             )
             for mode in settings.modes
         }
@@ -125,36 +140,29 @@ class Comparison:
         """All rounds; the record on rank 0. `on_round` is called after each."""
         steps: dict[str, list[Step]] = {mode: [] for mode in self.settings.modes}
         gc.disable()  # a collection inside a step would be counted as the schedule's
-        for index in range(self.settings.warmup + self.settings.rounds):
-            for mode, step in self._round(index).items():
-                if index >= self.settings.warmup:
-                    steps[mode].append(step)
-            on_round()
-            gc.collect()
+        # From the first warm-up on: a profiler sees the inside of those CUDA graphs only whose capture it saw.
+        with recording(self.settings.profile_nsys, self.settings.profile, self.rank):
+            for index in range(self.settings.warmup + self.settings.rounds):
+                kept = index >= self.settings.warmup
+                for mode, step in self._round(index, kept).items():
+                    if kept:
+                        steps[mode].append(step)
+                on_round()
+                gc.collect()
         gc.enable()
-        for roller in self.rollers.values():
-            roller.close()
+        for one in self.steps.values():
+            one.close()
         return self._summary(steps)
 
-    def _round(self, index: int) -> dict[str, Step]:
-        """One step of every schedule on the same weights and batch, then one update."""
-        full, layout = self.stream.batch(index)
-        everything = prepare(full, layout, self.settings.model.num_depths)
-        local = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
-        plain = {name: local[name] for name in full}
-        counts = global_counts(self.model, [(plain, layout)], self.group)
-        expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(local, layout)
-
+    def _round(self, index: int, kept: bool) -> dict[str, Step]:
+        """One step of every schedule on the same weights and batch, then one update. `kept`: named in profiles."""
+        feed = self._feed(index)
         # Another order each round, alike on all ranks: a step behind a slow `sync` finds a cooler, faster GPU.
         order = np.random.default_rng((self.settings.seed, index)).permutation(self.settings.modes)
+        self._step(BASELINE, feed, named=False)  # not kept: the first step behind an update is faster
         steps, gradients = {}, None
-        for mode in [
-            BASELINE,
-            *order.tolist(),
-        ]:  # the first step, behind the update, is not kept: it is faster
-            self.optimizer.zero_grad()
-            anew = replace(layout, _positions={})  # each schedule finds the batch's layout new
-            steps[mode] = self._step(mode, local if mode == BASELINE else plain, anew, counts, expected)
+        for mode in order.tolist():
+            steps[mode] = self._step(mode, feed, named=kept)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.settings.forward_only:
@@ -164,39 +172,36 @@ class Comparison:
             self.optimizer.step()
         return steps
 
-    def _step(
-        self,
-        mode: str,
-        batch: dict[str, torch.Tensor],
-        layout: SequenceLayout,
-        counts: torch.Tensor,
-        expected: Rolls,
-    ) -> Step:
-        roller = self.rollers[mode]
-        timed, before = TimedRoller(roller), replace(roller.traffic)
+    def _feed(self, index: int) -> Feed:
+        full, layout = self.stream.batch(index)
+        everything = prepare(full, layout, self.settings.model.num_depths)
+        prepared = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
+        plain = {name: prepared[name] for name in full}
+        counts = global_counts(self.model, [(plain, layout)], self.group)
+        expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(prepared, layout)
+        return Feed(plain, prepared, layout, counts, expected)
+
+    def _step(self, mode: str, feed: Feed, named: bool) -> Step:
+        step = self.steps[mode]
+        traffic = step.meter.roller.traffic
+        before = replace(traffic)
+        self.optimizer.zero_grad()
+        anew = replace(feed.layout, _positions={})  # each schedule finds the batch's layout new
+        step.load(feed.prepared if mode == BASELINE else feed.plain, anew, feed.counts)
         self._meet()
         begin = time.perf_counter()
-        with span("step", mode), torch.set_grad_enabled(not self.settings.forward_only):
-            sums = self.model(batch, layout, timed)
-            loss = combine(sums, counts, self.settings.model.mtp_loss_factor)
-            if not self.settings.forward_only:
-                loss.backward()  # type: ignore[no-untyped-call]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        with span("step", mode) if named else contextlib.nullcontext():
+            loss = step.run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
         ms = 1000 * (time.perf_counter() - begin)
         equal = all(
-            torch.equal(timed.rolls.at(depth)[name], wanted)
+            torch.equal(step.rolls.at(depth)[name], wanted)
             for depth in range(1, self.settings.model.num_depths + 1)
-            for name, wanted in expected.at(depth).items()
+            for name, wanted in feed.expected.at(depth).items()
         )
-        return Step(
-            ms,
-            1e6 * timed.seconds,
-            roller.traffic.messages - before.messages,
-            roller.traffic.bytes - before.bytes,
-            loss.detach(),
-            equal,
-        )
+        cost, sent = step.meter.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
+        return Step(ms, cost, *sent, loss.clone(), equal)
 
     def _meet(self) -> None:
         """All ranks, with idle devices, at one point."""
@@ -212,7 +217,10 @@ class Comparison:
         for one in losses.values():
             dist.all_reduce(one, group=self.group)
         mine = {
-            mode: [(s.ms, s.host_us, s.messages, s.bytes, s.rolls_equal) for s in steps[mode]]
+            mode: [
+                (s.ms, s.cost.host_us, s.messages, s.bytes, s.rolls_equal, _number(s.cost.exposed_us))
+                for s in steps[mode]
+            ]
             for mode in steps
         }
         everyone: list[Any] = [None] * self.ranks
@@ -232,6 +240,7 @@ class Comparison:
                 / compared[mode].median_ms
                 * 1000,
                 "host_us": float(np.median(table[mode][:, :, 1].max(0))),
+                "metered_us": metered(table[mode][:, :, 5].max(0), self.settings.seed),
                 "messages_per_step": float(table[mode][:, :, 2].sum(0).mean()),
                 "bytes_per_step": float(table[mode][:, :, 3].sum(0).mean()),
                 "loss": float(losses[mode][-1]),
@@ -240,10 +249,16 @@ class Comparison:
             }
         settings = asdict(self.settings)
         settings["data"] = "standard library" if self.settings.data is None else self.settings.data.name
+        settings["profile"] = None
         return {
             "experiment": "compare_modes",
             "where": record.describe(self.device, self.ranks),
+            "transport": {mode: step.meter.roller.transport for mode, step in self.steps.items()},
             "settings": settings,
             "rows": rows,
             "times_ms": {mode: [round(float(t), 4) for t in times[mode]] for mode in times},
         }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

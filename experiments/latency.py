@@ -110,7 +110,9 @@ class Subject:
     differs: tuple[int, int] = (0, 0)  # slots from the oracle, and those of them with a valid token
     sent: tuple[int, int] | None = None  # messages and bytes; None where nobody counts them
     rounds: int = 0
-    host_us: list[float] = field(default_factory=list)
+    is_short: bool = False  # enough to be repeated in a round
+    cold_us: list[float] = field(default_factory=list)  # host time right behind another configuration
+    host_us: list[float] = field(default_factory=list)  # and when repeated
     wall_us: list[float] = field(default_factory=list)
     gpu_us: list[float] = field(default_factory=list)
     failed: str | None = None
@@ -151,11 +153,15 @@ class Subject:
         begin = time.perf_counter()
         rolls = self.roll(argument)
         launched = time.perf_counter()
-        if self.case.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.finish()
         done = time.perf_counter()
         del rolls
         return 1e6 * (launched - begin), 1e6 * (done - begin)
+
+    def finish(self) -> None:
+        """Waits for the device."""
+        if self.case.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def verify(self) -> None:
         """Compares the rolls of the case's own layout with the oracle's, and counts what was sent for them."""

@@ -18,14 +18,14 @@ from rich.table import Table
 WIDTH = 150
 Row = dict[str, Any]
 CAPTION = (
-    "median host µs | wall µs | GPU µs of a graph replay, each of all tensors and depths of a microbatch, on the "
-    "slowest rank"
+    "median host µs (on cold caches) | wall µs | GPU µs of a graph replay, each of all tensors and depths of a "
+    "microbatch, on the slowest rank"
 )
 
 
 def rows_of(subjects: list[Subject]) -> list[Row] | None:
     """A row for each configuration, on rank 0. Collective: a roll takes as long as on its slowest rank."""
-    mine = [(s.host_us, s.wall_us, s.gpu_us, s.sent or (0, 0), s.differs) for s in subjects]
+    mine = [(s.host_us, s.wall_us, s.gpu_us, s.sent or (0, 0), s.differs, s.cold_us) for s in subjects]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if dist.get_rank():
@@ -35,7 +35,7 @@ def rows_of(subjects: list[Subject]) -> list[Row] | None:
 
 def _row(subject: Subject, by_rank: list[Any]) -> Row:
     point, way = subject.configuration.point, subject.configuration.way
-    host, wall, gpu, sent, differs = zip(*by_rank, strict=True)
+    host, wall, gpu, sent, differs, cold = zip(*by_rank, strict=True)
     row: Row = {
         "schedule": way.schedule,
         "transport": way.transport,
@@ -46,6 +46,7 @@ def _row(subject: Subject, by_rank: list[Any]) -> Row:
         row |= {
             "rounds": len(host[0]),
             "host_us": _summary(host),
+            "cold_us": _summary(cold),
             "wall_us": _summary(wall),
             "gpu_us": _summary(gpu) if gpu[0] and subject.graph_failed is None else None,
             "graph_failed": subject.graph_failed,
@@ -107,7 +108,8 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     gpu = f" | {row['gpu_us']['median']:.1f}" if row["gpu_us"] else ""
-    return f"{row['host_us']['median']:,.0f} | {row['wall_us']['median']:,.0f}{gpu}"
+    host = f"{row['host_us']['median']:,.0f} ({row['cold_us']['median']:,.0f})"
+    return f"{host} | {row['wall_us']['median']:,.0f}{gpu}"
 
 
 def _targets_table(targets: list[Row]) -> Table:

@@ -100,7 +100,7 @@ def _ratio(over: dict[str, float], under: dict[str, float]) -> tuple[float, floa
 def _target(
     what: str, limit: float, value: float, low: float, high: float, at_most: bool = True
 ) -> dict[str, Any]:
-    met = value <= limit if at_most else value >= limit
+    met = high <= limit if at_most else low >= limit  # beyond doubt
     return {
         "what": what,
         "limit": limit,

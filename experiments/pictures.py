@@ -20,11 +20,16 @@ COLOURS = {
 }
 
 
+def colour_of(mode: str) -> str:
+    """The schedule's colour, whatever the transport."""
+    return COLOURS.get(mode.partition(":")[0], "#555555")
+
+
 def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     """Writes `step_time.png` and `exposed.png` (prefixed with `name`) into `out`."""
     rows, where = result["rows"], result["where"]
     modes = list(rows)
-    colours = [COLOURS.get(mode, "#555555") for mode in modes]
+    colours = [colour_of(mode) for mode in modes]
     title = caption(result)
 
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
@@ -36,6 +41,7 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     bars = axes.bar(modes, medians, color=colours, yerr=spread, capsize=4, error_kw={"linewidth": 1})
     labels = [f"{rows[mode]['ratio']['value']:.3f} x" for mode in modes]
     axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9)
+    _name_bars(axes, modes)
     axes.set_ylabel("step time (ms), median and p10 to p90")
     axes.set_title(title, fontsize=9)
     paths = [_save(figure, out / f"{name}step_time.png")]
@@ -47,13 +53,18 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
         [rows[mode]["exposed_us"]["value"] - rows[mode]["exposed_us"]["low"] for mode in shown],
         [rows[mode]["exposed_us"]["high"] - rows[mode]["exposed_us"]["value"] for mode in shown],
     ]
-    bars = axes.bar(shown, values, color=[COLOURS.get(m, "#555555") for m in shown], yerr=interval, capsize=4)
+    bars = axes.bar(shown, values, color=[colour_of(mode) for mode in shown], yerr=interval, capsize=4)
     axes.bar_label(bars, [f"{value:,.0f} µs" for value in values], padding=4, fontsize=9)
+    _name_bars(axes, shown)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)
     axes.set_ylabel("added to a `prepared` step (µs), 95 % interval")
     axes.set_title(f"{title}, {where['date']}", fontsize=9)
     return [*paths, _save(figure, out / f"{name}exposed.png")]
+
+
+def _name_bars(axes: Any, modes: list[str]) -> None:
+    axes.set_xticks(range(len(modes)), [mode.replace(":", "\n") for mode in modes], fontsize=8)
 
 
 def caption(result: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@
     python experiments/roll_latency.py --device cpu --tokens 64 --documents 1,8 --rounds 5
 
 Rolls alone, without a model: four tensors of batch size 1, in interleaved rounds in random order, a new packing
-each. Host time is that inside `start` and all `at`; wall time is from an idle device to an idle device, plan and
+each. Host time is that inside `start` and all `at`, in a row of repetitions (`host_us`) and at once behind another
+configuration, on cold caches (`cold_us`); wall time is from an idle device to an idle device, plan and
 upload of the packing included; GPU time is that of a CUDA graph of the same calls. Where megatron-core is installed
 (`pip install --no-deps megatron-core`), its `roll_tensor` runs in the same rounds. Writes `roll_latency.json` and a
 picture into `--out`.

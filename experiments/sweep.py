@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ import pictures
 import torch
 import torch.distributed as dist
 import typer
-from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, run_with_progress
+from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, metered_of, run_with_progress
 from comparison import Comparison, Settings
 from launch import run_on_ranks
 from rich.console import Console
@@ -34,6 +35,8 @@ def main(
     documents: Annotated[str, typer.Option(help="`dense` or numbers of packed documents.")] = "dense,8,32",
     directions: Annotated[str, typer.Option(help="train (forward and backward), forward.")] = "train,forward",
     modes: Annotated[str, typer.Option(help="Comma-separated schedules.")] = ",".join(ALL_MODES),
+    compiled: Annotated[bool, typer.Option("--compile", help="As in compare_modes.")] = False,
+    captured: Annotated[bool, typer.Option("--graph", help="As in compare_modes.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     rounds: Annotated[int, typer.Option(min=2)] = 60,
@@ -44,7 +47,14 @@ def main(
     try:
         world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or torch.cuda.device_count() or 2
         runs = [
-            (f"{preset}-{kind}-{direction}", _settings(preset, kind, direction, modes, world, rounds, warmup))
+            (
+                f"{preset}-{kind}-{direction}{'-compile' if compiled else ''}{'-graph' if captured else ''}",
+                replace(
+                    _settings(preset, kind, direction, modes, world, rounds, warmup),
+                    compiled=compiled,
+                    captured=captured,
+                ),
+            )
             for preset in presets.split(",")
             for kind in documents.split(",")
             for direction in directions.split(",")
@@ -98,10 +108,9 @@ def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: P
 
 def markdown_of(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table with a line for each schedule of each comparison."""
-    lines = [
-        "| run | schedule | step ms | / prepared [95 %] | exposed µs [95 %] | efficiency | host µs | sent | same |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["run", "schedule", "step ms", "/ prepared [95 %]", "exposed µs [95 %]", "metered µs [95 %]"]
+    columns += ["efficiency", "host µs", "sent", "same"]
+    lines = [f"| {' | '.join(columns)} |", "|" + len(columns) * "---|"]
     for name, result in results.items():
         for mode, row in result["rows"].items():
             ratio, exposed = row["ratio"], row["exposed_us"]
@@ -110,7 +119,7 @@ def markdown_of(results: dict[str, dict[str, Any]]) -> str:
                 f"| {name} | {mode} | {row['median_ms']:.2f} "
                 f"| {ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] "
                 f"| {exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}] "
-                f"| {efficiency_of(mode, row)} "
+                f"| {metered_of(row)} | {efficiency_of(mode, row)} "
                 f"| {row['host_us']:.0f} | {row['messages_per_step']:.0f} "
                 f"| {'-' if mode == 'none' else 'yes' if same else 'NO'} |"
             )

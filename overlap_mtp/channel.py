@@ -32,11 +32,13 @@ class Channel:
         self.device_type = "cpu"
         self._group: dist.ProcessGroup | None = None
         self._side_stream: torch.cuda.Stream | None = None
+        self.timeout: timedelta | None = None
+        self.chosen: str | None = None  # the transport that "auto" has found to be the fastest
         if cp_group is not None:
             self._ranks = dist.get_process_group_ranks(cp_group)
             on_gpu = "nccl" in dist.get_backend_config(cp_group) and torch.cuda.is_available()
             self.device_type = "cuda" if on_gpu else "cpu"
-            self._timeout = _timeout_of(cp_group, self.device_type)
+            self.timeout = _timeout_of(cp_group, self.device_type)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -49,14 +51,14 @@ class Channel:
         options: Any = None
         if self.device_type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            if self._timeout is not None:
-                options._timeout = self._timeout
+            if self.timeout is not None:
+                options._timeout = self.timeout
         # torch names the group by its ranks and by how many groups the process has.
         what = "making the exchange group (its ranks must all have made the same number of process groups)"
         with self.named_errors(what):
             group: dist.ProcessGroup = dist.new_group(
                 self._ranks,
-                timeout=self._timeout,
+                timeout=self.timeout,
                 backend="nccl" if self.device_type == "cuda" else "gloo",
                 pg_options=options,
                 use_local_synchronization=True,
@@ -80,10 +82,14 @@ class Channel:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(
-                f"overlap_mtp: {what} failed on cp rank {self.cp_rank} of {self.cp_size}: a peer is missing, late "
-                f"or at another exchange ({error})"
-            ) from error
+            raise self.named(error, what) from error
+
+    def named(self, error: RuntimeError, what: str) -> RuntimeError:
+        """The error with the exchange that it was about."""
+        return RuntimeError(
+            f"overlap_mtp: {what} failed on cp rank {self.cp_rank} of {self.cp_size}: a peer is missing, late or "
+            f"at another exchange ({error})"
+        )
 
 
 @atexit.register

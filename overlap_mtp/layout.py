@@ -146,6 +146,15 @@ class SequenceLayout:
     def num_documents(self) -> int:
         return self.valid_lengths.size
 
+    @property
+    def num_chunks(self) -> int:
+        """The equal chunks that a unit is cut into: a document (zigzag), or the whole stream (contiguous)."""
+        return length_unit(self.cp_size, self.kind)
+
+    def held_chunks(self, cp_rank: int) -> tuple[int, ...]:
+        """The chunks of each unit that a rank holds, in the order of its slots."""
+        return (cp_rank, self.num_chunks - 1 - cp_rank) if self.kind == "zigzag" else (cp_rank,)
+
     @cached_property
     def valid_ends(self) -> IntArray:
         """Global position after each document's last valid token, [num_documents]."""

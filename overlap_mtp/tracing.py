@@ -38,8 +38,9 @@ class Span:
         if not ENABLED:
             return
         _DOMAIN.push_range(self._attributes)
-        if torch.autograd._profiler_enabled():
-            self._annotations.append(torch.profiler.record_function(self.label).__enter__())
+        if torch._C._autograd._profiler_enabled():
+            annotation: Any = torch.profiler.record_function(self.label)
+            self._annotations.append(annotation.__enter__())
 
     def __exit__(
         self,
@@ -66,18 +67,18 @@ def span(name: str, detail: str | int = "", depth: int = 0, num_bytes: int = 0) 
 class BackwardSpan:
     """Marks the backward pass between two tensors, on the thread that runs it.
 
-        x = marks.ends(x)        # where the forward begins
-        loss = marks.begins(f(x))  # where it ends
+    x = marks.ends(x)        # where the forward begins
+    loss = marks.begins(f(x))  # where it ends
     """
 
     def __init__(self) -> None:
         self._is_open = False
 
     def begins(self, outputs: torch.Tensor) -> torch.Tensor:
-        return _Mark.apply(outputs, self._open) if ENABLED else outputs  # type: ignore[no-any-return,no-untyped-call]
+        return _Mark.apply(outputs, self._open) if ENABLED else outputs  # type: ignore[no-untyped-call]
 
     def ends(self, inputs: torch.Tensor) -> torch.Tensor:
-        return _Mark.apply(inputs, self._close) if ENABLED else inputs  # type: ignore[no-any-return,no-untyped-call]
+        return _Mark.apply(inputs, self._close) if ENABLED else inputs  # type: ignore[no-untyped-call]
 
     def _open(self) -> None:
         self._is_open = True

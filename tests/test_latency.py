@@ -87,7 +87,7 @@ def test_ways_leave_out_what_is_missing():
 
 def row(schedule, transport, host, wall, depths=2, documents=1, gpu=None):
     def summary(value):
-        return {"median": value, "low": 0.9 * value, "high": 1.1 * value, "p10": value, "p90": value}
+        return {"median": value, "low": 0.99 * value, "high": 1.01 * value, "p10": value, "p90": value}
 
     return {
         "schedule": schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 
@@ -11,14 +12,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from overlap_mtp import SCHEDULES, Rolls, SequenceLayout, make_roller, pad_documents, prepare, roll_reference
-from overlap_mtp.schedules.base import fill_of
-from overlap_mtp.transport import ProcessGroupTransport
+from overlap_mtp.cargo import fill_of
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, random_tensor, same_bits
 
 NAMES = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
 NUM_DEPTHS = 3
+GPU_TRANSPORTS = ("process_group", "symmetric")
 
 
 def layout_of(cp_size: int, variant: int = 0) -> SequenceLayout:
@@ -271,37 +272,50 @@ def test_two_rollers_share_a_cp_group(pool: RankPool, first, second):
     assert pool.run(interleave, 3, first, second) == [[]] * 3
 
 
-def with_delays(group: dist.ProcessGroup, function, *args):
-    """Runs a function of this file with every exchange delayed on its stream, by up to 2 ms before and after."""
+def with_delays(group: dist.ProcessGroup, transport: str, function, *args):
+    """Runs a function of this file over a transport, every exchange delayed on its stream, by up to 2 ms before
+    and after it."""
+    from overlap_mtp.transports.process_group import ProcessGroupTransport
+    from overlap_mtp.transports.symmetric import SymmetricTransport
+
     rng = random.Random(group.rank())
-    exchange = ProcessGroupTransport._exchange
+    kinds = (ProcessGroupTransport, SymmetricTransport)
+    sends = [kind._send for kind in kinds]
 
-    def late(self, buffers, async_op):
-        torch.cuda._sleep(rng.randrange(4_000_000))
-        work = exchange(self, buffers, async_op)
-        torch.cuda._sleep(rng.randrange(4_000_000))
-        return work
+    def delayed(send):
+        def late(self, flight, stream):
+            torch.cuda._sleep(rng.randrange(4_000_000))
+            send(self, flight, stream)
+            torch.cuda._sleep(rng.randrange(4_000_000))
 
-    ProcessGroupTransport._exchange = late
+        return late
+
+    for kind, send in zip(kinds, sends, strict=True):
+        kind._send = delayed(send)
+    globals()["make_roller"] = functools.partial(make_roller, transport=transport)
     try:
         return function(group, *args)
     finally:
-        ProcessGroupTransport._exchange = exchange
+        globals()["make_roller"] = make_roller.func
+        for kind, send in zip(kinds, sends, strict=True):
+            kind._send = send
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("transport", GPU_TRANSPORTS)
 @pytest.mark.parametrize("function", [keep_early_rolls, join_late, drop_rolls, close_in_flight])
-def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, function, schedule):
+def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, function, transport, schedule):
     """What gloo orders by waiting on the host, CUDA must order by events."""
     size = gpu_pool.world_size
-    assert gpu_pool.run(with_delays, size, function, schedule) == [[]] * size
+    assert gpu_pool.run(with_delays, size, transport, function, schedule) == [[]] * size
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("transport", GPU_TRANSPORTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_gradients_accumulate_over_microbatches_on_gpus(gpu_pool: RankPool, schedule):
-    results = gpu_pool.run(with_delays, gpu_pool.world_size, accumulated_gradients, schedule)
+def test_gradients_accumulate_over_microbatches_on_gpus(gpu_pool: RankPool, transport, schedule):
+    results = gpu_pool.run(with_delays, gpu_pool.world_size, transport, accumulated_gradients, schedule)
     for gradient, expected in results:
         assert expected.abs().max() > 0
         assert torch.equal(gradient, expected)
@@ -311,9 +325,10 @@ def test_gradients_accumulate_over_microbatches_on_gpus(gpu_pool: RankPool, sche
 @pytest.mark.parametrize(
     ("first", "second"), [("prefetch", "prefetch"), ("overlap", "prefetch"), ("merged", "sync")]
 )
-def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, first, second):
+@pytest.mark.parametrize("transport", GPU_TRANSPORTS)
+def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, transport, first, second):
     size = gpu_pool.world_size
-    assert gpu_pool.run(with_delays, size, interleave, first, second) == [[]] * size
+    assert gpu_pool.run(with_delays, size, transport, interleave, first, second) == [[]] * size
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
-from overlap_mtp.schedules.base import fill_of
+from overlap_mtp.cargo import fill_of
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, layouts, random_tensor, same_bits
@@ -30,6 +30,7 @@ def rolls_differ(
     dtypes: dict[str, torch.dtype],
     seed: int,
     schedules: tuple[str, ...] = SCHEDULES,
+    transport: str = "auto",
 ) -> list[str]:
     """What differs from the oracle, by schedule, tensor and depth: an empty list where all is well.
 
@@ -38,7 +39,7 @@ def rolls_differ(
     wrong = []
     rank, device = group.rank(), device_of(group)
     for schedule in schedules:
-        roller = make_roller(schedule, group, num_depths, max_documents=layout.num_documents)
+        roller = make_roller(schedule, group, num_depths, transport, max_documents=layout.num_documents)
         full = [full_batch(layout, batch, dtypes, seed + i) for i in range(3)]
         flights = []
         for one in full:
@@ -173,21 +174,25 @@ def test_rolls_are_exact_in_a_device_mesh():
 @pytest.mark.parametrize("num_depths", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("documents", [case[0] for case in CASES])
-def test_rolls_are_exact_on_gpus(gpu_pool: RankPool, documents, kind, num_depths):
+@pytest.mark.parametrize("transport", ["process_group", "symmetric"])
+def test_rolls_are_exact_on_gpus(gpu_pool: RankPool, transport, documents, kind, num_depths):
     cp_size = gpu_pool.world_size
     for length in (16, 1024):
         layout = dict(CASES)[documents](length * cp_size, cp_size, kind)
         dtypes = dict(zip(NAMES, DTYPES, strict=True))
-        results = gpu_pool.run(rolls_differ, cp_size, layout, num_depths, 2, dtypes, 7)
+        results = gpu_pool.run(rolls_differ, cp_size, layout, num_depths, 2, dtypes, 7, SCHEDULES, transport)
         assert results == [[]] * cp_size
 
 
 @pytest.mark.multi_gpu
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)  # each one compiles its kernels
 @given(data=st.data(), num_depths=st.integers(1, 3), dtypes=dtype_choices, seed=st.integers(0, 999))
-def test_rolls_are_exact_on_any_layout_on_gpus(gpu_pool: RankPool, data, num_depths, dtypes, seed):
+@pytest.mark.parametrize("transport", ["process_group", "symmetric"])
+def test_rolls_are_exact_on_any_layout_on_gpus(gpu_pool: RankPool, transport, data, num_depths, dtypes, seed):
     layout = data.draw(layouts(cp_sizes=(gpu_pool.world_size,)))
-    results = gpu_pool.run(rolls_differ, layout.cp_size, layout, num_depths, 2, dtypes, seed)
+    results = gpu_pool.run(
+        rolls_differ, layout.cp_size, layout, num_depths, 2, dtypes, seed, SCHEDULES, transport
+    )
     assert results == [[]] * layout.cp_size
 
 

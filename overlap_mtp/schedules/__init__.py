@@ -12,16 +12,20 @@ from overlap_mtp.schedules.overlap import OverlapRoller
 from overlap_mtp.schedules.prefetch import PrefetchRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
 from overlap_mtp.schedules.sync import SyncRoller
-from overlap_mtp.transport import TRANSPORTS
+from overlap_mtp.schedules.wired import WiredRoller
+from overlap_mtp.transports import TRANSPORTS
 
-_ROLLERS: dict[str, type[SyncRoller | MergedRoller | OverlapRoller | PrefetchRoller | PreparedRoller]] = {
-    "sync": SyncRoller,
+_WIRED: dict[str, type[WiredRoller]] = {
     "merged": MergedRoller,
     "overlap": OverlapRoller,
     "prefetch": PrefetchRoller,
-    "prepared": PreparedRoller,
 }
-SCHEDULES = tuple(_ROLLERS)
+_OTHERS: dict[str, type[SyncRoller | PreparedRoller | NoneRoller]] = {
+    "sync": SyncRoller,
+    "prepared": PreparedRoller,
+    "none": NoneRoller,
+}
+SCHEDULES = ("sync", *_WIRED, "prepared")
 
 __all__ = ["SCHEDULES", "Roller", "Rolls", "make_roller"]
 
@@ -36,13 +40,13 @@ def make_roller(
     """A roller for the ranks of `cp_group` (None: one rank that holds everything).
 
     `schedule`: "sync", "merged", "overlap", "prefetch" or "prepared" ("none" skips the rolls, for timing only).
-    `num_depths`: how many depths `at` will be asked for. `transport`: "process_group" (NCCL or gloo), or "auto"
-    for the fastest there is. `max_documents`: the most documents of a packed batch; it sizes the messages
+    `num_depths`: how many depths `at` will be asked for. `transport` of merged, overlap and prefetch:
+    "process_group" (NCCL or gloo), "symmetric" (GPUs that share memory), or "auto" for the fastest that all ranks
+    can use. `max_documents`: the most documents of a packed batch; it sizes the messages
     (about 16 * num_depths bytes a tensor and document). Communicates nothing: that begins with the first
     `start`. Raises ValueError for an unknown schedule or transport and for sizes below 1.
     """
-    rollers = {**_ROLLERS, "none": NoneRoller}
-    if schedule not in rollers:
+    if schedule not in (*_WIRED, *_OTHERS):
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
@@ -50,4 +54,7 @@ def make_roller(
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
     if max_documents < 1:
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")
-    return rollers[schedule](channel_of(cp_group), num_depths, max_documents)
+    channel = channel_of(cp_group)
+    if schedule in _WIRED:
+        return _WIRED[schedule](channel, num_depths, max_documents, transport)
+    return _OTHERS[schedule](channel, num_depths, max_documents)

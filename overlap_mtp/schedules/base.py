@@ -12,18 +12,10 @@ import torch.distributed as dist
 from overlap_mtp.channel import Channel
 from overlap_mtp.dtypes import INTEGER_VIEW
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.recent import Recent
-from overlap_mtp.transport import Traffic
+from overlap_mtp.transports.base import Traffic
 
 Batch = Mapping[str, torch.Tensor]
 Roll = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-
-FILL_IS_ONE = frozenset({"padding_mask"})  # where a token is missing, it is padding
-
-
-def fill_of(name: str) -> int:
-    """What a rolled tensor holds past the end of a document: 0, or 1 (True) for `padding_mask`."""
-    return 1 if name in FILL_IS_ONE else 0
 
 
 class Rolls(ABC):
@@ -39,6 +31,23 @@ class Rolls(ABC):
         Raises ValueError outside [1, num_depths], and RuntimeError where a peer rolled by another layout: the
         ranks are then out of step, and the cp group is of no further use.
         """
+
+    def relayout(self, layout: SequenceLayout) -> None:
+        """For exchanges that were captured in a CUDA graph: the layout of the replays to come.
+
+        A copy on the current stream, without waiting for the device. Same length, at most max_documents documents.
+        Raises RuntimeError where nothing was captured.
+        """
+        raise RuntimeError(
+            "only rolls with an exchange that was captured in a CUDA graph take another layout"
+        )
+
+
+def detached(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch, outside of any autograd graph, in the order that all ranks have in common."""
+    return {
+        name: batch[name].detach() if batch[name].requires_grad else batch[name] for name in sorted(batch)
+    }
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Roller(ABC):
         self.traffic = Traffic()
         self._channel = channel
         self._current: Signature | None = None  # what all ranks agreed on last
-        self._signatures: Recent[Signature] = Recent()  # of the kinds of batches that passed all checks
+        self._kind: Hashable = None  # of the last batch that passed all checks
         self._closed = False
 
     def start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
@@ -91,34 +100,38 @@ class Roller(ABC):
         rather than between two kinds), and all raise ValueError where they differ; at first use also where one
         of them was given something illegal.
         """
-        self._check_open()
+        self.check_open()
         kind = _kind_of(batch, layout)
-        signature = self._signatures.get(kind, lambda: self._check_and_agree(batch, layout))
-        if signature != self._current:
-            self._agree(signature, None)
-        # Sorted: the wire has no names, so that all ranks must have them in one order.
-        tensors = {
-            name: batch[name].detach() if batch[name].requires_grad else batch[name] for name in sorted(batch)
-        }
-        return self._start(tensors, layout)
+        if kind != self._kind or layout.num_documents > self.max_documents:
+            self._kind = None
+            self._admit(batch, layout)
+            self._kind = kind
+        return self._start(batch, layout)
 
-    def _check_and_agree(self, batch: Batch, layout: SequenceLayout) -> Signature:
-        """Checks a batch of a kind not seen before. At first use an error here is one on all ranks."""
+    def _admit(self, batch: Batch, layout: SequenceLayout) -> None:
+        """Checks a batch of another kind than the last. At first use an error here is one on all ranks."""
         try:
-            return self._signature(batch, layout)
+            signature = self._signature(batch, layout)
         except Exception as error:
             if self._current is None:
                 self._agree(None, str(error))
             raise
+        if signature != self._current:
+            self._agree(signature, None)
+
+    @property
+    def transport(self) -> str:
+        """What its tokens travel by, as far as that has been settled; "" where none do."""
+        return ""
 
     @abstractmethod
-    def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls: ...
+    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls: ...
 
     def close(self) -> None:
         """Lets the buffers go. The exchange group stays, for the next roller of the same cp group."""
         self._closed = True
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this roller is closed")
 
@@ -166,10 +179,10 @@ class Roller(ABC):
 def _kind_of(batch: Batch, layout: SequenceLayout) -> Hashable:
     """All that the checks look at: a batch of a kind that passed them needs no second look."""
     try:
-        tensors = tuple((name, t.dtype, t.shape, t.device) for name, t in batch.items())
+        tensors = tuple([(name, t.dtype, t.shape, t.device) for name, t in batch.items()])
     except AttributeError:
         return object()  # not tensors: the checks will say so
-    return tensors, layout.is_packed, layout.kind, layout.cp_size, layout.seq_len, layout.num_documents
+    return tensors, layout.is_packed, layout.kind, layout.cp_size, layout.seq_len
 
 
 def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.base import Roller, Rolls
+from overlap_mtp.schedules.base import Batch, Roller, Rolls, detached
 
 
 class NoneRoller(Roller):
     name = "none"
 
-    def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        return NoneRolls(self, batch)
+    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+        return NoneRolls(self, detached(batch))
 
 
 class NoneRolls(Rolls):

@@ -10,9 +10,10 @@ import re
 
 import torch
 
+from overlap_mtp.cargo import fill_of
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.schedules.base import Batch, Roller, Rolls, fill_of
+from overlap_mtp.schedules.base import Batch, Roller, Rolls, detached
 
 PREPARED = re.compile(r"_depth\d+$")
 
@@ -40,8 +41,8 @@ def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> dict[str, 
 class PreparedRoller(Roller):
     name = "prepared"
 
-    def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
-        return PreparedRolls(self, batch)
+    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+        return PreparedRolls(self, detached(batch))
 
     def _check_names(self, batch: Batch) -> None:
         names = [name for name in batch if not PREPARED.search(name)]

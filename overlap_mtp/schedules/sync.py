@@ -13,14 +13,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.cargo import fill_of
 from overlap_mtp.channel import Channel, channel_of
 from overlap_mtp.dtypes import sum_dtype
-from overlap_mtp.layout import Kind, SequenceLayout
-from overlap_mtp.plan import NOWHERE, halo_of
+from overlap_mtp.layout import IntArray, Kind, SequenceLayout
 from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import ChainedRolls, Roller, Rolls, fill_of
-from overlap_mtp.transport import Traffic
+from overlap_mtp.schedules.base import Batch, ChainedRolls, Roller, Rolls, detached
+from overlap_mtp.tracing import span
+from overlap_mtp.transports.base import Traffic
 from overlap_mtp.upload import upload
+
+NOWHERE = -1  # the holder of a token past its document's end
+
+
+def next_tokens(layout: SequenceLayout, cp_rank: int) -> tuple[IntArray, IntArray]:
+    """(holder or NOWHERE, slot there) of the token that follows each of a rank's runs, [num_runs]."""
+    runs = layout.runs(cp_rank)
+    holder, slot = layout.locate(runs.end, runs.document)
+    return np.where(runs.end < layout.valid_ends[runs.document], holder, NOWHERE), slot
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class RollByOne:
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, device: torch.device) -> RollByOne:
         runs = layout.runs(cp_rank)
-        holder, slot = (side[:, 0] for side in halo_of(layout, cp_rank, num_depths=1))
+        holder, slot = next_tokens(layout, cp_rank)
         last = runs.slot + (runs.end - runs.begin) - 1  # of each run
         wanted = [at for at in range(last.size) if holder[at] not in (cp_rank, NOWHERE)]
         wants = {(int(runs.document[at]), int(holder[at])): i for i, at in enumerate(wanted)}
@@ -57,7 +67,7 @@ class RollByOne:
         sent: list[int] = []
         for peer in {cp_rank - 1, cp_rank + 1} & set(range(layout.cp_size)):
             documents = layout.runs(peer).document
-            their_holder, my_slot = (side[:, 0] for side in halo_of(layout, peer, num_depths=1))
+            their_holder, my_slot = next_tokens(layout, peer)
             for at in np.flatnonzero(their_holder == cp_rank):
                 gives[int(documents[at]), peer] = len(sent)
                 sent.append(int(my_slot[at]))
@@ -85,9 +95,10 @@ def roll_by_one(
     if steps.boundaries:
         sent = tensor[..., steps.sent].movedim(-1, 0).contiguous()  # a row a token
         received = tensor.new_empty((steps.received.numel(), *tensor.shape[:-1]))
-        for document, boundary in enumerate(steps.boundaries):
-            with channel.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
-                _exchange(sent, received, boundary, channel, traffic)
+        with span("send-recv"):
+            for document, boundary in enumerate(steps.boundaries):
+                with channel.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
+                    _exchange(sent, received, boundary, channel, traffic)
         rolled[..., steps.received] = received.movedim(0, -1)
     return rolled.index_fill_(-1, steps.empty, fill)
 
@@ -123,7 +134,7 @@ class SyncRoller(Roller):
         super().__init__(channel, num_depths, max_documents)
         self._steps: Recent[RollByOne] = Recent()
 
-    def _start(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
         device = next(iter(batch.values())).device
         steps = self._steps.get(
             (layout.key, device), lambda: RollByOne.of(layout, self._channel.cp_rank, device)
@@ -135,7 +146,7 @@ class SyncRoller(Roller):
                 for name, tensor in tensors.items()
             }
 
-        return ChainedRolls(self, batch, roll)
+        return ChainedRolls(self, detached(batch), roll)
 
 
 def roll_tensor(

@@ -1,31 +1,16 @@
-"""What the schedules with a wire share (merged, overlap, prefetch): plans, tables and transports."""
+"""What the schedules with a wire share (merged, overlap, prefetch): plans and transports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
+from overlap_mtp.cargo import Cargo
 from overlap_mtp.channel import Channel
-from overlap_mtp.dtypes import INTEGER_VIEW
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.plan import PlanShape, RollPlan, build_plan, plan_shape
-from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import Roller, fill_of
-from overlap_mtp.transport import Flight, ProcessGroupTransport, Transport
-from overlap_mtp.upload import upload
+from overlap_mtp.schedules.base import Batch, Roller, Rolls
+from overlap_mtp.transports import Flight, Transport, open_transport, shapes_of
 
-ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
-
-
-@dataclass
-class Exchange:
-    """One exchange under way: its tensors and who lands it."""
-
-    batch: dict[str, torch.Tensor]
-    transport: Transport
-    flight: Flight
+Tokens = dict[str, torch.Tensor]
 
 
 class WiredRoller(Roller):
@@ -33,40 +18,39 @@ class WiredRoller(Roller):
 
     overlapped: bool
 
-    def __init__(
-        self, channel: Channel, num_depths: int, max_documents: int, depths_per_exchange: int
-    ) -> None:
+    def __init__(self, channel: Channel, num_depths: int, max_documents: int, transport: str) -> None:
         super().__init__(channel, num_depths, max_documents)
-        self._depths_per_exchange = depths_per_exchange
+        self._wanted = transport
         self._transports: dict[object, Transport] = {}
-        self._shapes: Recent[PlanShape] = Recent()
-        self._plans: Recent[RollPlan] = Recent()
-        self._tables: Recent[torch.Tensor] = Recent()
+        self._transport: Transport  # for the kind of batch that came last
 
-    def plan(self, layout: SequenceLayout) -> RollPlan:
-        """This rank's plan for a layout, from the last few. A data loader may call it ahead of `start`."""
-        return self._plans.get(layout.key, lambda: build_plan(layout, self._shape(layout)))
+    @property
+    def transport(self) -> str:
+        return self._transport.name if hasattr(self, "_transport") else self._wanted
 
-    def launch(self, batch: dict[str, torch.Tensor], layout: SequenceLayout) -> Exchange:
-        """Sends what peers need to roll `batch` by up to `depths_per_exchange`."""
-        self._check_open()
-        first = next(iter(batch.values()))
-        plan = self.plan(layout)
-        tensors = [_integers(tensor) for tensor in batch.values()]
-        transport = self._transport(plan, len(tensors) * tensors[0].shape[0], first.device)
-        transport.check()
-        table = self._tables.get((layout.key, first.device), lambda: upload(plan.table, first.device))
-        flight = transport.launch(tensors, table)
-        return Exchange(batch, transport, flight)
+    @property
+    def depths_per_exchange(self) -> int:
+        return 1
 
-    def land(self, exchange: Exchange) -> list[dict[str, torch.Tensor]]:
-        """The rolled tensors of each depth of the exchange, freshly allocated."""
-        depths = self._depths_per_exchange
-        outputs = {name: tensor.new_empty((depths, *tensor.shape)) for name, tensor in exchange.batch.items()}
-        views = [_integers(out) for out in outputs.values()]
-        exchange.transport.land(exchange.flight, views, _fills(exchange.batch))
-        exchange.transport.check()
-        return [{name: out[d] for name, out in outputs.items()} for d in range(depths)]
+    def _admit(self, batch: Batch, layout: SequenceLayout) -> None:
+        super()._admit(batch, layout)
+        cargo = Cargo.of(batch)
+        key = (cargo, layout.kind, None if layout.is_packed else layout.seq_len)
+        if key not in self._transports:
+            shapes = shapes_of(layout, self.depths_per_exchange, self.max_documents)
+            self._transports[key] = open_transport(
+                self._wanted,
+                self._channel,
+                shapes,
+                cargo,
+                self.traffic,
+                self.overlapped,
+                layout.local_len,
+            )
+        self._transport = self._transports[key]
+
+    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+        return FlyingRolls(self, self._transport, batch, layout)
 
     def close(self) -> None:
         super().close()
@@ -74,30 +58,43 @@ class WiredRoller(Roller):
         for transport in transports.values():
             transport.close()
 
-    def _transport(self, plan: RollPlan, words: int, device: torch.device) -> Transport:
-        key = (plan.shape, words, device)
-        if key not in self._transports:
-            self._transports[key] = ProcessGroupTransport(
-                self._channel, plan.shape, words, device, self.overlapped, self.traffic
-            )
-        return self._transports[key]
 
-    def _shape(self, layout: SequenceLayout) -> PlanShape:
-        return self._shapes.get(
-            (layout.is_packed, layout.kind, None if layout.is_packed else layout.seq_len),
-            lambda: plan_shape(layout, self._channel.cp_rank, self._depths_per_exchange, self.max_documents),
-        )
+class FlyingRolls(Rolls):
+    """The rolls of exchanges: one for all depths, or one after the other, each of what the one before brought."""
 
+    def __init__(
+        self, roller: WiredRoller, transport: Transport, batch: Batch, layout: SequenceLayout
+    ) -> None:
+        self._roller = roller
+        self._transport = transport
+        self._layout = layout
+        self._newest = batch  # what the next exchange rolls
+        self._flights: list[Flight] = []
+        self._rolled: list[Tokens] = []
+        if roller.overlapped:
+            self._launch()
 
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """[B, L] of integers of the same width: a view, or a copy of a tensor that is not contiguous."""
-    view = INTEGER_VIEW[tensor.dtype]
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    if tensor.dtype != view:
-        tensor = tensor.view(view)
-    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
+    def at(self, depth: int) -> Tokens:
+        self._roller.check_depth(depth)
+        while len(self._rolled) < depth:
+            self._roller.check_open()
+            if not self._roller.overlapped:
+                self._launch()
+            self._land()
+        return dict(self._rolled[depth - 1])
 
+    def _launch(self) -> None:
+        tensors = self._transport.cargo.tensors(self._newest)
+        self._flights.append(self._transport.launch(tensors, self._layout))
+        self._transport.check()
 
-def _fills(batch: dict[str, torch.Tensor]) -> Sequence[int]:
-    return [ONE[tensor.dtype] if fill_of(name) else 0 for name, tensor in batch.items()]
+    def _land(self) -> None:
+        self._rolled += self._transport.land(self._flights[-1])
+        self._newest = self._rolled[-1]
+        self._transport.check()
+        if self._roller.overlapped and len(self._rolled) < self._roller.num_depths:
+            self._launch()  # travels while the MTP layer of this depth computes
+
+    def relayout(self, layout: SequenceLayout) -> None:
+        for flight in self._flights:
+            self._transport.relayout(flight, layout)

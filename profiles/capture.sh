@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Profiles a short run of experiments/compare_modes.py, one process per GPU, and keeps the small part of the profile
+# that profiles/report.py reads, without environment, host name or paths.
+#
+#   profiles/capture.sh OUT.sqlite.gz [arguments of compare_modes]
+#   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents packed --rounds 2 --warmup 3
+#   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (where there is no nsys)
+#
+# The full report, for the GUI of Nsight Systems, stays in out/profiles: unlike the small part it holds the environment
+# of the machine. With --torch-profiler OUT is a folder, with one trace a rank in it. Environment: PYTHON (default
+# .venv/bin/python, else python3), NSYS (the nsys to use).
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+# On the PATH, or where the packages of Nsight Systems, Nsight Compute and the CUDA toolkit put it; the newest.
+find_nsys() {
+    if [[ -n ${NSYS:-} ]]; then echo "$NSYS"; return; fi
+    if command -v nsys; then return; fi
+    local place
+    for place in /opt/nvidia/nsight-systems/*/bin /opt/nvidia/nsight-systems-cli/*/bin /usr/local/cuda*/bin \
+        /opt/nvidia/nsight-systems*/*/target-linux-* /opt/nvidia/nsight-compute/*/host/target-linux-*; do
+        if [[ -x $place/nsys ]]; then echo "$place/nsys"; fi
+    done | sort -V | tail -1
+}
+
+use_torch=false
+if [[ ${1:-} == --torch-profiler ]]; then use_torch=true; shift; fi
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage; exit 0; fi
+if [[ $# -lt 1 || $1 == -* ]]; then usage >&2; exit 2; fi
+out=$1; shift
+[[ $out == /* ]] || out=$PWD/$out
+
+python=${PYTHON:-$root/.venv/bin/python}
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$root"
+
+if $use_torch; then
+    folder=${out%.gz}; folder=${folder%.sqlite}; folder=${folder%.json}
+    "$python" experiments/compare_modes.py --out "$work/compare" --profile torch --profile-out "$work" "$@"
+    traces=("$work"/rank*.json.gz)
+    [[ -e ${traces[0]} ]] || fail "compare_modes wrote no trace"
+    for trace in "${traces[@]}"; do
+        "$python" -m overlap_mtp.profiling.slim "$trace" "$folder/${trace##*/}"
+        echo "wrote $folder/${trace##*/}"
+    done
+    exit
+fi
+
+nsys=$(find_nsys)
+[[ -n $nsys ]] || fail "there is no nsys on the PATH or where NVIDIA's packages put it: install the package" \
+    "nsight-systems-cli (https://developer.nvidia.com/nsight-systems), or use --torch-profiler"
+"$nsys" --version >/dev/null || fail "$nsys does not start: the one of Nsight Compute needs libdw1 and libelf1"
+
+name=$(basename "$out"); name=${name%.gz}; name=${name%.sqlite}
+full=$root/out/profiles/$name
+mkdir -p "$root/out/profiles"
+rm -f "$full.nsys-rep"
+# Without --sample=none and --cpuctxsw=none the report is a hundred times as large, without node tracing the kernels
+# of CUDA graphs are not in it. The capture is the timed rounds: compare_modes starts and stops it.
+"$nsys" profile -t cuda,nvtx --sample=none --cpuctxsw=none --cuda-event-trace=false --cuda-graph-trace=node \
+    --capture-range=cudaProfilerApi --capture-range-end=stop -f true -o "$full" \
+    "$python" experiments/compare_modes.py --out "$work/compare" --profile nsys --profile-out "$work" "$@"
+[[ -e $full.nsys-rep ]] || fail "nsys wrote no report: the run has to reach its timed rounds, on a GPU"
+"$nsys" export --type sqlite -f true -o "$work/full.sqlite" "$full.nsys-rep"
+"$python" -m overlap_mtp.profiling.slim "$work/full.sqlite" "$out"
+echo "wrote $out (for profiles/report.py) and out/profiles/$name.nsys-rep (for the GUI)"
