@@ -5,8 +5,9 @@
 Fits a few costs (of a message, of launching it, of a byte) to some recorded runs, checks them on the others, and
 counts with the library's own plans what larger cp groups exchange. `--fast` and `--slow` are folders of records of
 `sweep.py` and `roll_latency.py`; each may be given several times, and more ranks than the fewest are held out. The
-slow folder is made by the same commands under NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket. Needs no GPU
-and no ranks. Writes `scaling_model.json` and a picture into `--out`.
+slow folder is made by the same commands under NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket, and with
+transport process_group: symmetric memory knows nothing of these variables. Needs no GPU and no ranks. Writes
+`scaling_model.json` and a picture into `--out`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from step_records import (
     documents_of,
     load_of,
     measured_in,
+    plain_steps,
     read_records,
     step_of,
+    transport_in,
 )
 
 CP_SIZES = (2, 4, 8, 16, 32, 64, 128)
@@ -47,7 +50,9 @@ def main(
     fast: Annotated[list[Path], typer.Option(help="Folder of records on the fast link.")],
     slow: Annotated[list[Path] | None, typer.Option(help="Folder of records on the slow link.")] = None,
     fit_documents: Annotated[str, typer.Option(help="What is fitted to; the rest is held out.")] = "dense,8",
-    transport: Annotated[str, typer.Option(help="Of roll_latency on the fast link.")] = "process_group",
+    transport: Annotated[
+        str, typer.Option(help="Of the fast link's records; auto: symmetric where they have it.")
+    ] = "auto",
     preset: Annotated[str, typer.Option(help="Whose steps are extrapolated.")] = "h4096",
     out: Annotated[Path, typer.Option(help="Where the record and the picture go.")] = Path("out/scaling"),
 ) -> None:
@@ -75,21 +80,22 @@ def main(
 def link_of(folders: list[Path], fit_documents: set[int], transport: str, preset: str) -> dict[str, Any]:
     """The costs of one link, how well they do on each run, and the shares that follow."""
     records = read_records(folders)
-    measured = measured_in(records, fit_documents)
+    transport = transport_in(records, transport)
+    measured = measured_in(records, fit_documents, transport)
     alone = alone_in(records, transport)
     costs = fit(measured, alone)
     checks = [check(one, costs) for one in measured]
-    recorded = [one["where"]["ranks"] for one in records.values() if one["experiment"] == "compare_modes"]
+    steps = plain_steps(records)
     return {
         "records": sorted({name.split("/")[0] for name in records}),
-        "where": next(iter(records.values()))["where"],
-        "recorded_cp_sizes": sorted(set(recorded)),
+        "where": next(iter(steps.values()))["where"],
+        "recorded_cp_sizes": sorted({one["where"]["ranks"] for one in steps.values()}),
+        "transport": transport,
         "rows_of_roll_latency": len(alone),
-        "transport_of_roll_latency": transport,
         "costs": asdict(costs),
         "checks": checks,
         "errors": {kind: errors_of([c for c in checks if c["set"] == kind]) for kind in ("fit", "held out")},
-        "shares": shares_of(costs, records, preset),
+        "shares": shares_of(costs, steps, preset),
     }
 
 
@@ -127,15 +133,14 @@ def errors_of(checks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def shares_of(costs: Costs, records: dict[str, Record], preset: str) -> list[dict[str, Any]]:
+def shares_of(costs: Costs, steps: dict[str, Record], preset: str) -> list[dict[str, Any]]:
     """Shares of a training step by schedule and cp_size, from the steps of `preset` on the fewest ranks.
 
     Documents either stay as many as they are, and grow longer, or keep their length, and grow in number.
     """
-    plain = [one for one in records.values() if one["experiment"] == "compare_modes"]
     chosen = [
         record
-        for name, record in records.items()
+        for name, record in steps.items()
         if name.split("/")[1].startswith(f"{preset}-") and not record["settings"]["forward_only"]
     ]
     if not chosen:
@@ -146,7 +151,7 @@ def shares_of(costs: Costs, records: dict[str, Record], preset: str) -> list[dic
     for record in chosen:
         if record["where"]["ranks"] != fewest:
             continue
-        step, documents = step_of(record, plain), documents_of(record)
+        step, documents = step_of(record, list(steps.values())), documents_of(record)
         for grows in (False, True) if documents > 1 else (False,):
             for schedule in SCHEDULES:
                 base = load_of(record, schedule)

@@ -28,7 +28,7 @@ def _costs_table(name: str, link: dict[str, Any]) -> Table:
 
 
 def _caption(link: dict[str, Any]) -> str:
-    parts = [f"{link['rows_of_roll_latency']} rows of roll_latency"]
+    parts = [f"transport {link['transport']}", f"{link['rows_of_roll_latency']} rows of roll_latency"]
     for kind, errors in link["errors"].items():
         if errors["of_step"] is None:
             parts.append(f"{kind}: none")

@@ -18,10 +18,29 @@ def read_records(folders: list[Path]) -> dict[str, Record]:
         paths = sorted(folder.glob("*.json"))
         found = {f"{folder.name}/{path.stem}": json.loads(path.read_text()) for path in paths}
         found = {name: one for name, one in found.items() if isinstance(one, dict) and "experiment" in one}
-        if not any(_is_plain(one) for one in found.values()):
+        if not plain_steps(found):
             raise ValueError(f"{folder} must hold records of sweep.py or compare_modes.py, found none")
         records |= found
     return records
+
+
+def plain_steps(records: dict[str, Record]) -> dict[str, Record]:
+    """The comparisons that the model is of."""
+    return {name: one for name, one in records.items() if _is_plain(one)}
+
+
+def transport_in(records: dict[str, Record], wanted: str) -> str:
+    """ "auto" is symmetric memory where any comparison ran over it, else the process group."""
+    if wanted != "auto":
+        return wanted
+    ran = {transport for one in plain_steps(records).values() for transport in _transports(one).values()}
+    return "symmetric" if "symmetric" in ran else "process_group"
+
+
+def _transports(record: Record) -> dict[str, str]:
+    """What each mode of a comparison ran over; before records said so, it was the process group."""
+    said = record.get("transport", {})
+    return {mode: said.get(mode) or "process_group" for mode in record["rows"]}
 
 
 def _is_plain(record: Record) -> bool:
@@ -40,18 +59,21 @@ def documents_of(record: Record) -> int:
     return int(record["settings"]["num_documents"] or 1)
 
 
-def measured_in(records: dict[str, Record], fit_documents: set[int]) -> list[Measured]:
-    """All schedules of all comparisons. Held out: other documents, and more ranks than the fewest."""
-    plain = {name: one for name, one in records.items() if _is_plain(one)}
+def measured_in(records: dict[str, Record], fit_documents: set[int], transport: str) -> list[Measured]:
+    """All schedules of all comparisons, those with a packed exchange over `transport`.
+
+    Held out: other documents than `fit_documents`, and more ranks than the fewest.
+    """
+    plain = plain_steps(records)
     fewest = min(one["where"]["ranks"] for one in plain.values())
     measured = []
     for name, record in plain.items():
         step = step_of(record, list(plain.values()))
         held_out = documents_of(record) not in fit_documents or record["where"]["ranks"] != fewest
-        for schedule, row in record["rows"].items():
-            if schedule in SCHEDULES:
-                exposed = row["exposed_us"]
-                host_us = max(0.0, row["host_us"] - record["rows"]["prepared"]["host_us"])
+        for mode, ran_over in _transports(record).items():
+            schedule = mode.partition(":")[0]  # "prefetch:process_group" names a transport too
+            if schedule in SCHEDULES and (schedule == "sync" or ran_over == transport):
+                exposed = record["rows"][mode]["exposed_us"]
                 measured.append(
                     Measured(
                         name,
@@ -60,11 +82,17 @@ def measured_in(records: dict[str, Record], fit_documents: set[int]) -> list[Mea
                         exposed["value"],
                         exposed["low"],
                         exposed["high"],
-                        host_us,
+                        _host_us(record, mode),
                         held_out,
                     )
                 )
     return measured
+
+
+def _host_us(record: Record, mode: str) -> float:
+    """Host time of a mode, more than `prepared` has."""
+    rows = record["rows"]
+    return float(max(0.0, rows[mode]["host_us"] - rows["prepared"]["host_us"]))
 
 
 def load_of(record: Record, schedule: str) -> Load:
