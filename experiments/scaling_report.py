@@ -115,6 +115,7 @@ def _panel(axes: Any, lines: list[dict[str, Any]], recorded: int) -> None:
             line["cp_sizes"],
             [max(share, LEAST_SHARE) for share in line["shares"]],
             color=pictures.COLOURS[line["schedule"]],
+            linestyle="--" if line["schedule"] == "overlap" else "-",  # often on merged's line
             marker="o",
             markersize=3,
             label=line["schedule"],
