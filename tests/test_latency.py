@@ -192,7 +192,7 @@ def bench_with_a_failure(group):
     def open_failing():
         opening()
         if group.rank() == 1:
-            prepared.roller = FailingRoller(prepared.roller, 7)
+            prepared.roller = FailingRoller(prepared.roller, 1 + 3 + 2 * 6 + 1)
 
     prepared.open = open_failing
     bench.prepare(rounds=4, slow_seconds=10)
@@ -204,7 +204,7 @@ def bench_with_a_failure(group):
 def test_one_failure_does_not_end_the_others(pool):
     first, second = pool.run(bench_with_a_failure, pool.world_size)[:2]
     assert first[0][0] == second[0][0] == "RuntimeError: file.py broke"
-    assert second[0][1] == 2  # 1 check, 3 warm-ups, 2 rounds; the seventh roll failed
+    assert second[0][1] == 2  # 1 check, 3 warm-ups, 2 rounds of 6; the next roll failed
     assert first[1][:2] == second[1][:2] == (None, 4)
     assert first[2][0].startswith("ValueError: transport must be one of")
     assert all(wall > 0 for wall in first[1][2])
