@@ -7,11 +7,9 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.cargo import Cargo
-from overlap_mtp.kernels.geometry import SEQ_LEN_AT, slot_of_row, typed
+from overlap_mtp.kernels.geometry import FINGERPRINT_AT, SEQ_LEN_AT, load_words, slot_of_row
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.plan import FINGERPRINT, PlanShape
-
-FINGERPRINT_AT = tl.constexpr(FINGERPRINT)
+from overlap_mtp.plan import PlanShape
 
 
 @triton.jit
@@ -25,9 +23,55 @@ def source_of(given, override, OVERRIDABLE: tl.constexpr):
 
 @triton.jit
 def copy_words(source, target, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    for begin in tl.static_range(0, LENGTH, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        tl.store(target + at, tl.load(source + at, mask=at < LENGTH, other=0), mask=at < LENGTH)
+    at = tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < LENGTH, other=0), mask=at < LENGTH)
+
+
+@triton.jit
+def gather_rows(
+    record,
+    table,
+    cargo,
+    row,
+    inside,
+    b,
+    WIDTHS: tl.constexpr,
+    NUM_WIDTHS: tl.constexpr,
+    NUM_TENSORS: tl.constexpr,
+    PADDED: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    CP_SIZE: tl.constexpr,
+    BY_DOCUMENT: tl.constexpr,
+    RECORD_LEN: tl.constexpr,
+):
+    """What outgoing rows [BLOCK] carry of batch row `b`: int64 [PADDED, BLOCK]."""
+    n = tl.arange(0, PADDED)
+    widths = tl.load(cargo + n, mask=n < NUM_TENSORS, other=0)
+    addresses = tl.load(record + RECORD_LEN + n, mask=n < NUM_TENSORS, other=0)
+    fingerprint = tl.load(record + FINGERPRINT_AT)
+    length = (tl.load(record + SEQ_LEN_AT).to(tl.int32) // CP_SIZE).to(tl.int64)
+    slot, used, header = slot_of_row(record, table, row, inside, NUM_ROWS, NUM_CHUNKS, CP_SIZE, BY_DOCUMENT)
+    nothing = tl.where(header, fingerprint, 0)[None, :] + tl.zeros_like(addresses)[:, None]
+    wanted = used[None, :] & (n < NUM_TENSORS)[:, None]
+    return load_words(addresses, b * length + slot, widths, wanted, nothing, WIDTHS, NUM_WIDTHS)
+
+
+@triton.jit
+def put_rows(
+    words,
+    wire,
+    row,
+    inside,
+    b,
+    NUM_TENSORS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """Writes `words` [PADDED, BLOCK] of batch row `b` to rows of a wire."""
+    n = tl.arange(0, PADDED)
+    to = row.to(tl.int64)[None, :] * (NUM_TENSORS * BATCH) + n[:, None] * BATCH + b
+    tl.store(wire + to, words, mask=inside[None, :] & (n < NUM_TENSORS)[:, None])
 
 
 @triton.jit
@@ -36,9 +80,12 @@ def pack_kernel(
     override,  # like `given`, on the device
     record,  # the same
     table,
+    cargo,
     wire,  # [NUM_ROWS, NUM_TENSORS * BATCH]
     WIDTHS: tl.constexpr,
+    NUM_WIDTHS: tl.constexpr,
     NUM_TENSORS: tl.constexpr,
+    PADDED: tl.constexpr,
     BATCH: tl.constexpr,
     NUM_ROWS: tl.constexpr,
     NUM_CHUNKS: tl.constexpr,
@@ -46,22 +93,35 @@ def pack_kernel(
     BY_DOCUMENT: tl.constexpr,
     RECORD_LEN: tl.constexpr,
     OVERRIDABLE: tl.constexpr,
+    COPY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     source = source_of(given, override, OVERRIDABLE)
     b = tl.program_id(1)
-    if tl.program_id(0) + b == 0:
-        copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, BLOCK)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < NUM_ROWS
-    slot, used, header = slot_of_row(source, table, row, inside, NUM_ROWS, NUM_CHUNKS, CP_SIZE, BY_DOCUMENT)
-    fingerprint = tl.load(source + FINGERPRINT_AT)
-    length = tl.load(source + SEQ_LEN_AT) // CP_SIZE
-    for n in tl.static_range(NUM_TENSORS):
-        tensor = typed(tl.load(source + RECORD_LEN + n), WIDTHS[n])
-        word = tl.load(tensor + b * length + slot, mask=used, other=0).to(tl.int64)
-        to = wire + row.to(tl.int64) * (NUM_TENSORS * BATCH) + n * BATCH + b
-        tl.store(to, tl.where(header, fingerprint, word), mask=inside)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        if b == 0:
+            copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, COPY_BLOCK)
+    else:
+        row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = row < NUM_ROWS
+        words = gather_rows(
+            source,
+            table,
+            cargo,
+            row,
+            inside,
+            b,
+            WIDTHS,
+            NUM_WIDTHS,
+            NUM_TENSORS,
+            PADDED,
+            NUM_ROWS,
+            NUM_CHUNKS,
+            CP_SIZE,
+            BY_DOCUMENT,
+            RECORD_LEN,
+        )
+        put_rows(words, wire, row, inside, b, NUM_TENSORS, PADDED, BATCH)
 
 
 def pack(
@@ -69,32 +129,49 @@ def pack(
     shape: PlanShape,
     cargo: Cargo,
     overridable: bool = False,
-    block: int = 128,
+    block: int = 64,
 ) -> Launch:
     """A launch of what `overlap_mtp.kernels.reference.pack` does.
 
-    `buffers` are the first five arguments of `pack_kernel`:
+    `buffers` are the first six arguments of `pack_kernel`:
     - `given`: int64, the record of the batch followed by the addresses of its tensors and of their rolls; it may be
       pinned host memory, and is read when the kernel runs;
-    - `override`: with `overridable`, replaces all that where its fingerprint is not negative, which is how a
-      captured graph is given another record;
+    - `override`: with `overridable`, replaces all that where its fingerprint is not negative, which is how a captured
+      graph is given another record;
     - `record`: where the kernel leaves all this for the unroll, for which host memory would be too far away;
-    - `table`: PlanShape.table on the device; `wire`: the outgoing one.
-    `block`: rows a program.
+    - `table`: PlanShape.table and `cargo`: Cargo.table on the device; `wire`: the outgoing one.
+    `block`: rows a program. One program more keeps the record.
     """
-    grid = (max(1, triton.cdiv(shape.num_send_rows, block)), cargo.rows, 1)
     return Launch(
         pack_kernel,
         buffers,
-        grid,
-        WIDTHS=cargo.widths,
-        NUM_TENSORS=len(cargo.names),
-        BATCH=cargo.rows,
-        NUM_ROWS=shape.num_send_rows,
-        NUM_CHUNKS=shape.num_chunks,
-        CP_SIZE=shape.cp_size,
-        BY_DOCUMENT=shape.by_document,
-        RECORD_LEN=shape.record_len,
+        (triton.cdiv(shape.num_send_rows, block) + 1, cargo.rows, 1),
+        **gather_constants(shape, cargo),
         OVERRIDABLE=overridable,
+        COPY_BLOCK=triton.next_power_of_2(shape.record_len + 2 * len(cargo.names)),
         BLOCK=block,
     )
+
+
+def gather_constants(shape: PlanShape, cargo: Cargo) -> dict[str, object]:
+    """The constants that `pack_kernel` and `put_kernel` share, in their order."""
+    return {
+        **width_constants(cargo),
+        "PADDED": triton.next_power_of_2(len(cargo.names)),
+        "BATCH": cargo.rows,
+        "NUM_ROWS": shape.num_send_rows,
+        "NUM_CHUNKS": shape.num_chunks,
+        "CP_SIZE": shape.cp_size,
+        "BY_DOCUMENT": shape.by_document,
+        "RECORD_LEN": shape.record_len,
+    }
+
+
+def width_constants(cargo: Cargo) -> dict[str, object]:
+    """The first constants of all kernels of an exchange."""
+    widths = tuple(sorted(set(cargo.widths)))
+    return {
+        "WIDTHS": widths,
+        "NUM_WIDTHS": len(widths),
+        "NUM_TENSORS": len(cargo.names),
+    }

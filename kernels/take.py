@@ -41,6 +41,7 @@ def take_kernel(
     record,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], as `put` left it
     override,
     table,
+    cargo,
     sources,  # int64 [NUM_SOURCES, SOURCE_WORDS]
     memory,  # this rank's symmetric memory
     trouble,
@@ -55,9 +56,8 @@ def take_kernel(
     ROUTES_AT: tl.constexpr,
     HEADERS_AT: tl.constexpr,
     NUM_SOURCES: tl.constexpr,
-    FILLS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    GROUP_SIZES: tl.constexpr,
+    NUM_WIDTHS: tl.constexpr,
     NUM_TENSORS: tl.constexpr,
     BATCH: tl.constexpr,
     NUM_DEPTHS: tl.constexpr,
@@ -68,6 +68,7 @@ def take_kernel(
     MAX_DOCUMENTS: tl.constexpr,
     STEPS: tl.constexpr,
     RECORD_LEN: tl.constexpr,
+    COPY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     source, is_held, is_received = find_sources(
@@ -95,13 +96,13 @@ def take_kernel(
             tl.store(patience, tl.zeros_like(epoch))
     store_rolls(
         record,
+        cargo,
         wire,
         source,
         is_held,
         is_received & arrived,
-        FILLS,
         WIDTHS,
-        GROUP_SIZES,
+        NUM_WIDTHS,
         NUM_TENSORS,
         BATCH,
         CP_SIZE,
@@ -109,7 +110,7 @@ def take_kernel(
         BLOCK,
     )
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
-        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, BLOCK)
+        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, COPY_BLOCK)
         if arrived:
             check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
     tl.debug_barrier()
@@ -141,7 +142,7 @@ def take(
 ) -> Launch:
     """A launch that unrolls what peers put into this rank's memory, as `overlap_mtp.kernels.reference.unroll` does.
 
-    `buffers` are the first seven arguments of `take_kernel`, `constants` are those of SymmetricLayout; the grid is
+    `buffers` are the first eight arguments of `take_kernel`, `constants` are those of SymmetricLayout; the grid is
     that of `unroll_grid`. Where tokens do not come in time, `trouble` says who is late and the rolls hold the fill.
     """
     return Launch(

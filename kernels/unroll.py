@@ -7,9 +7,15 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.cargo import Cargo
-from overlap_mtp.kernels.geometry import CU_AT, SEQ_LEN_AT, last_at_or_below, typed
+from overlap_mtp.kernels.geometry import (
+    CU_AT,
+    FINGERPRINT_AT,
+    SEQ_LEN_AT,
+    last_at_or_below,
+    typed,
+)
 from overlap_mtp.kernels.launch import Grid, Launch
-from overlap_mtp.kernels.pack import FINGERPRINT_AT, copy_words
+from overlap_mtp.kernels.pack import copy_words, width_constants
 from overlap_mtp.plan import PlanShape
 
 
@@ -26,19 +32,20 @@ def find_sources(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For this program's block of slots, at its depth: (slot or row of the token so far ahead, whether it is held
+    """For this program's block of slots and depth: (slot or row of the token so far ahead, whether it is held
     here, whether it was received)."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.program_id(1) + 1
-    inside = slot < tl.load(record + SEQ_LEN_AT) // CP_SIZE
+    seq_len = tl.load(record + SEQ_LEN_AT).to(tl.int32)  # 64-bit divisions are slow
+    inside = slot < seq_len // CP_SIZE
     if BY_DOCUMENT:
-        unit = last_at_or_below(record + CU_AT, slot.to(tl.int64) * CP_SIZE, MAX_DOCUMENTS, STEPS)
-        start = tl.load(record + CU_AT + unit)
-        end = tl.load(record + CU_AT + unit + 1)
+        unit = last_at_or_below(record + CU_AT, slot * CP_SIZE, MAX_DOCUMENTS, STEPS)
+        start = tl.load(record + CU_AT + unit).to(tl.int32)
+        end = tl.load(record + CU_AT + unit + 1).to(tl.int32)
     else:
         unit = tl.zeros_like(slot)
-        start = unit.to(tl.int64)
-        end = start + tl.load(record + SEQ_LEN_AT)
+        start = unit
+        end = start + seq_len
     size = tl.maximum((end - start) // NUM_CHUNKS, 1)
     first_slot = start // CP_SIZE
     within = slot - first_slot
@@ -58,38 +65,44 @@ def find_sources(
     code = tl.load(route, mask=wanted, other=0)
     stride = tl.load(route + 1, mask=wanted, other=0)
     is_held = wanted & (code < 0)
-    source = tl.where(code < 0, first_slot + (-1 - code) * size, code + unit.to(tl.int64) * stride) + beyond
-    return source, is_held, wanted & (code >= 0)
+    source = tl.where(code < 0, first_slot + (-1 - code) * size, code + unit * stride) + beyond
+    return source.to(tl.int64), is_held, wanted & (code >= 0)
 
 
 @triton.jit
 def store_rolls(
     record,
+    cargo,
     wire,
     source,
     is_held,
     is_received,
-    FILLS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    GROUP_SIZES: tl.constexpr,
+    NUM_WIDTHS: tl.constexpr,
     NUM_TENSORS: tl.constexpr,
     BATCH: tl.constexpr,
     CP_SIZE: tl.constexpr,
     RECORD_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes this program's block of slots, at its depth and batch row, of every tensor."""
+    """Writes this program's block of slots of its tensor, at its depth and batch row."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.program_id(1) + 1
-    b = tl.program_id(2)
-    length = tl.load(record + SEQ_LEN_AT) // CP_SIZE
-    for n in tl.static_range(NUM_TENSORS):
-        tensor = typed(tl.load(record + RECORD_LEN + n), WIDTHS[n])
-        output = typed(tl.load(record + RECORD_LEN + NUM_TENSORS + n), WIDTHS[n])
-        held = tl.load(tensor + b * length + source, mask=is_held, other=FILLS[n])
-        word = tl.load(wire + source * (NUM_TENSORS * BATCH) + n * BATCH + b, mask=is_received, other=0)
-        to = output + ((depth - 1) * (GROUP_SIZES[n] * BATCH) + b) * length + slot
-        tl.store(to, tl.where(is_received, word.to(held.dtype), held), mask=slot < length)
+    depth = tl.program_id(1)
+    n = tl.program_id(2) % NUM_TENSORS
+    b = tl.program_id(2) // NUM_TENSORS
+    width = tl.load(cargo + n)
+    fill = tl.load(cargo + NUM_TENSORS + n)
+    group = tl.load(cargo + 2 * NUM_TENSORS + n)
+    tensor = tl.load(record + RECORD_LEN + n)
+    output = tl.load(record + RECORD_LEN + NUM_TENSORS + n)
+    length = (tl.load(record + SEQ_LEN_AT).to(tl.int32) // CP_SIZE).to(tl.int64)
+    word = tl.load(wire + source * (NUM_TENSORS * BATCH) + n * BATCH + b, mask=is_received, other=0)
+    to = (depth * group * BATCH + b) * length + slot
+    for w in tl.static_range(NUM_WIDTHS):
+        if width == WIDTHS[w]:
+            held = tl.load(typed(tensor, WIDTHS[w]) + b * length + source, mask=is_held, other=0)
+            known = tl.where(is_received, word, tl.where(is_held, held.to(tl.int64), fill))
+            tl.store(typed(output, WIDTHS[w]) + to, known.to(held.dtype), mask=slot < length)
 
 
 @triton.jit
@@ -114,15 +127,15 @@ def unroll_kernel(
     record,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], on the device
     override,
     table,
+    cargo,
     wire,  # [num_recv_rows, NUM_TENSORS * BATCH]
     trouble,
     OVERRIDABLE: tl.constexpr,
     ROUTES_AT: tl.constexpr,
     HEADERS_AT: tl.constexpr,
     NUM_SOURCES: tl.constexpr,
-    FILLS: tl.constexpr,
     WIDTHS: tl.constexpr,
-    GROUP_SIZES: tl.constexpr,
+    NUM_WIDTHS: tl.constexpr,
     NUM_TENSORS: tl.constexpr,
     BATCH: tl.constexpr,
     NUM_DEPTHS: tl.constexpr,
@@ -133,6 +146,7 @@ def unroll_kernel(
     MAX_DOCUMENTS: tl.constexpr,
     STEPS: tl.constexpr,
     RECORD_LEN: tl.constexpr,
+    COPY_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     source, is_held, is_received = find_sources(
@@ -149,13 +163,13 @@ def unroll_kernel(
     )
     store_rolls(
         record,
+        cargo,
         wire,
         source,
         is_held,
         is_received,
-        FILLS,
         WIDTHS,
-        GROUP_SIZES,
+        NUM_WIDTHS,
         NUM_TENSORS,
         BATCH,
         CP_SIZE,
@@ -164,7 +178,7 @@ def unroll_kernel(
     )
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
-        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, BLOCK)
+        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, COPY_BLOCK)
 
 
 def unroll(
@@ -176,7 +190,7 @@ def unroll(
 ) -> Launch:
     """A launch of what `overlap_mtp.kernels.reference.unroll` does.
 
-    `buffers` are the first five arguments of `unroll_kernel`. `record`: the one that `pack` left. `trouble` may be
+    `buffers` are the first six arguments of `unroll_kernel`. `record`: the one that `pack` left. `trouble` may be
     pinned host memory, so that the host can look at it without waiting for the device. `block`: slots a program.
     The grid depends on the batch: see `unroll_grid`.
     """
@@ -196,10 +210,7 @@ def unroll(
 def roll_constants(shape: PlanShape, cargo: Cargo) -> dict[str, object]:
     """The constants that `unroll_kernel` and `take_kernel` share, in their order."""
     return {
-        "FILLS": cargo.fills,
-        "WIDTHS": cargo.widths,
-        "GROUP_SIZES": cargo.group_sizes,
-        "NUM_TENSORS": len(cargo.names),
+        **width_constants(cargo),
         "BATCH": cargo.rows,
         "NUM_DEPTHS": shape.num_depths,
         "NUM_CHUNKS": shape.num_chunks,
@@ -209,9 +220,10 @@ def roll_constants(shape: PlanShape, cargo: Cargo) -> dict[str, object]:
         "MAX_DOCUMENTS": shape.max_documents,
         "STEPS": (shape.max_documents - 1).bit_length(),
         "RECORD_LEN": shape.record_len,
+        "COPY_BLOCK": triton.next_power_of_2(shape.record_len + 2 * len(cargo.names)),
     }
 
 
 def unroll_grid(length: int, shape: PlanShape, cargo: Cargo, block: int = 256) -> Grid:
-    """The grid for `length` tokens a rank."""
-    return (triton.cdiv(length, block), shape.num_depths, cargo.rows)
+    """The grid for `length` tokens a rank: blocks of slots, depths, tensors of all batch rows."""
+    return (triton.cdiv(length, block), shape.num_depths, cargo.words)

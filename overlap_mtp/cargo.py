@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
 
 from overlap_mtp.dtypes import INTEGER_VIEW
+from overlap_mtp.layout import IntArray
 
 FILL_IS_ONE = frozenset({"padding_mask"})  # where a token is missing, it is padding
 _ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
@@ -78,6 +80,11 @@ class Cargo:
         """How many tensors share the allocation of each tensor's rolls."""
         sizes = {number: len(numbers) for numbers in self.groups for number in numbers}
         return tuple(sizes[number] for number in range(len(self.names)))
+
+    @cached_property
+    def table(self) -> IntArray:
+        """What kernels have to know, int64 [3, tensors]: widths, fills and group sizes."""
+        return np.array([self.widths, self.fills, self.group_sizes])
 
     def tensors(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The batch's tensors in the order of `names`, contiguous."""

@@ -47,10 +47,10 @@ def launches(kind: str) -> list[object]:
     word = torch.zeros(1, dtype=torch.int64)
     shape = shapes[1]
     return [
-        pack((word,) * 5, shape, cargo, overridable=True),
-        unroll((word,) * 5, shape, cargo, overridable=True),
-        put((word,) * 9, shape, cargo, constants, overridable=True),
-        take((word,) * 7, shape, cargo, constants, overridable=True),
+        pack((word,) * 6, shape, cargo, overridable=True),
+        unroll((word,) * 6, shape, cargo, overridable=True),
+        put((word,) * 10, shape, cargo, constants, overridable=True),
+        take((word,) * 8, shape, cargo, constants, overridable=True),
         discard(word, word, shape, 4, places.acknowledgements_at),
     ]
 

@@ -57,6 +57,7 @@ class Plain:
         )
         self.given = [batch[name] for name in self.cargo.names]
         self.tensors = [self.cargo.integers(tensor) for tensor in self.given]
+        self.cargo_table = torch.from_numpy(self.cargo.table)
         self.length = layout.local_len
 
     def pack(self, wire: torch.Tensor) -> None:
@@ -82,11 +83,11 @@ class Interpreted(Plain):
         given = torch.cat([self.record, torch.tensor(addresses)])
         self.device_record = poisoned(len(given))
         self.override = torch.full_like(given, -1)
-        buffers = (given, self.override, self.device_record, self.table, wire)
+        buffers = (given, self.override, self.device_record, self.table, self.cargo_table, wire)
         triton_pack.pack(buffers, self.shape, self.cargo, block=64)(None)
 
     def unroll(self, wire: torch.Tensor, trouble: torch.Tensor) -> list[Batch]:
-        buffers = (self.device_record, self.override, self.table, wire, trouble)
+        buffers = (self.device_record, self.override, self.table, self.cargo_table, wire, trouble)
         launch = triton_unroll.unroll(buffers, self.shape, self.cargo, block=64)
         launch(None, triton_unroll.unroll_grid(self.length, self.shape, self.cargo, block=64))
         return self.outputs.depths

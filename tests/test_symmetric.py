@@ -40,7 +40,7 @@ class Rank:
         self.epochs = torch.zeros(len(shape.destinations) + 1, dtype=torch.int64)
         self.trouble = torch.zeros(4, dtype=torch.int32)
         self.patience = torch.tensor([PATIENCE])
-        self.table = torch.from_numpy(shape.table)
+        self.table, self.cargo_table = torch.from_numpy(shape.table), torch.from_numpy(cargo.table)
 
     def put(self, layout: SequenceLayout, batch: Batch):
         """Launches a put; what is needed to take."""
@@ -50,13 +50,22 @@ class Rank:
         given = torch.cat([record, torch.tensor([t.data_ptr() for t in tensors] + outputs.bases)])
         kept, override = poisoned(len(given)), torch.full_like(given, -1)
         own = (self.memory, self.epochs, self.trouble, self.patience)
-        buffers = (given, override, kept, self.table, self.peers, *own)
+        buffers = (given, override, kept, self.table, self.cargo_table, self.peers, *own)
         put(buffers, self.shape, self.cargo, self.places.constants(timed=False), block=64)(None)
         return kept, outputs, layout.local_len, tensors, override
 
     def take(self, flight) -> list[Batch]:
         kept, outputs, length, _, override = flight
-        buffers = (kept, override, self.table, self.sources, self.memory, self.trouble, self.patience)
+        buffers = (
+            kept,
+            override,
+            self.table,
+            self.cargo_table,
+            self.sources,
+            self.memory,
+            self.trouble,
+            self.patience,
+        )
         launch = take(buffers, self.shape, self.cargo, self.places.constants(timed=False), block=64)
         launch(None, unroll_grid(length, self.shape, self.cargo, block=64))
         return outputs.depths

@@ -95,6 +95,7 @@ class Transport(ABC):
         self._trouble = self.trouble.numpy()
         self._troubles: Any = self._trouble.view("int64")  # the same in two words, looked at in 0.1 µs
         self.table = torch.from_numpy(shape.table).to(self.device)
+        self.cargo_table = torch.from_numpy(cargo.table).to(self.device)
         self._message_bytes = WORD_BYTES * cargo.words * shape.num_send_rows
 
     @property

@@ -75,8 +75,10 @@ class ProcessGroupTransport(DeviceTransport):
                 torch.zeros(n, cargo.words, dtype=torch.int64, device=self.device) for n in rows
             )
         slot.send_kernel = pack(
-            (slot.given, slot.override, slot.record, self.table, slot.send), shape, cargo, overridable
+            (slot.given, slot.override, slot.record, self.table, self.cargo_table, slot.send),
+            shape,
+            cargo,
+            overridable,
         )
-        slot.unroll_kernel = unroll(
-            (slot.record, slot.override, self.table, slot.recv, self.trouble), shape, cargo, overridable
-        )
+        buffers = (slot.record, slot.override, self.table, self.cargo_table, slot.recv, self.trouble)
+        slot.unroll_kernel = unroll(buffers, shape, cargo, overridable)

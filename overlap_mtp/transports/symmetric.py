@@ -160,10 +160,10 @@ class SymmetricTransport(DeviceTransport):
 
     def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
         constants = self._places.constants(timed=True)
-        given = (slot.given, slot.override, slot.record, self.table)
+        given = (slot.given, slot.override, slot.record, self.table, self.cargo_table)
         shared = (self._memory, self._epochs, self.trouble, self._patience)
         slot.send_kernel = put((*given, self._peers, *shared), self.shape, self.cargo, constants, overridable)
-        taken = (slot.record, slot.override, self.table, self._sources, self._memory)
+        taken = (slot.record, slot.override, self.table, self.cargo_table, self._sources, self._memory)
         slot.unroll_kernel = take(
             (*taken, self.trouble, self._patience), self.shape, self.cargo, constants, overridable
         )
