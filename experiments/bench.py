@@ -46,7 +46,9 @@ class Bench:
                 subject.open()
                 subject.verify()
                 for index in range(WARM_UPS):
-                    took_us = self._sample(subject, -1 - index)[1]
+                    argument = self._argument(subject, -1 - index)
+                    self.meet()
+                    took_us = subject.sample(argument)[1]
             everyone: list[float] = [0.0] * dist.get_world_size()
             dist.all_gather_object(everyone, took_us)
             subject.is_short = max(everyone) < SHORT_US
@@ -74,27 +76,31 @@ class Bench:
 
     def _time(self, subject: Subject, index: int) -> None:
         """A microbatch on whatever the others have left in the caches, then some in a row, where they are short."""
-        samples = [self._sample(subject, index)]
+        repeats = range(1 + REPEATS if subject.is_short else 1)
+        arguments = [self._argument(subject, index, repeat) for repeat in repeats]
+        self.meet()
+        samples = []
+        for argument in arguments:
+            samples.append(subject.sample(argument))
+            subject.finish()
         subject.cold_us.append(samples[0][0])
         if subject.is_short:
-            samples = [self._sample(subject, index, repeat) for repeat in range(1, 1 + REPEATS)]
+            del samples[0]
         host_us, wall_us = np.median(samples, axis=0)
         subject.host_us.append(float(host_us))
         subject.wall_us.append(float(wall_us))
 
-    def _sample(self, subject: Subject, index: int, repeat: int = 0) -> tuple[float, float]:
-        """One timed microbatch, with a packing that the roller has not seen."""
+    def _argument(self, subject: Subject, index: int, repeat: int = 0) -> Any:
+        """A packing that the roller has not seen, the same for all ways."""
         point = subject.configuration.point
-        seed = (self.seed, self._layout_at[point], WARM_UPS + index, repeat)  # one packing for all ways
-        argument = subject.argument(new_layout(point, seed))
-        if repeat:
-            subject.finish()
-        else:
-            self.meet()
-        return subject.sample(argument)
+        seed = (self.seed, self._layout_at[point], WARM_UPS + index, repeat)
+        return subject.argument(new_layout(point, seed))
 
     def graphs(self, replays: int, repeats: int, on_each: Callable[[], None] = lambda: None) -> None:
-        """GPU time of a microbatch's rolls, captured into a CUDA graph and replayed back to back."""
+        """GPU time of a microbatch's rolls, several captured into a CUDA graph that is replayed back to back.
+
+        Several, because a graph with one small exchange takes as long as it takes to launch it.
+        """
         for subject in self.subjects:
             if subject.failed is None and subject.configuration.way.schedule in EXCHANGING:
                 self._time_graph(subject, replays, repeats)
@@ -108,13 +114,13 @@ class Bench:
                 subject.roll(argument)
             self.meet()
             with torch.cuda.graph(graph):
-                kept = subject.roll(argument)
+                kept = [subject.roll(argument) for _ in range(subject.captured)]
         self._agree([subject], "graph_failed")
         if subject.graph_failed is None:
             with self._failures(subject, "graph_failed"):
                 for _ in range(repeats + 1):
                     self.meet()
-                    subject.gpu_us.append(_replay_us(graph, replays))
+                    subject.gpu_us.append(_replay_us(graph, replays) / subject.captured)
                 del subject.gpu_us[0]  # the first replay loads the graph
             self._agree([subject], "graph_failed")
         del kept

@@ -158,6 +158,12 @@ class Subject:
         del rolls
         return 1e6 * (launched - begin), 1e6 * (done - begin)
 
+    @property
+    def captured(self) -> int:
+        """Microbatches in one CUDA graph: a roller has eight slots."""
+        exchanges = 1 if self.configuration.way.schedule == "prefetch" else self.configuration.point.depths
+        return max(1, 8 // exchanges)
+
     def finish(self) -> None:
         """Waits for the device."""
         if self.case.device.type == "cuda":

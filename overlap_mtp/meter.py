@@ -43,14 +43,19 @@ class OverlapMeter:
         self._spare: list[torch.cuda.Event] = []
         self._on_gpu = False
 
-    def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+    def start(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        layout: SequenceLayout,
+        ready: torch.cuda.Event | None = None,
+    ) -> Rolls:
         """As Roller.start."""
         on_gpu = next(iter(batch.values())).is_cuda if batch else False
         self._on_gpu = on_gpu and not torch.cuda.is_current_stream_capturing()
         if self._on_gpu:
             self._empty.append((self._now(), self._now()))
         before = self._enter()
-        self.rolls = self.roller.start(batch, layout)
+        self.rolls = self.roller.start(batch, layout, ready)
         self._leave(before)
         return _MeteredRolls(self.rolls, self)
 

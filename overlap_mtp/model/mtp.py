@@ -57,12 +57,18 @@ class MultiTokenPrediction(nn.Module):
             MTPDepth(hidden_size, make_layer(depth), norm_eps) for depth in range(1, num_depths + 1)
         )
 
-    def start(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> Rolls:
+    def start(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        layout: SequenceLayout,
+        ready: torch.cuda.Event | None = None,
+    ) -> Rolls:
         """Starts the exchange of this rank's `batch` ([B, L] each).
 
         Call it before the trunk, or behind its first layer's launches: those then hide the host time of starting.
+        `ready` as in Roller.start.
         """
-        return self.roller.start(batch, layout)
+        return self.roller.start(batch, layout, ready)
 
     def forward(
         self,

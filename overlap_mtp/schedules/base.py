@@ -90,11 +90,13 @@ class Roller(ABC):
         self._kind: Hashable = None  # of the last batch that passed all checks
         self._closed = False
 
-    def start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+    def start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None = None) -> Rolls:
         """Launches what the schedule can launch; never blocks the host after the first use.
 
         `batch`: this rank's tensors by name, all of one shape [B, local_len] (or [local_len]) and on one
-        device; int32, int64, bool, float32 or bfloat16. All ranks of the cp group call this in the same order
+        device; int32, int64, bool, float32 or bfloat16. `ready`: a CUDA event from which on the batch may be read; by
+        default, all that the current stream has been given. An earlier one lets an overlapped exchange begin in the
+        midst of a long kernel rather than between two. All ranks of the cp group call this in the same order
         with the same layout. Communicates as the schedule does. At first use, and whenever names, dtypes, batch
         size or kind of layout change, the ranks also agree on them (blocking: alternate between two rollers
         rather than between two kinds), and all raise ValueError where they differ; at first use also where one
@@ -106,7 +108,7 @@ class Roller(ABC):
             self._kind = None
             self._admit(batch, layout)
             self._kind = kind
-        return self._start(batch, layout)
+        return self._start(batch, layout, ready)
 
     def _admit(self, batch: Batch, layout: SequenceLayout) -> None:
         """Checks a batch of another kind than the last. At first use an error here is one on all ranks."""
@@ -125,7 +127,7 @@ class Roller(ABC):
         return ""
 
     @abstractmethod
-    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls: ...
+    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls: ...
 
     def close(self) -> None:
         """Lets the buffers go. The exchange group stays, for the next roller of the same cp group."""

@@ -11,7 +11,7 @@ from overlap_mtp.schedules.base import Batch, Roller, Rolls, detached
 class NoneRoller(Roller):
     name = "none"
 
-    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         return NoneRolls(self, detached(batch))
 
 

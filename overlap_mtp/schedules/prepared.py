@@ -41,7 +41,7 @@ def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> dict[str, 
 class PreparedRoller(Roller):
     name = "prepared"
 
-    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         return PreparedRolls(self, detached(batch))
 
     def _check_names(self, batch: Batch) -> None:

@@ -134,7 +134,7 @@ class SyncRoller(Roller):
         super().__init__(channel, num_depths, max_documents)
         self._steps: Recent[RollByOne] = Recent()
 
-    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
+    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         device = next(iter(batch.values())).device
         steps = self._steps.get(
             (layout.key, device), lambda: RollByOne.of(layout, self._channel.cp_rank, device)

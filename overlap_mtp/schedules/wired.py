@@ -49,8 +49,11 @@ class WiredRoller(Roller):
             )
         self._transport = self._transports[key]
 
-    def _start(self, batch: Batch, layout: SequenceLayout) -> Rolls:
-        return FlyingRolls(self, self._transport, batch, layout)
+    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+        rolls = FlyingRolls(self, self._transport, batch, layout)
+        if self.overlapped:
+            rolls.launch(ready)
+        return rolls
 
     def close(self) -> None:
         super().close()
@@ -71,21 +74,20 @@ class FlyingRolls(Rolls):
         self._newest = batch  # what the next exchange rolls
         self._flights: list[Flight] = []
         self._rolled: list[Tokens] = []
-        if roller.overlapped:
-            self._launch()
 
     def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
         while len(self._rolled) < depth:
             self._roller.check_open()
             if not self._roller.overlapped:
-                self._launch()
+                self.launch()
             self._land()
         return dict(self._rolled[depth - 1])
 
-    def _launch(self) -> None:
+    def launch(self, ready: torch.cuda.Event | None = None) -> None:
+        """Sends what the next exchange carries."""
         tensors = self._transport.cargo.tensors(self._newest)
-        self._flights.append(self._transport.launch(tensors, self._layout))
+        self._flights.append(self._transport.launch(tensors, self._layout, ready))
         self._transport.check()
 
     def _land(self) -> None:
@@ -93,7 +95,7 @@ class FlyingRolls(Rolls):
         self._newest = self._rolled[-1]
         self._transport.check()
         if self._roller.overlapped and len(self._rolled) < self._roller.num_depths:
-            self._launch()  # travels while the MTP layer of this depth computes
+            self.launch()  # travels while the MTP layer of this depth computes
 
     def relayout(self, layout: SequenceLayout) -> None:
         for flight in self._flights:

@@ -103,8 +103,10 @@ class Transport(ABC):
         return bool(self.shape.sources or self.shape.destinations)
 
     @abstractmethod
-    def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
-        """Packs `tensors` (Cargo.tensors) and sends them. Never blocks the host on CUDA."""
+    def launch(
+        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+    ) -> Flight:
+        """Packs `tensors` (Cargo.tensors) and sends them. Never blocks the host on CUDA. `ready` as in Roller.start."""
 
     @abstractmethod
     def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:

@@ -88,7 +88,9 @@ class DeviceTransport(Transport):
     def _count(self, layout: SequenceLayout) -> None:
         """Adds an exchange to `traffic`."""
 
-    def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
+    def launch(
+        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+    ) -> Flight:
         compute, side = self._current_stream(), self._side
         slot = self._take_slot()
         length = tensors[0].shape[-1]
@@ -97,8 +99,10 @@ class DeviceTransport(Transport):
         flight = Flight(self, self.launched, slot, length, outputs.depths, compute)
         self.launched += 1
         if self._overlapped:
-            slot.forked.record(compute)
-            side.wait_event(slot.forked)
+            if ready is None:
+                ready = slot.forked
+                ready.record(compute)
+            side.wait_event(ready)
             torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
             try:
                 self._send(flight, side.cuda_stream)

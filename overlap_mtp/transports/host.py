@@ -28,7 +28,9 @@ class HostTransport(Transport):
         self._overlapped = overlapped
         self._free: list[HostSlot] = []
 
-    def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
+    def launch(
+        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+    ) -> Flight:
         slot = self._free.pop() if self._free else HostSlot(self.shape, self.cargo)
         (outputs,) = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
         slot.write(tensors, layout, outputs)

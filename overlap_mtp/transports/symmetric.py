@@ -120,14 +120,16 @@ class SymmetricTransport(DeviceTransport):
         self._under_way: dict[int, None] = {}  # numbers of flights, oldest first
         self._make_slots()
 
-    def launch(self, tensors: list[torch.Tensor], layout: SequenceLayout) -> Flight:
+    def launch(
+        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+    ) -> Flight:
         oldest = next(iter(self._under_way), self.launched)
         if oldest <= self.launched - SLOTS:
             raise RuntimeError(
                 f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.launched} can start: at "
                 f"most {SLOTS} in a row may be under way over symmetric memory"
             )
-        flight = super().launch(tensors, layout)
+        flight = super().launch(tensors, layout, ready)
         if not flight.slot.captured:
             self._under_way[flight.number] = None
         return flight
