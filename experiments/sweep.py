@@ -35,6 +35,7 @@ def main(
     documents: Annotated[str, typer.Option(help="`dense` or numbers of packed documents.")] = "dense,8,32",
     directions: Annotated[str, typer.Option(help="train (forward and backward), forward.")] = "train,forward",
     modes: Annotated[str, typer.Option(help="Comma-separated schedules.")] = ",".join(ALL_MODES),
+    transport: Annotated[str, typer.Option(help="Where a mode names none.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="As in compare_modes.")] = False,
     captured: Annotated[bool, typer.Option("--graph", help="As in compare_modes.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1)] = None,
@@ -51,6 +52,7 @@ def main(
                 f"{preset}-{kind}-{direction}{'-compile' if compiled else ''}{'-graph' if captured else ''}",
                 replace(
                     _settings(preset, kind, direction, modes, world, rounds, warmup),
+                    transport=transport,
                     compiled=compiled,
                     captured=captured,
                 ),

@@ -86,7 +86,12 @@ class FlyingRolls(Rolls):
 
     def launch(self, ready: torch.cuda.Event | None = None) -> None:
         """Sends what the next exchange carries."""
-        tensors = self._transport.cargo.tensors(self._newest)
+        cargo = self._transport.cargo
+        tensors = cargo.tensors(self._newest)
+        if ready is not None and any(
+            self._newest[name] is not t for name, t in zip(cargo.names, tensors, strict=True)
+        ):
+            ready = None  # a contiguous copy was made just now
         self._flights.append(self._transport.launch(tensors, self._layout, ready))
         self._transport.check()
 
