@@ -14,9 +14,10 @@ from overlap_mtp.kernels.geometry import NUM_DOCUMENTS_AT, typed
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.pack import copy_words, gather_constants, gather_rows, put_rows, source_of
 from overlap_mtp.kernels.signals import flag_at, raise_flag, wait_for
-from overlap_mtp.plan import EPOCH, PlanShape
+from overlap_mtp.plan import DONE, EPOCH, PlanShape
 
 EPOCH_AT = tl.constexpr(EPOCH)
+DONE_AT = tl.constexpr(DONE)
 PEER_WORDS = (
     5  # of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a unit
 )
@@ -64,6 +65,7 @@ def put_kernel(
         copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, COPY_BLOCK)
         tl.debug_barrier()
         tl.store(record + EPOCH_AT, epoch)
+        tl.store(record + DONE_AT, tl.zeros_like(epoch))
     else:
         peer = peers + program * PEER_WORDS_
         rank = tl.load(peer + 1)

@@ -100,8 +100,11 @@ class Cargo:
         made = [Outputs([{} for _ in range(num_depths)], [0] * len(self.names)) for _ in range(ahead)]
         for numbers in self.groups:
             count, width = len(numbers), self.widths[numbers[0]]
-            room = tensors[numbers[0]].new_empty((ahead * num_depths * count, *self.leading, length))
-            rolls, address, step = iter(room.unbind(0)), room.data_ptr(), self.rows * length * width
+            with torch.inference_mode(False):
+                room = tensors[numbers[0]].new_empty((ahead * num_depths * count, *self.leading, length))
+                # Each with a version counter of its own: a write to one is none to the others.
+                rolls = iter([one.data for one in room.unbind(0)])
+            address, step = room.data_ptr(), self.rows * length * width
             for outputs in made:
                 for index, number in enumerate(numbers):
                     outputs.bases[number] = address + index * step

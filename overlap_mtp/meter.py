@@ -63,7 +63,7 @@ class OverlapMeter:
         """The cost since the last reading. On CUDA the device must have finished the calls (synchronise before)."""
         exposed = None
         if self._spans:
-            empty = min(a.elapsed_time(b) for a, b in self._empty)
+            empty = min((a.elapsed_time(b) for a, b in self._empty), default=0.0)
             exposed = 1000 * sum(max(0.0, a.elapsed_time(b) - empty) for a, b in self._spans)
         cost = Cost(1e6 * self._seconds, exposed)
         self._spare += [event for pair in self._spans + self._empty for event in pair]

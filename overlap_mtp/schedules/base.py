@@ -59,6 +59,7 @@ class Signature:
     max_documents: int
     layout: str
     tensors: tuple[str, ...]  # "name dtype shape" each, sorted
+    transport: str  # as asked for
 
 
 class ChainedRolls(Rolls):
@@ -80,6 +81,7 @@ class Roller(ABC):
     """Rolls the tensors of microbatch after microbatch by one schedule. Made by `make_roller`."""
 
     name: str
+    _wanted = ""  # the transport that was asked for
 
     def __init__(self, channel: Channel, num_depths: int, max_documents: int) -> None:
         self.num_depths = num_depths
@@ -158,6 +160,7 @@ class Roller(ABC):
             self.max_documents,
             f"{'packed' if layout.is_packed else 'dense'} {layout.kind} {length}".rstrip(),
             tuple(sorted(f"{name} {str(t.dtype)[6:]} {list(rows)}" for name, t in batch.items())),
+            self._wanted,
         )
 
     def _check_names(self, batch: Batch) -> None:  # noqa: B027 - most schedules have nothing to check

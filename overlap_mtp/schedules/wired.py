@@ -71,7 +71,7 @@ class FlyingRolls(Rolls):
         self._roller = roller
         self._transport = transport
         self._layout = layout
-        self._newest = batch  # what the next exchange rolls
+        self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._flights: list[Flight] = []
         self._rolled: list[Tokens] = []
 
@@ -79,7 +79,7 @@ class FlyingRolls(Rolls):
         self._roller.check_depth(depth)
         while len(self._rolled) < depth:
             self._roller.check_open()
-            if not self._roller.overlapped:
+            if not self._flights or self._flights[-1].landed:
                 self.launch()
             self._land()
         return dict(self._rolled[depth - 1])

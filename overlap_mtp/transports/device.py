@@ -191,8 +191,10 @@ class DeviceTransport(Transport):
     def _make_slots(self) -> None:
         self._are_short = False
         for _ in range(RING):
-            slot = DeviceSlot(self.shape, self.cargo)
-            self._bind(slot, overridable=False)
+            # Their memory belongs to the stream that writes it first, which may not wait for the other.
+            with torch.cuda.stream(self._side if self._overlapped else self._current_stream()):
+                slot = DeviceSlot(self.shape, self.cargo)
+                self._bind(slot, overridable=False)
             slot.send_kernel.prepare(slot.send_kernel.grid)
             slot.unroll_kernel.prepare(unroll_grid(self._length, self.shape, self.cargo))
             self._slots.append(slot)
@@ -200,7 +202,7 @@ class DeviceTransport(Transport):
 
     def _recover(self, slot: DeviceSlot) -> None:
         """Makes a slot whose flight was dropped fit for another."""
-        if not slot.captured:
+        if not slot.captured:  # a graph keeps its slots
             slot.landed.record(self._side if self._overlapped else self._compute)
             self._free.append(slot)
 

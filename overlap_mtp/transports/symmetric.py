@@ -152,6 +152,8 @@ class SymmetricTransport(DeviceTransport):
         self.traffic.add(len(self.shape.destinations), WORD_BYTES * self.cargo.words * rows)
 
     def _recover(self, slot: DeviceSlot) -> None:
+        if slot.captured:
+            return  # nothing was put: the record is an older exchange's
         stream = self._side if self._overlapped else self._compute
         places = self._places
         with torch.cuda.stream(stream):
