@@ -70,6 +70,7 @@ class CapturedStep(EagerStep):
     def run(self) -> torch.Tensor:
         assert self._graph is not None
         self._graph.replay()
+        self.meter.roller.check()
         for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
         return self._loss

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 Grid = tuple[int, int, int]
+MOST_GRAPHS = 16  # of a launch: batches whose length keeps changing have a grid each
 Runner = Callable[[int | None], None]
 
 
@@ -39,7 +40,7 @@ class Launch:
             return
         if grid not in self._runners:
             self._runners[grid] = self._compiled(grid)
-        elif as_graph:
+        elif as_graph and len(self._graphs) < MOST_GRAPHS:
             self.prepare(grid)
         self._runners[grid](stream)
 

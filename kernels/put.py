@@ -22,6 +22,7 @@ PEER_WORDS = (
     5  # of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a unit
 )
 PEER_WORDS_ = tl.constexpr(PEER_WORDS)
+MOST_WORDS = 2048  # that a program of 4 warps gathers at a time: 16 a thread
 LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `trouble` for it
 
 
@@ -134,13 +135,17 @@ def put(
     cargo: Cargo,
     constants: dict[str, object],
     overridable: bool = False,
-    block: int = 64,
+    block: int | None = None,
 ) -> Launch:
     """A launch that packs as `overlap_mtp.kernels.reference.pack` does, into the memory of the peers.
 
     `buffers` are the first ten arguments of `put_kernel`, of which `overlap_mtp.kernels.pack.pack` describes the
-    first five; `constants` are those of SymmetricLayout. `block`: rows that a program gathers at a time.
+    first five; `constants` are those of SymmetricLayout. `block`: rows that a program gathers at a time, by default a
+    whole message, as far as registers go.
     """
+    if block is None:
+        words = triton.next_power_of_2(len(cargo.names))
+        block = max(16, min(triton.next_power_of_2(max(shape.send_rows)), MOST_WORDS // words))
     return Launch(
         put_kernel,
         buffers,

@@ -33,7 +33,7 @@ class Channel:
         self._group: dist.ProcessGroup | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self.timeout: timedelta | None = None
-        self.chosen: str | None = None  # the transport that "auto" has found to be the fastest
+        self.why_not_symmetric: str | None = None  # "" where symmetric memory works; None: nobody has tried
         if cp_group is not None:
             self._ranks = dist.get_process_group_ranks(cp_group)
             on_gpu = "nccl" in dist.get_backend_config(cp_group) and torch.cuda.is_available()

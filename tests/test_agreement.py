@@ -12,6 +12,7 @@ from cases import (
     ILLEGAL,
     NUM_DEPTHS,
     ODD_RANK,
+    WIRED,
     assert_names,
     error_of,
     local_to,
@@ -92,6 +93,19 @@ def make_unlike_the_others(group: dist.ProcessGroup, case: str) -> list[str]:
         errors.append(error_of(lambda roller=roller, batch=batch: roller.start(batch, layout)))
         roller.close()
     return errors
+
+
+def ask_for_another_transport(group: dist.ProcessGroup, schedule: str) -> str:
+    layout = packed(group.size())
+    wanted = "process_group" if group.rank() == ODD_RANK else "auto"
+    roller = make_roller(schedule, group, NUM_DEPTHS, wanted)
+    return error_of(lambda: roller.start(local_to(group, schedule, layout), layout))
+
+
+@pytest.mark.parametrize("schedule", WIRED)
+def test_all_ranks_refuse_transports_that_differ(pool: RankPool, schedule):
+    for error in pool.run(ask_for_another_transport, 2, schedule):
+        assert_names(error, "transport", "rank 0", "rank 1", "auto", "process_group")
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])

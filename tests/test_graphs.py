@@ -99,6 +99,106 @@ def test_only_a_captured_exchange_takes_another_layout(gpu_pool: RankPool):
         assert error.startswith("RuntimeError: only")
 
 
+def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]:
+    """What is said to exchanges that a graph cannot hold; the roller is of use afterwards."""
+    layout, rank = packed(group.size(), 0), group.rank()
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
+    batch, errors = shards(layout, group, 0), {}
+    roller.start(batch, layout).at(1)
+    outside = roller.start(batch, layout)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
+    with torch.cuda.graph(graphs[0]):
+        captured = roller.start(batch, layout)
+        errors["outside, joined inside"] = error_of(lambda: outside.at(1))
+        captured.at(1)
+    wrong = differences([outside.at(1), outside.at(2)], layout, rank, 0)
+
+    def capture_too_many() -> None:
+        with torch.cuda.graph(graphs[1]):
+            for _ in range(20):
+                roller.start(batch, layout).at(1)
+
+    errors["too many"] = error_of(capture_too_many)
+    contiguous = SequenceLayout.packed(layout.cu_seqlens, group.size(), "contiguous")
+    errors["another kind"] = error_of(lambda: captured.relayout(contiguous))
+    longer = SequenceLayout.packed(2 * layout.cu_seqlens, group.size())
+    errors["another length"] = error_of(lambda: captured.relayout(longer))
+    after = roller.start(batch, layout)
+    wrong += differences([after.at(1), after.at(2)], layout, rank, 0)
+    with torch.cuda.graph(graphs[2]):
+        again = roller.start(batch, layout)
+        rolled = [again.at(1), again.at(2)]
+    graphs[2].replay()
+    torch.cuda.synchronize()
+    wrong += differences(rolled, layout, rank, 0)
+    roller.check()
+    for one in graphs:
+        one.reset()
+    del one
+    graphs.clear()
+    gc.collect()
+    torch.cuda.synchronize()
+    roller.close()
+    return errors | {"wrong": str(wrong)}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
+    for errors in gpu_pool.run(misused_captures, gpu_pool.world_size, transport):
+        assert errors["outside, joined inside"].startswith("RuntimeError: exchange 1 must be joined")
+        assert errors["too many"].startswith("RuntimeError: no slot is left")
+        assert errors["another kind"].startswith("ValueError: a captured exchange keeps its kind")
+        assert errors["another length"].startswith("ValueError: a captured exchange keeps its length")
+        assert errors["wrong"] == "[]"
+
+
+def many_from_early_events(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """More exchanges than a roller has slots at first, all under way before the compute stream gets anywhere."""
+    layout, rank = packed(group.size(), 1), group.rank()
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
+    batches = [shards(layout, group, turn) for turn in range(12)]
+    roller.start(batches[0], layout).at(1)
+    ready = torch.cuda.Event()
+    ready.record()
+    torch.cuda._sleep(50_000_000)
+    flights = [roller.start(batch, layout, ready) for batch in batches]
+    wrong = []
+    for turn, rolls in enumerate(flights):
+        wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
+    roller.close()
+    return wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_slots_made_under_way_do_not_wait_for_compute(gpu_pool: RankPool, transport):
+    size = gpu_pool.world_size
+    assert gpu_pool.run(many_from_early_events, size, transport) == [[]] * size
+
+
+def joined_on_another_stream(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """Started on one stream, joined on another, while the first is still at work."""
+    layout, rank = packed(group.size(), 2), group.rank()
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
+    other, wrong = torch.cuda.Stream(), []
+    for turn in range(6):
+        batch = shards(layout, group, turn)
+        ready = torch.cuda.Event()
+        ready.record()
+        torch.cuda._sleep(10_000_000)
+        rolls = roller.start(batch, layout, ready)
+        del batch
+        with torch.cuda.stream(other):
+            wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
+    roller.close()
+    return wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_an_exchange_may_be_joined_on_another_stream(gpu_pool: RankPool, transport):
+    size = gpu_pool.world_size
+    assert gpu_pool.run(joined_on_another_stream, size, transport) == [[]] * size
+
+
 def from_an_earlier_event(group: dist.ProcessGroup, transport: str) -> list[str]:
     """The exchange may begin before what the stream was given last; a tensor that has to be copied may not."""
     layout, rank = packed(group.size(), 1), group.rank()

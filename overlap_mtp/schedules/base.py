@@ -36,7 +36,7 @@ class Rolls(ABC):
         """For exchanges that were captured in a CUDA graph: the layout of the replays to come.
 
         A copy on the current stream, without waiting for the device. Same length, at most max_documents documents.
-        Raises RuntimeError where nothing was captured.
+        Raises RuntimeError where nothing was captured, and ValueError for another kind of layout or another length.
         """
         raise RuntimeError(
             "only rolls with an exchange that was captured in a CUDA graph take another layout"
@@ -131,8 +131,17 @@ class Roller(ABC):
     @abstractmethod
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls: ...
 
+    def check(self) -> None:  # noqa: B027 - most schedules find out when they roll
+        """Raises RuntimeError if a peer was found late, or to roll by another layout. Never waits.
+
+        `start` and `at` do the same. Replays of a CUDA graph call neither: call this every now and then.
+        """
+
     def close(self) -> None:
-        """Lets the buffers go. The exchange group stays, for the next roller of the same cp group."""
+        """Lets the buffers go, when the device is done with them. The exchange group stays, for the next roller.
+
+        Raises what `check` does.
+        """
         self._closed = True
 
     def check_open(self) -> None:

@@ -38,15 +38,16 @@ class WiredRoller(Roller):
         key = (cargo, layout.kind, None if layout.is_packed else layout.seq_len)
         if key not in self._transports:
             shapes = shapes_of(layout, self.depths_per_exchange, self.max_documents)
-            self._transports[key] = open_transport(
-                self._wanted,
-                self._channel,
-                shapes,
-                cargo,
-                self.traffic,
-                self.overlapped,
-                layout.local_len,
-            )
+            with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
+                self._transports[key] = open_transport(
+                    self._wanted,
+                    self._channel,
+                    shapes,
+                    cargo,
+                    self.traffic,
+                    self.overlapped,
+                    layout.local_len,
+                )
         self._transport = self._transports[key]
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
@@ -58,8 +59,18 @@ class WiredRoller(Roller):
     def close(self) -> None:
         super().close()
         transports, self._transports = self._transports, {}
+        errors: list[Exception] = []
         for transport in transports.values():
-            transport.close()
+            try:
+                transport.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def check(self) -> None:
+        for transport in self._transports.values():
+            transport.check()
 
 
 class FlyingRolls(Rolls):
@@ -103,5 +114,14 @@ class FlyingRolls(Rolls):
             self.launch()  # travels while the MTP layer of this depth computes
 
     def relayout(self, layout: SequenceLayout) -> None:
+        before, now = (
+            f"{'packed' if one.is_packed else 'dense'} {one.kind}, cp_size {one.cp_size}"
+            for one in (self._layout, layout)
+        )
+        if before != now:
+            raise ValueError(
+                f"a captured exchange keeps its kind of layout: it has {before}, the new one is {now}"
+            )
         for flight in self._flights:
             self._transport.relayout(flight, layout)
+        self._transport.check()

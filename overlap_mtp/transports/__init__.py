@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from overlap_mtp.transports.base import Flight, Traffic, Transport
 TRANSPORTS = ("auto", "process_group", "symmetric")
 __all__ = ["TRANSPORTS", "Flight", "Traffic", "Transport", "open_transport", "shapes_of"]
 
+Made = TypeVar("Made")
 _log = logging.getLogger("overlap_mtp")
 
 
@@ -51,26 +53,31 @@ def open_transport(
 
     # Triton is compiled for a GPU only.
     from overlap_mtp.transports.process_group import ProcessGroupTransport
-    from overlap_mtp.transports.symmetric import SymmetricTransport
+    from overlap_mtp.transports.symmetric import SymmetricTransport, allocate
 
     if name == "process_group" or channel.cp_size == 1:
         return ProcessGroupTransport(channel, shape, cargo, traffic, overlapped, length)
     transport: Transport | None = None
     reason = _why_not_shared(channel)
     if not reason:
-        transport, reason = _open_together(
-            lambda: SymmetricTransport(channel, shapes, cargo, traffic, overlapped, length), channel
+        # Two steps, because the second waits for ranks that the first has stopped.
+        memory, reason = _made_together(lambda: allocate(shapes, cargo), channel)
+    if not reason:
+        assert memory is not None
+        shared = memory
+        transport, reason = _made_together(
+            lambda: SymmetricTransport(channel, shapes, cargo, traffic, overlapped, length, shared), channel
         )
     if name == "symmetric" and reason:
         raise ValueError(f"transport symmetric does not work here: {reason}")
-    if channel.cp_rank == 0 and channel.chosen is None:
+    if channel.cp_rank == 0 and channel.why_not_symmetric is None:
         _log.info(
             "overlap_mtp: transport %s for a cp group of %d: %s",
             "process_group" if reason else "symmetric",
             channel.cp_size,
             reason or "all ranks can write to each other's memory",
         )
-    channel.chosen = "process_group" if reason else "symmetric"
+    channel.why_not_symmetric = reason
     return transport or ProcessGroupTransport(channel, shape, cargo, traffic, overlapped, length)
 
 
@@ -79,8 +86,8 @@ def _why_not_shared(channel: Channel) -> str:
 
     Collective, and alike on all ranks.
     """
-    if channel.chosen == "process_group":
-        return "it was tried before"
+    if channel.why_not_symmetric:
+        return channel.why_not_symmetric
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = f"{os.uname().nodename} {boot.read_text() if boot.exists() else ''}"
     mine = (hashlib.sha256(host.encode()).hexdigest(), os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
@@ -92,15 +99,15 @@ def _why_not_shared(channel: Channel) -> str:
     return "NCCL_P2P_DISABLE is set" if any(disabled for _, disabled in everyone) else ""
 
 
-def _open_together(make: Callable[[], Transport], channel: Channel) -> tuple[Transport | None, str]:
-    """(the transport, "") where all ranks could make theirs, else (None, what kept one from it). Collective."""
-    transport, error = None, ""
+def _made_together(make: Callable[[], Made], channel: Channel) -> tuple[Made | None, str]:
+    """(what was made, "") where all ranks could make theirs, else (None, what kept one from it). Collective."""
+    made, error = None, ""
     try:
-        transport = make()
+        made = make()
     except Exception as failure:  # whatever it was, the process group is left
         error = f"cp rank {channel.cp_rank}: {type(failure).__name__}: {failure}"
     errors = [error] * channel.cp_size
     with channel.named_errors("choosing a transport"):
         dist.all_gather_object(errors, error, group=channel.group)
     failures = "; ".join(one for one in errors if one)
-    return (None, failures) if failures else (transport, "")
+    return (None, failures) if failures else (made, "")

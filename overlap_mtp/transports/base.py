@@ -43,17 +43,21 @@ class Slot:
         self._words: IntArray = self.given.numpy()
         self._record = self._words[: shape.record_len]
         self._addresses = self._words[shape.record_len :]
-        self._layout: SequenceLayout | None = None
+        self._is_written = False
         self.tensors: list[torch.Tensor] = []
         self.outputs: Outputs | None = None
 
     def write(self, tensors: list[torch.Tensor], layout: SequenceLayout, outputs: Outputs) -> None:
         """Says what the next exchange carries, and keeps it alive."""
-        if layout.is_packed or self._layout is None:  # all dense layouts of one shape are alike
+        if layout.is_packed or not self._is_written:  # all dense layouts of one shape are alike
             write_record(layout, self.shape, self._record)
-            self._layout = layout
+            self._is_written = True
         self._addresses[:] = [*(tensor.data_ptr() for tensor in tensors), *outputs.bases]
         self.tensors, self.outputs = tensors, outputs
+
+    def forget(self) -> None:
+        """Lets go of what it carried."""
+        self.tensors, self.outputs = [], None
 
     def words_for(self, layout: SequenceLayout) -> IntArray:
         """`given` with another batch's record."""
@@ -64,7 +68,10 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One exchange under way. Dropped before it has landed, it gives its slot back all the same."""
+    """One exchange under way. Dropped before it has landed, it gives its slot back all the same.
+
+    `landed` is set when nothing more is to be done about its slot, whether its tokens came or not.
+    """
 
     transport: Transport
     number: int

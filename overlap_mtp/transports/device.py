@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import abstractmethod
 from collections import deque
@@ -21,6 +22,8 @@ from overlap_mtp.upload import upload
 RING = 8  # slots that are made at a time: an exchange that is captured in a graph keeps one
 AHEAD = 8  # microbatches whose rolls are allocated at a time, unless they are large:
 AHEAD_BYTES = 8 << 20
+
+_log = logging.getLogger("overlap_mtp")
 
 
 class DeviceSlot(Slot):
@@ -44,7 +47,8 @@ class DeviceTransport(Transport):
     """Launches on the channel's side stream (`overlapped`) or on the current one, and unrolls on the current one.
 
     Nothing here waits on the host. A slot is used again when its `landed` event has passed, which is asked and not
-    waited for: a host that runs ahead of the device takes the next one. Slots live until `close`.
+    waited for: a host that runs ahead of the device takes the next one. Slots live until `close`. An exchange that is
+    captured in a CUDA graph keeps its slot for good, and is started and joined in the same capture.
     """
 
     def __init__(
@@ -91,50 +95,67 @@ class DeviceTransport(Transport):
     def launch(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
     ) -> Flight:
-        compute, side = self._current_stream(), self._side
-        slot = self._take_slot()
+        compute, side, capturing = self._current_stream(), self._side, self._is_capturing()
         length = tensors[0].shape[-1]
-        outputs = self._outputs(tensors, length, compute)
+        outputs = self._outputs(tensors, length, compute, capturing)
+        slot = self._take_slot_for_capture() if capturing else self._take_slot()
         slot.write(tensors, layout, outputs)
         flight = Flight(self, self.launched, slot, length, outputs.depths, compute)
         self.launched += 1
-        if self._overlapped:
-            if ready is None:
-                ready = slot.forked
-                ready.record(compute)
-            side.wait_event(ready)
-            torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
-            try:
-                self._send(flight, side.cuda_stream)
-            finally:
-                torch.cuda.set_stream(compute)
-            slot.sent.record(side)
-        else:
-            self._send(flight, compute.cuda_stream)
+        slot.forked.record(compute)
+        try:
+            if self._overlapped:
+                side.wait_event(ready or slot.forked)
+                torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
+                try:
+                    self._send(flight, side.cuda_stream)
+                finally:
+                    torch.cuda.set_stream(compute)
+                slot.sent.record(side)
+            else:
+                self._send(flight, compute.cuda_stream)
+        except Exception:
+            flight.landed = True
+            self._give_back(slot, side if self._overlapped else compute)
+            raise
         if self.has_peers:
             self._count(layout)
         return flight
 
     def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
-        compute, slot = self._current_stream(), flight.slot
+        compute, slot, capturing = self._current_stream(), flight.slot, self._is_capturing()
+        if capturing is not slot.captured:
+            raise RuntimeError(
+                f"exchange {flight.number} must be joined (`at`) where it was started, both in the same capture of a "
+                "CUDA graph or both outside"
+            )
         flight.landed = True
+        if flight.stream is not compute:
+            # What its memory was used for before is ordered on that stream only.
+            compute.wait_event(slot.forked)
+            for tensor in [*slot.tensors, *(one for rolled in flight.depths for one in rolled.values())]:
+                tensor.record_stream(compute)
         with self._join_span:
             if self._overlapped:
                 compute.wait_event(slot.sent)
             with self._unroll_span:
                 grid = unroll_grid(flight.length, self.shape, self.cargo)
-                slot.unroll_kernel(compute.cuda_stream, grid, as_graph=not slot.captured)
-        if flight.stream is not compute:
-            for rolled in flight.depths:
-                for tensor in rolled.values():
-                    tensor.record_stream(compute)
-        if not slot.captured:
-            slot.landed.record(compute)
-            self._free.append(slot)
+                slot.unroll_kernel(compute.cuda_stream, grid, as_graph=not capturing)
+        self._give_back(slot, compute)
         return flight.depths
 
     def abandon(self, flight: Flight) -> None:
-        self._abandoned.append(flight.slot)
+        if flight.slot.captured:
+            _log.warning(
+                "overlap_mtp: exchange %d was captured in a CUDA graph without its joins", flight.number
+            )
+        else:
+            self._abandoned.append(flight.slot)
+
+    def check(self) -> None:
+        if self._abandoned and not self._is_capturing():
+            self._recover_abandoned()
+        super().check()
 
     def relayout(self, flight: Flight, layout: SequenceLayout) -> None:
         if not flight.slot.captured:
@@ -158,13 +179,15 @@ class DeviceTransport(Transport):
             self._compute = torch.cuda.current_stream(self.device)
         return self._compute
 
-    def _outputs(self, tensors: list[torch.Tensor], length: int, stream: torch.cuda.Stream) -> Outputs:
+    def _outputs(
+        self, tensors: list[torch.Tensor], length: int, stream: torch.cuda.Stream, capturing: bool
+    ) -> Outputs:
         """Memory for the rolls that nothing else has used or will: a piece of what was allocated for several.
 
         Two allocations and eight views take 20 µs of host time, and 60 on cold caches (measured on the host of an
         H200): a third of an exchange.
         """
-        if self._is_capturing():
+        if capturing:
             return self.cargo.outputs(tensors, self.shape.num_depths, length)[0]
         if not self._ready or self._ready_for != (length, stream):
             size = self.cargo.bytes_of_rolls(self.shape.num_depths, length)
@@ -174,10 +197,8 @@ class DeviceTransport(Transport):
         return self._ready.pop()
 
     def _take_slot(self) -> DeviceSlot:
-        if self._is_capturing():
-            return self._take_slot_for_capture()
-        while self._abandoned:
-            self._recover(self._abandoned.popleft())
+        if self._abandoned:
+            self._recover_abandoned()
         if self._are_short:
             self._make_slots()
         free = self._free
@@ -188,6 +209,7 @@ class DeviceTransport(Transport):
         self._make_slots()
         return free.pop(0)
 
+    @torch.inference_mode(False)
     def _make_slots(self) -> None:
         self._are_short = False
         for _ in range(RING):
@@ -200,25 +222,33 @@ class DeviceTransport(Transport):
             self._slots.append(slot)
             self._free.insert(0, slot)
 
+    def _give_back(self, slot: DeviceSlot, stream: torch.cuda.Stream) -> None:
+        """Says that the work on `stream` is the last on a slot, until another exchange takes it."""
+        if not slot.captured:  # a graph keeps its slots
+            slot.landed.record(stream)
+            slot.forget()
+            self._free.append(slot)
+
+    def _recover_abandoned(self) -> None:
+        while self._abandoned:
+            self._recover(self._abandoned.popleft())
+
     def _recover(self, slot: DeviceSlot) -> None:
         """Makes a slot whose flight was dropped fit for another."""
-        if not slot.captured:  # a graph keeps its slots
-            slot.landed.record(self._side if self._overlapped else self._compute)
-            self._free.append(slot)
+        self._give_back(slot, self._side if self._overlapped else self._current_stream())
 
     def _take_slot_for_capture(self) -> DeviceSlot:
         """A slot for good. Memory cannot be pinned during a capture: the slot was made by a warm-up."""
-        if not self._free:
+        self._are_short = True  # the next exchange outside makes more
+        if not self._free or self._abandoned:
             raise RuntimeError(
-                f"no slot is left for an exchange to be captured: a roller makes {RING} at a time, and none during "
-                "a capture; run the same exchanges outside of a graph before"
+                f"no slot is left for an exchange to be captured (a roller makes {RING} at a time, and none during a "
+                "capture), or one was dropped before it was joined: run the same exchange outside of a graph and "
+                "capture again"
             )
-        self._are_short = True  # for the next capture
         slot = self._free.pop(0)
-        slot.retired = (
-            slot.send_kernel,
-            slot.unroll_kernel,
-        )  # no graph may go while another is being captured
+        # No graph may go while another is being captured.
+        slot.retired = (slot.send_kernel, slot.unroll_kernel)
         self._bind(slot, overridable=True)
         slot.captured = True
         return slot

@@ -31,7 +31,7 @@ class HostTransport(Transport):
     def launch(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
     ) -> Flight:
-        slot = self._free.pop() if self._free else HostSlot(self.shape, self.cargo)
+        slot = self._free.pop() if self._free else self._new_slot()
         (outputs,) = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
         slot.write(tensors, layout, outputs)
         flight = Flight(self, self.launched, slot, layout.local_len, outputs.depths)
@@ -50,6 +50,10 @@ class HostTransport(Transport):
                 )
             self.traffic.add(len(self.shape.destinations), self._message_bytes)
         return flight
+
+    @torch.inference_mode(False)
+    def _new_slot(self) -> HostSlot:
+        return HostSlot(self.shape, self.cargo)
 
     def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
         slot, integers = flight.slot, self.cargo.integers

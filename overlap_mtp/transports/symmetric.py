@@ -104,12 +104,17 @@ class SymmetricTransport(DeviceTransport):
         traffic: Traffic,
         overlapped: bool,
         length: int,
+        memory: torch.Tensor,
     ) -> None:
-        """Collective over the cp group. `shapes`: of all ranks. Raises where the memory cannot be shared."""
+        """Collective over the cp group. `shapes`: of all ranks; `memory`: from `allocate`, which all of them have.
+
+        Raises where it cannot be shared.
+        """
         shape = shapes[channel.cp_rank]
         super().__init__(channel, shape, cargo, traffic, overlapped, length)
         self._places = SymmetricLayout.of(shapes, cargo.words)
-        self._memory, addresses, self._mapping = share_memory(self._places.num_words, channel, self.device)
+        self._memory = memory
+        addresses, self._mapping = share_memory(memory, channel)
         peers, sources = peer_tables(shapes, channel.cp_rank, addresses)
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
@@ -130,13 +135,13 @@ class SymmetricTransport(DeviceTransport):
                 f"most {SLOTS} in a row may be under way over symmetric memory"
             )
         flight = super().launch(tensors, layout, ready)
-        if not flight.slot.captured:
-            self._under_way[flight.number] = None
+        self._under_way[flight.number] = None
         return flight
 
     def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
+        rolled = super().land(flight)
         self._under_way.pop(flight.number, None)
-        return super().land(flight)
+        return rolled
 
     def abandon(self, flight: Flight) -> None:
         self._under_way.pop(flight.number, None)
@@ -152,9 +157,7 @@ class SymmetricTransport(DeviceTransport):
         self.traffic.add(len(self.shape.destinations), WORD_BYTES * self.cargo.words * rows)
 
     def _recover(self, slot: DeviceSlot) -> None:
-        if slot.captured:
-            return  # nothing was put: the record is an older exchange's
-        stream = self._side if self._overlapped else self._compute
+        stream = self._side if self._overlapped else self._current_stream()
         places = self._places
         with torch.cuda.stream(stream):
             discard(slot.record, self._sources, self.shape, places.slots, places.acknowledgements_at)(
@@ -173,16 +176,21 @@ class SymmetricTransport(DeviceTransport):
         )
 
 
-def share_memory(
-    num_words: int, channel: Channel, device: torch.device
-) -> tuple[torch.Tensor, list[int], Any]:
-    """(zeroed int64 memory that the ranks of the channel can write to, the address of each rank's, what keeps these
-    mapped). Collective."""
+def allocate(shapes: list[PlanShape], cargo: Cargo) -> torch.Tensor:
+    """Zeroed int64 memory for exchanges of `cargo` between ranks of these shapes, which can be shared."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    memory = symmetric_memory.empty(num_words, dtype=torch.int64, device=device)
+    size = SymmetricLayout.of(shapes, cargo.words).num_words
+    memory = symmetric_memory.empty(size, dtype=torch.int64, device=cargo.device)
     memory.zero_()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(cargo.device)
+    return memory
+
+
+def share_memory(memory: torch.Tensor, channel: Channel) -> tuple[list[int], Any]:
+    """(where each rank's memory is, as this rank sees it; what keeps these mapped). Collective."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
     handle = symmetric_memory.rendezvous(memory, channel.group)
     offset = getattr(handle, "offset", 0)
-    return memory, [address + offset for address in handle.buffer_ptrs], handle
+    return [address + offset for address in handle.buffer_ptrs], handle
