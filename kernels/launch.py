@@ -58,7 +58,9 @@ class Launch:
         return lambda stream: runner(*arguments, stream=stream)
 
     def _captured(self, grid: Grid) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        # Its kernels have the priority of this stream, whichever the graph is launched on: an exchange should get the
+        # first room that a running kernel leaves, not that behind its last wave.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device, priority=-1)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may ask their events
             self._runners[grid](stream.cuda_stream)

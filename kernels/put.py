@@ -22,7 +22,9 @@ PEER_WORDS = (
     5  # of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a unit
 )
 PEER_WORDS_ = tl.constexpr(PEER_WORDS)
-MOST_WORDS = 2048  # that a program of 4 warps gathers at a time: 16 a thread
+MOST_WORDS = (
+    512  # that a program of 4 warps gathers at a time: with more it needs registers that are seldom free
+)
 LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `trouble` for it
 
 

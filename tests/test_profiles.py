@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from overlap_mtp.profiling import Report, read_profile, report_on
+from overlap_mtp.profiling import Report, exposed_by_step, read_profile, report_on
 
 from handmade import Process, Span, Work, kineto_document, write_kineto, write_nsys
 
@@ -113,6 +114,15 @@ def test_known_answer(tmp_path, form):
     assert schedule(found, "prepared").all_hidden is None
     assert found.notes == ()
     assert found.as_json()["rows"][0]["device"] == "rank 0"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_exposed_exchange_of_each_step(tmp_path, form):
+    lanes = report(tmp_path, form, rank(0), rank(1, late=2)).lanes
+    assert [step.schedule for step in lanes[0].steps] == ["prefetch", "sync", "prepared"]
+    # prefetch: pack and send-recv from 10 to 24 (on rank 1 to 22), under compute from 11 to 20.
+    assert exposed_by_step(lanes[0]) == pytest.approx([5, 40, math.nan], nan_ok=True)
+    assert exposed_by_step(lanes[1]) == pytest.approx([3, 38, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("form", FORMATS)

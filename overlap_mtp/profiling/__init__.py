@@ -8,6 +8,6 @@ picture.py   draws it;  slim.py makes files small
 
 from overlap_mtp.profiling.profile import Profile, ProfileError
 from overlap_mtp.profiling.reading import read_profile
-from overlap_mtp.profiling.report import Report, report_on
+from overlap_mtp.profiling.report import Report, exposed_by_step, report_on
 
-__all__ = ["Profile", "ProfileError", "Report", "read_profile", "report_on"]
+__all__ = ["Profile", "ProfileError", "Report", "exposed_by_step", "read_profile", "report_on"]

@@ -178,6 +178,21 @@ class _Measured:
         )
 
 
+def exposed_by_step(lane: Lane) -> npt.NDArray[np.float64]:
+    """For each of `lane.steps`, how long its exchange (`pack` and `send-recv`) was not under compute on the device.
+
+    In µs, of merged intervals; NaN where no exchange could be tied to the step.
+    """
+    compute = merge(*lane.where(lane.role == Role.COMPUTE))
+    exchange = np.flatnonzero((lane.role == Role.EXCHANGE) & (lane.step != NONE))
+    exposed = np.full(len(lane.steps), np.nan)
+    for step in np.unique(lane.step[exchange]).tolist():
+        mine = exchange[lane.step[exchange] == step]
+        union = merge(lane.start[mine], lane.end[mine])
+        exposed[step] = (length(union) - int(covered(compute, *union).sum())) / 1000
+    return exposed
+
+
 def _schedules(measured: list[_Measured]) -> tuple[Schedule, ...]:
     times = _step_times(measured)
     names = dict.fromkeys(name for one in measured for name in one.schedules())
