@@ -107,7 +107,8 @@ def lines_of_soak(record: Record) -> Iterator[Line]:
 
 
 def lines_of_profile(path: Path) -> Iterator[Line]:
-    command = f"profiles/capture.sh {path.name} --preset {path.name.split('-')[0]}"
+    preset, _, kind = path.name.partition(".")[0].partition("-")
+    command = f"profiles/capture.sh {path.name} --preset {preset} --documents {kind or 'dense'}"
     for schedule in report_on([read_profile(path)]).schedules:
         hidden = schedule.exchange_worst
         if schedule.name.partition(":")[0] == "prefetch" and hidden is not None:
