@@ -63,6 +63,8 @@ class Launch:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device, priority=-1)
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads may ask their events
-            self._runners[grid](stream.cuda_stream)
-            graph.capture_end()
+            try:
+                self._runners[grid](stream.cuda_stream)
+            finally:
+                graph.capture_end()
         return graph

@@ -81,6 +81,7 @@ class Roller(ABC):
     """Rolls the tensors of microbatch after microbatch by one schedule. Made by `make_roller`."""
 
     name: str
+    overlapped = False  # whether its exchanges run beside the current stream
     _wanted = ""  # the transport that was asked for
 
     def __init__(self, channel: Channel, num_depths: int, max_documents: int) -> None:
@@ -95,16 +96,19 @@ class Roller(ABC):
     def start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None = None) -> Rolls:
         """Launches what the schedule can launch; never blocks the host after the first use.
 
-        `batch`: this rank's tensors by name, all of one shape [B, local_len] (or [local_len]) and on one
-        device; int32, int64, bool, float32 or bfloat16. `ready`: a CUDA event from which on the batch may be read; by
+        `batch`: this rank's tensors by name, all of one shape [B, local_len] (or [local_len]) and on one device;
+        int32, int64, bool, float32 or bfloat16. `ready`: a CUDA event from which on the batch may be read; by
         default, all that the current stream has been given. An earlier one lets an overlapped exchange begin in the
-        midst of a long kernel rather than between two. All ranks of the cp group call this in the same order
-        with the same layout. Communicates as the schedule does. At first use, and whenever names, dtypes, batch
-        size or kind of layout change, the ranks also agree on them (blocking: alternate between two rollers
-        rather than between two kinds), and all raise ValueError where they differ; at first use also where one
-        of them was given something illegal.
+        midst of a long kernel rather than between two. One stream at a time uses a roller, or streams that wait for
+        one another, and no exchange is under way beside a replay of one that was captured. All ranks of the cp group
+        call this in the same order with the same layout. Communicates as the schedule does. At first use, and
+        whenever names, dtypes, batch size or kind of layout change, the ranks also agree on them (blocking: alternate
+        between two rollers rather than between two kinds), and all raise ValueError where they differ; at first use
+        also where one of them was given something illegal.
         """
         self.check_open()
+        if ready is not None and not self.overlapped:
+            torch.cuda.current_stream().wait_event(ready)
         kind = _kind_of(batch, layout)
         if kind != self._kind or layout.num_documents > self.max_documents:
             self._kind = None

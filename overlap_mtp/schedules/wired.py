@@ -97,12 +97,10 @@ class FlyingRolls(Rolls):
 
     def launch(self, ready: torch.cuda.Event | None = None) -> None:
         """Sends what the next exchange carries."""
-        cargo = self._transport.cargo
-        tensors = cargo.tensors(self._newest)
-        if ready is not None and any(
-            self._newest[name] is not t for name, t in zip(cargo.names, tensors, strict=True)
-        ):
-            ready = None  # a contiguous copy was made just now
+        if ready is not None and not all(tensor.is_contiguous() for tensor in self._newest.values()):
+            torch.cuda.current_stream().wait_event(ready)  # what is read now is a copy, made on this stream
+            ready = None
+        tensors = self._transport.cargo.tensors(self._newest)
         self._flights.append(self._transport.launch(tensors, self._layout, ready))
         self._transport.check()
 

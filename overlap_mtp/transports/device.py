@@ -71,6 +71,7 @@ class DeviceTransport(Transport):
         self._is_capturing = torch.cuda.is_current_stream_capturing
         self._free: list[DeviceSlot] = []  # in the order in which they landed
         self._are_short = False
+        self._has_captures = False
         self._slots: list[DeviceSlot] = []
         self._abandoned: deque[DeviceSlot] = deque()
         self._ready: list[Outputs] = []
@@ -105,17 +106,25 @@ class DeviceTransport(Transport):
         slot.forked.record(compute)
         try:
             if self._overlapped:
-                side.wait_event(ready or slot.forked)
+                # A replay counts on the device what is sent, as this does: neither may overtake the other.
+                side.wait_event(ready if ready and (capturing or not self._has_captures) else slot.forked)
                 torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
                 try:
+                    if capturing and not self._is_capturing():
+                        raise RuntimeError(
+                            "`ready` must be recorded in the capture that the exchange is part of"
+                        )
                     self._send(flight, side.cuda_stream)
                 finally:
                     torch.cuda.set_stream(compute)
                 slot.sent.record(side)
+                if self._has_captures and not capturing:
+                    compute.wait_event(slot.sent)
             else:
                 self._send(flight, compute.cuda_stream)
         except Exception:
             flight.landed = True
+            self._let_side_finish(slot)
             self._give_back(slot, side if self._overlapped else compute)
             raise
         if self.has_peers:
@@ -129,7 +138,6 @@ class DeviceTransport(Transport):
                 f"exchange {flight.number} must be joined (`at`) where it was started, both in the same capture of a "
                 "CUDA graph or both outside"
             )
-        flight.landed = True
         if flight.stream is not compute:
             # What its memory was used for before is ordered on that stream only.
             compute.wait_event(slot.forked)
@@ -141,6 +149,7 @@ class DeviceTransport(Transport):
             with self._unroll_span:
                 grid = unroll_grid(flight.length, self.shape, self.cargo)
                 slot.unroll_kernel(compute.cuda_stream, grid, as_graph=not capturing)
+        flight.landed = True
         self._give_back(slot, compute)
         return flight.depths
 
@@ -229,12 +238,19 @@ class DeviceTransport(Transport):
             slot.forget()
             self._free.append(slot)
 
+    def _let_side_finish(self, slot: DeviceSlot) -> None:
+        """Nobody joins this exchange: its tensors' memory may be used again when the side stream has read them."""
+        if self._overlapped:
+            for tensor in slot.tensors:
+                tensor.record_stream(self._side)
+
     def _recover_abandoned(self) -> None:
         while self._abandoned:
             self._recover(self._abandoned.popleft())
 
     def _recover(self, slot: DeviceSlot) -> None:
         """Makes a slot whose flight was dropped fit for another."""
+        self._let_side_finish(slot)
         self._give_back(slot, self._side if self._overlapped else self._current_stream())
 
     def _take_slot_for_capture(self) -> DeviceSlot:
@@ -243,14 +259,14 @@ class DeviceTransport(Transport):
         if not self._free or self._abandoned:
             raise RuntimeError(
                 f"no slot is left for an exchange to be captured (a roller makes {RING} at a time, and none during a "
-                "capture), or one was dropped before it was joined: run the same exchange outside of a graph and "
-                "capture again"
+                "capture), or one was dropped before it was joined: run the same exchange outside of a graph, then "
+                "`roller.check()`, and capture again"
             )
         slot = self._free.pop(0)
         # No graph may go while another is being captured.
         slot.retired = (slot.send_kernel, slot.unroll_kernel)
         self._bind(slot, overridable=True)
-        slot.captured = True
+        slot.captured = self._has_captures = True
         return slot
 
 

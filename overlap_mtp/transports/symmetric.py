@@ -128,7 +128,7 @@ class SymmetricTransport(DeviceTransport):
     def launch(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
     ) -> Flight:
-        oldest = next(iter(self._under_way), self.launched)
+        oldest = min(list(self._under_way), default=self.launched)
         if oldest <= self.launched - SLOTS:
             raise RuntimeError(
                 f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.launched} can start: at "
