@@ -10,41 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp import SequenceLayout, make_roller, roll_reference
+from overlap_mtp import SequenceLayout, make_roller
 from overlap_mtp.channel import channel_of
 
-from cases import WIRED, error_of, full_batch
-from rank_pool import RankPool, device_of
-from strategies import same_bits
+from cases import NUM_DEPTHS, WIRED, error_of
+from gpu_cases import TRANSPORTS, differences, packed, shards
+from rank_pool import RankPool
 
 pytestmark = pytest.mark.multi_gpu
-NUM_DEPTHS = 2
-TRANSPORTS = ("process_group", "symmetric")
-TOKENS = 32  # a rank
-
-
-def packed(cp_size: int, variant: int) -> SequenceLayout:
-    """Documents of other lengths, one of them empty, in the same stream length."""
-    unit, total = 2 * cp_size, TOKENS // 2
-    cuts = [[0, 1, 1, 5, total], [0, 7, total], [0, 2, 3, 4, 9, total]][variant % 3]
-    return SequenceLayout.packed([cut * unit for cut in cuts], cp_size)
-
-
-def shards(layout: SequenceLayout, group: dist.ProcessGroup, shift: int) -> dict[str, torch.Tensor]:
-    full = {name: tensor + shift for name, tensor in full_batch(layout).items()}
-    return {n: layout.shard(t, group.rank()).to(device_of(group)) for n, t in full.items()}
-
-
-def differences(
-    rolled: list[dict[str, torch.Tensor]], layout: SequenceLayout, rank: int, shift: int
-) -> list[str]:
-    wrong = []
-    for depth, tensors in enumerate(rolled, start=1):
-        for name, tensor in full_batch(layout).items():
-            expected = layout.shard(roll_reference(tensor + shift, layout, depth), rank)
-            if not same_bits(tensors[name].cpu(), expected):
-                wrong.append(f"{name} at depth {depth}, shift {shift}")
-    return wrong
 
 
 def replay_with_other_documents(group: dist.ProcessGroup, schedule: str, transport: str) -> list[str]:
@@ -150,77 +123,6 @@ def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
         assert errors["another kind"].startswith("ValueError: a captured exchange keeps its kind")
         assert errors["another length"].startswith("ValueError: a captured exchange keeps its length")
         assert errors["wrong"] == "[]"
-
-
-def many_from_early_events(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """More exchanges than a roller has slots at first, all under way before the compute stream gets anywhere."""
-    layout, rank = packed(group.size(), 1), group.rank()
-    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
-    batches = [shards(layout, group, turn) for turn in range(12)]
-    roller.start(batches[0], layout).at(1)
-    ready = torch.cuda.Event()
-    ready.record()
-    torch.cuda._sleep(50_000_000)
-    flights = [roller.start(batch, layout, ready) for batch in batches]
-    wrong = []
-    for turn, rolls in enumerate(flights):
-        wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
-    roller.close()
-    return wrong
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_slots_made_under_way_do_not_wait_for_compute(gpu_pool: RankPool, transport):
-    size = gpu_pool.world_size
-    assert gpu_pool.run(many_from_early_events, size, transport) == [[]] * size
-
-
-def joined_on_another_stream(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """Started on one stream, joined on another, while the first is still at work."""
-    layout, rank = packed(group.size(), 2), group.rank()
-    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
-    other, wrong = torch.cuda.Stream(), []
-    for turn in range(6):
-        batch = shards(layout, group, turn)
-        ready = torch.cuda.Event()
-        ready.record()
-        torch.cuda._sleep(10_000_000)
-        rolls = roller.start(batch, layout, ready)
-        del batch
-        with torch.cuda.stream(other):
-            wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
-    roller.close()
-    return wrong
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_an_exchange_may_be_joined_on_another_stream(gpu_pool: RankPool, transport):
-    size = gpu_pool.world_size
-    assert gpu_pool.run(joined_on_another_stream, size, transport) == [[]] * size
-
-
-def from_an_earlier_event(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """The exchange may begin before what the stream was given last; a tensor that has to be copied may not."""
-    layout, rank = packed(group.size(), 1), group.rank()
-    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
-    wrong = []
-    for turn in range(4):
-        batch = shards(layout, group, turn)
-        ready = torch.cuda.Event()
-        ready.record()
-        torch.cuda._sleep(20_000_000)
-        if turn == 3:  # the same tokens, not contiguous: the copy is made behind the sleep
-            batch = {name: t.T.contiguous().T for name, t in batch.items()}
-        rolls = roller.start(batch, layout, ready)
-        wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
-    roller.close()
-    return wrong
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_an_exchange_may_begin_where_its_batch_is_ready(gpu_pool: RankPool, transport):
-    size = gpu_pool.world_size
-    assert gpu_pool.run(from_an_earlier_event, size, transport) == [[]] * size
 
 
 def too_many_under_way(group: dist.ProcessGroup) -> str:
