@@ -136,8 +136,8 @@ def check_settings(settings: Settings, profile: str | None, on_gpu: bool) -> Non
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {settings.transport!r}")
     if profile not in (None, "nsys", "torch"):
         raise ValueError(f"profile must be nsys or torch, got {profile!r}")
-    if not on_gpu and (settings.captured or settings.profile_nsys or settings.transport == "symmetric"):
-        raise ValueError("--graph, --profile nsys and --transport symmetric need GPUs")
+    if not on_gpu and (settings.captured or profile or settings.transport == "symmetric"):
+        raise ValueError("--graph, --profile and --transport symmetric need GPUs")
     if settings.captured and settings.num_documents is not None:
         raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
 

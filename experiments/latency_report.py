@@ -165,7 +165,7 @@ def draw(result: Row, lines: dict[str, list[Point]], path: Path) -> Path:
         axes.set_ylabel(f"{'host' if quantity == 'host_us' else 'GPU'} µs of a microbatch's rolls")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3, which="both")
-    all_axes[0][0].legend(fontsize=7)
+    all_axes[0][0].legend(handlelength=4, fontsize=7)
     figure.suptitle(
         f"{where['ranks']} x {where['device']}, {lines[next(iter(lines))][0].tokens} tokens a rank, "
         f"median and 95 % interval, {where['date']}",

@@ -136,7 +136,8 @@ def errors_of(checks: list[dict[str, Any]]) -> dict[str, Any]:
 def shares_of(costs: Costs, steps: dict[str, Record], preset: str) -> list[dict[str, Any]]:
     """Shares of a training step by schedule and cp_size, from the steps of `preset` on the fewest ranks.
 
-    Documents either stay as many as they are, and grow longer, or keep their length, and grow in number.
+    Documents either stay as many as they are, and grow longer, or keep their length, and grow in number. Of several
+    launches with as many documents the first counts.
     """
     chosen = [
         record
@@ -146,11 +147,9 @@ def shares_of(costs: Costs, steps: dict[str, Record], preset: str) -> list[dict[
     if not chosen:
         raise ValueError(f"there is no record of a training step of preset {preset!r}")
     fewest = min(record["where"]["ranks"] for record in chosen)
-    chosen.sort(key=documents_of)
+    by_documents = {documents_of(one): one for one in reversed(chosen) if one["where"]["ranks"] == fewest}
     lines = []
-    for record in chosen:
-        if record["where"]["ranks"] != fewest:
-            continue
+    for _, record in sorted(by_documents.items()):
         step, documents = step_of(record, list(steps.values())), documents_of(record)
         for grows in (False, True) if documents > 1 else (False,):
             for schedule in SCHEDULES:

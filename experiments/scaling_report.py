@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 WIDTH = 150
-LEAST_SHARE = 1e-5  # below it, a share is drawn at the bottom
+LEAST_SHARE = 1e-5  # below it, a share is drawn at the bottom, and said to be
 
 
 def tables_of(name: str, link: dict[str, Any]) -> list[Table]:
@@ -98,7 +98,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
             _panel(axes, lines, max(link["recorded_cp_sizes"]))
             if lines:
                 axes.set_title(f"{name} link, documents: {_documents(lines[0])}", fontsize=9)
-        row[0].set_ylabel("share of the step")
+        row[0].set_ylabel(f"share of the step\n(bottom: < {LEAST_SHARE:.0e})")
     for axes in grid[-1]:
         axes.set_xlabel("cp_size; shaded: extrapolated")
     grid[0][0].legend(fontsize=7)
@@ -115,9 +115,9 @@ def _panel(axes: Any, lines: list[dict[str, Any]], recorded: int) -> None:
             line["cp_sizes"],
             [max(share, LEAST_SHARE) for share in line["shares"]],
             color=pictures.COLOURS[line["schedule"]],
-            linestyle="--" if line["schedule"] == "overlap" else "-",  # often on merged's line
+            linestyle="--" if line["schedule"] == "overlap" else "-",  # often on another's line
             marker="o",
-            markersize=3,
+            markersize=6 if line["schedule"] == "overlap" else 3,
             label=line["schedule"],
         )
     axes.set_xscale("log", base=2)
@@ -126,5 +126,5 @@ def _panel(axes: Any, lines: list[dict[str, Any]], recorded: int) -> None:
     sizes = lines[0]["cp_sizes"] if lines else []
     axes.set_xticks(sizes, [str(size) for size in sizes])
     if sizes and sizes[-1] > recorded:
-        axes.axvspan(recorded, sizes[-1], color="black", alpha=0.05)
+        axes.axvspan(recorded * 2**0.5, sizes[-1], color="black", alpha=0.05)
     axes.grid(alpha=0.3)
