@@ -94,7 +94,7 @@ def main(
         if on_gpu and not torch.cuda.is_available():
             raise ValueError("device must be cpu on this machine: it has no GPU that torch can use")
         world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or (torch.cuda.device_count() if on_gpu else 2)
-        sizes = {
+        sizes: dict[str, Any] = {
             "num_depths": depths,
             "hidden_size": hidden_size,
             "num_layers": num_layers,

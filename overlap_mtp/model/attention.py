@@ -180,9 +180,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor, rope: Rope, plan: AttentionPlan) -> torch.Tensor:
-        """x [B, L, hidden] of this rank's tokens; `rope` of their positions. Gathers keys and values once."""
-        shape = (self.config.num_kv_heads, self.queries_per_key + 2, self.config.head_dim)
-        qkv = self.qkv_proj(x).view(*x.shape[:2], *shape)
+        """x [B, L, hidden] of this rank's tokens; `rope` of their positions. Gathers keys and values once.
+
+        Under tensor parallelism x is this rank's part of the L tokens, and the heads are its part of them.
+        """
+        qkv = self.qkv_proj(x)
+        qkv = qkv.view(*qkv.shape[:2], -1, self.queries_per_key + 2, self.config.head_dim)
         turned = rotate(qkv[..., :-1, :], rope)
         q = turned[..., :-1, :].flatten(2, 3)
         kv = torch.stack([turned[..., -1, :], qkv[..., -1, :]], dim=-2)

@@ -19,6 +19,12 @@ class ModelConfig:
     mtp_loss_factor: float = 0.3  # DeepSeek-V3, arXiv 2412.19437, section 4.2
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    repeat_mtp_layer: bool = False  # one MTP layer for all depths
+    detach_mtp: bool = False  # MTP losses train the MTP block alone
+    derive_labels: bool = False  # labels are the ids that follow
+    num_experts: int = 0  # of every feed-forward layer; 0: one SwiGLU, no router
+    experts_per_token: int = 2
+    aux_loss_factor: float = 0.01  # of the mean over layers
 
     def __post_init__(self) -> None:
         for name in (
@@ -41,10 +47,26 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
             )
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts must be >= 0, got {self.num_experts}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token must be in [1, num_experts = {self.num_experts}], got {self.experts_per_token}"
+            )
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def depths_rolled(self) -> int:
+        """How far the batch is rolled: one further where the rolls give the labels too."""
+        return self.num_depths + self.derive_labels
+
+    @property
+    def num_sums(self) -> int:
+        """Losses that GPT.forward gives: LM, each MTP depth, and with experts the load-balancing one."""
+        return 1 + self.num_depths + bool(self.num_experts)
 
 
 @dataclass(frozen=True)

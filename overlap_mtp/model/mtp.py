@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.model.recompute import recomputed
 from overlap_mtp.schedules import Roller, Rolls, make_roller
 from overlap_mtp.tracing import span
 
@@ -22,6 +23,7 @@ class Prediction:
     depth: int
     hidden: torch.Tensor  # [B, L, hidden], ready for the output head
     tokens: dict[str, torch.Tensor]  # labels, loss_mask, ... rolled by depth
+    extra: Any = None  # what the layer returned besides hidden states
 
 
 class MultiTokenPrediction(nn.Module):
@@ -36,8 +38,11 @@ class MultiTokenPrediction(nn.Module):
         for p in mtp(hidden, rolls, embedding, *layer_arguments):
             loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
 
-    `make_layer(depth)` gives the layer of a depth, called as layer(hidden, *layer_arguments). `cp_group` are the
-    ranks that share the sequence; None where this rank holds all of it.
+    `make_layer(depth)` gives the layer of a depth, called as layer(hidden, *layer_arguments): it returns hidden
+    states, or a tuple of them and something of its own. `cp_group` are the ranks that share the sequence; None where
+    this rank holds all of it. `repeat_layer`: one set of parameters for all depths. `detach`: the losses of the depths
+    train this block alone, not what it is given. `derive_labels`: the batch has no labels, they are the ids that
+    follow, rolled one depth further in the same message.
     """
 
     def __init__(
@@ -50,11 +55,18 @@ class MultiTokenPrediction(nn.Module):
         schedule: str = "prefetch",
         max_documents: int = 128,
         norm_eps: float = 1e-5,
+        repeat_layer: bool = False,
+        detach: bool = False,
+        derive_labels: bool = False,
     ) -> None:
         super().__init__()
-        self.roller: Roller = make_roller(schedule, cp_group, num_depths, max_documents=max_documents)
+        self.num_depths, self.detach, self.derive_labels = num_depths, detach, derive_labels
+        self.roller: Roller = make_roller(
+            schedule, cp_group, num_depths + derive_labels, max_documents=max_documents
+        )
         self.depths = nn.ModuleList(
-            MTPDepth(hidden_size, make_layer(depth), norm_eps) for depth in range(1, num_depths + 1)
+            MTPDepth(hidden_size, make_layer(depth), norm_eps)
+            for depth in range(1, 2 if repeat_layer else num_depths + 1)
         )
 
     def start(
@@ -79,16 +91,25 @@ class MultiTokenPrediction(nn.Module):
     ) -> list[Prediction]:
         """The predictions of depths 1 .. D, from the trunk's hidden states [B, L, hidden] before its norm."""
         predictions = []
-        for depth, block in enumerate(self.depths, start=1):
+        if self.detach:
+            hidden = hidden.detach()
+        for depth in range(1, self.num_depths + 1):
+            block = self.depths[min(depth, len(self.depths)) - 1]
             with span("depth", depth, depth=depth):
                 tokens = rolls.at(depth)
-                hidden, normed = block(hidden, embed(tokens["input_ids"]), *layer_arguments)
-            predictions.append(Prediction(depth, normed, tokens))
+                if self.derive_labels:
+                    tokens["labels"] = rolls.at(depth + 1)["input_ids"]
+                embedded = embed(tokens["input_ids"])
+                if self.detach:
+                    embedded = embedded.detach()
+                hidden, normed, extra = block(hidden, embedded, *layer_arguments)
+            predictions.append(Prediction(depth, normed, tokens, extra))
         return predictions
 
 
 class MTPDepth(nn.Module):
-    """One depth: gives the next depth's hidden states, and the same normalised for the output head."""
+    """One depth: gives the next depth's hidden states, the same normalised for the output head, and what else its
+    layer gives. With `recompute` the backward pass computes it all again, from rolls that are kept."""
 
     def __init__(self, hidden_size: int, layer: nn.Module, norm_eps: float) -> None:
         super().__init__()
@@ -97,10 +118,17 @@ class MTPDepth(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.layer = layer
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.recompute = False
 
     def forward(
         self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        return recomputed(self._forward, self.recompute)(hidden, embedded, *layer_arguments)
+
+    def _forward(
+        self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         merged = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
-        hidden = self.layer(merged, *layer_arguments)
-        return hidden, self.norm(hidden)
+        out = self.layer(merged, *layer_arguments)
+        hidden, extra = out if isinstance(out, tuple) else (out, None)
+        return hidden, self.norm(hidden), extra

@@ -1,0 +1,180 @@
+"""Who shards what: the mesh of data-, context- and tensor-parallel ranks, and the model spread over it.
+
+Ranks that are neighbours share a tensor, then a sequence: rank = (dp_rank * cp_size + cp_rank) * tp_size + tp_rank.
+Parameters are split over tp (DTensor) and sharded over dp x cp (FSDP2): the ranks of both have gradients to add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from overlap_mtp.layout import Kind, length_unit
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.model.moe import MoE
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks share what: data, sequence (context), tensors."""
+
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "cp", "tp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.cp * self.tp
+
+    def check(self, config: ModelConfig, seq_len: int, kind: Kind, world_size: int) -> None:
+        """Raises ValueError where two sizes disagree, and says which."""
+        if self.world != world_size:
+            raise ValueError(
+                f"dp * cp * tp must be the number of ranks: {self.dp} * {self.cp} * {self.tp} = {self.world}, got "
+                f"{world_size} ranks"
+            )
+        unit = length_unit(self.cp, kind)
+        _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", unit)
+        # Sequence parallelism cuts what a cp rank holds once more.
+        _divides("seq_len / cp", seq_len // self.cp, "tp", self.tp)
+        for name in ("num_kv_heads", "ffn_size", "vocab_size", "hidden_size"):
+            _divides(name, getattr(config, name), "tp", self.tp)
+
+
+def _divides(what: str, value: int, name: str, size: int) -> None:
+    if value % size:
+        raise ValueError(f"{what} must be a multiple of {name}: {value} is none of {size}")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The mesh, and the groups of this rank that others ask for."""
+
+    mesh: DeviceMesh  # (dp, cp, tp)
+    sizes: Sizes
+
+    @classmethod
+    def make(cls, sizes: Sizes, device_type: str) -> Parallel:
+        """Collective over all ranks, which are sizes.world many."""
+        mesh = init_device_mesh(
+            device_type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp")
+        )
+        return cls(mesh, sizes)
+
+    @cached_property
+    def cp_group(self) -> dist.ProcessGroup:
+        return self.mesh["cp"].get_group()
+
+    @cached_property
+    def shard_mesh(self) -> DeviceMesh:
+        """dp x cp: parameters are sharded and gradients added up over it."""
+        return self.mesh["dp", "cp"]._flatten("dp_cp")
+
+    @cached_property
+    def data_group(self) -> dist.ProcessGroup:
+        """dp x cp: token counts and losses are added up over it."""
+        return self.shard_mesh.get_group()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh.get_local_rank("dp")
+
+    @property
+    def cp_rank(self) -> int:
+        return self.mesh.get_local_rank("cp")
+
+
+def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | None = None) -> GPT:
+    """Spreads the model, alike on all ranks before, over the mesh; in place.
+
+    `compute_dtype`: what parameters are cast to for forward and backward, while they and their gradients stay as they
+    are (bfloat16 on GPUs).
+    """
+    if parallel.sizes.tp > 1:
+        _split_tensors(model, parallel.mesh["tp"])
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None
+    )
+    for block in (*model.layers, *model.mtp.depths, model):
+        shard = fully_shard(block, mesh=parallel.shard_mesh, mp_policy=policy)
+        shard.set_gradient_divide_factor(1.0)  # sums: losses are already over the tokens of all ranks
+    return model
+
+
+def _split_tensors(model: GPT, mesh: DeviceMesh) -> None:
+    """Tensor and sequence parallelism: between blocks each rank holds its part of the tokens."""
+    model.tp_group = mesh.get_group()
+    layer: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(use_local_output=True),
+        "attention.qkv_proj": ColwiseParallel(input_layouts=Shard(1)),
+        "attention.out_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn_norm": SequenceParallel(use_local_output=True),
+    }
+    if model.config.num_experts:
+        layer["ffn"] = SplitExperts()
+    else:
+        layer |= {
+            "ffn": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+            "ffn.gate_proj": ColwiseParallel(),
+            "ffn.up_proj": ColwiseParallel(),
+            "ffn.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+        }
+    depth: dict[str, ParallelStyle] = {
+        "enorm": SequenceParallel(use_local_output=True),
+        "hnorm": SequenceParallel(use_local_output=True),
+        "eh_proj": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1)),
+        "norm": SequenceParallel(use_local_output=True),
+        **{f"layer.{name}": style for name, style in layer.items()},
+    }
+    plan: dict[str, ParallelStyle] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(use_local_output=True),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+        **{f"layers.*.{name}": style for name, style in layer.items()},
+        **{f"mtp.depths.*.{name}": style for name, style in depth.items()},
+    }
+    parallelize_module(model, mesh, plan)
+
+
+class SplitExperts(ParallelStyle):
+    """Every expert's inner width over the ranks; the router whole on each of them."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, MoE)
+        placements = {"gate_proj": Shard(1), "up_proj": Shard(1), "down_proj": Shard(2)}
+        for name, parameter in list(module.named_parameters()):
+            split = distribute_tensor(parameter.data, device_mesh, [placements.get(name, Replicate())])
+            setattr(module, name, nn.Parameter(split))
+        module.mesh = device_mesh
+        return module
+
+
+@contextmanager
+def split_loss(parallel: Parallel | None) -> Iterator[None]:
+    """Forward and backward run in it: the loss over a vocabulary that is split over tp ranks."""
+    with loss_parallel() if parallel is not None and parallel.sizes.tp > 1 else nullcontext():
+        yield
