@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 from pathlib import Path
 from typing import Protocol
 
@@ -141,6 +142,8 @@ class BatchStream:
     dense (`num_documents` None): rows of the corpus's stream, documents run on into each other.
     packed: `num_documents` documents a batch, real files cut in proportion to their lengths so that they fill
     `seq_len`, padded to what the layout can cut; each with positions of its own, and no label past its end.
+    `multiple_of`: what documents are padded to besides: with a multiple of 2 * cp_size of every run, runs of any cp_size
+    see the same batches.
     """
 
     corpus: Corpus
@@ -150,9 +153,10 @@ class BatchStream:
     kind: Kind
     vocab_size: int
     num_documents: int | None = None
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        unit = length_unit(self.cp_size, self.kind)
+        unit = self._unit
         if self.num_documents is not None and not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
                 f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "
@@ -169,6 +173,10 @@ class BatchStream:
         """`input_ids`, `labels` (int64), `position_ids` (int64) and `loss_mask` (fp32), [batch_size, seq_len]
         each, and their layout. Raises ValueError naming a token id outside the vocabulary and its document."""
         return self._dense(step) if self.num_documents is None else self._packed(step, self.num_documents)
+
+    @property
+    def _unit(self) -> int:
+        return lcm(length_unit(self.cp_size, self.kind), self.multiple_of)
 
     def _dense(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
         layout = SequenceLayout.dense(self.seq_len, self.cp_size, self.kind)
@@ -194,7 +202,9 @@ class BatchStream:
             documents = [
                 self._checked(self.corpus.read(at, n), at) for at, n in zip(starts, lengths, strict=True)
             ]
-            stream, layout = pad_documents(documents, self.cp_size, self.kind, seq_len=self.seq_len)
+            stream, layout = pad_documents(
+                documents, self.cp_size, self.kind, seq_len=self.seq_len, multiple_of=self.multiple_of
+            )
             streams.append(stream)
         ids = torch.from_numpy(np.stack(streams))
         offsets = torch.from_numpy(layout.unshard([layout.offsets(rank) for rank in range(self.cp_size)]))
@@ -208,7 +218,7 @@ class BatchStream:
 
     def _fit(self, lengths: list[int]) -> list[int]:
         """Lengths in the same proportions (at least 1) whose padded sum fits in seq_len."""
-        unit = length_unit(self.cp_size, self.kind)
+        unit = self._unit
         room = self.seq_len - len(lengths) * unit
         share = min(1.0, room / sum(lengths))
         return [max(1, int(length * share)) for length in lengths]

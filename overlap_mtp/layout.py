@@ -12,6 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import lcm
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -262,16 +263,20 @@ def pad_documents(
     kind: Kind = "zigzag",
     pad_value: int = 0,
     seq_len: int | None = None,
+    multiple_of: int = 1,
 ) -> tuple[ArrayOrTensor, SequenceLayout]:
     """Lays documents of any lengths end to end, padded so that `cp_size` ranks can share them.
 
     `documents` are 1-D tensors or arrays of one dtype (empty ones are legal). Returns the padded stream
     [S] and its packed layout, whose `valid_lengths` are the documents' own lengths. `seq_len`, where
-    given, is the length S to reach: what is missing becomes padding of the last document.
+    given, is the length S to reach: what is missing becomes padding of the last document. `multiple_of`: what lengths
+    are padded to besides, so that streams for several cp_size can be made alike.
     """
     _check_cp(cp_size, kind)
     if not documents:
         raise ValueError("pad_documents needs at least one document, got none")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be >= 1, got {multiple_of}")
     for at, one in enumerate(documents):
         if one.ndim != 1:
             raise ValueError(f"documents must be 1-D, document {at} has shape {tuple(one.shape)}")
@@ -281,9 +286,10 @@ def pad_documents(
             raise ValueError(
                 f"documents must be of one dtype, got {example.dtype} and, in document {at}, {one.dtype}"
             )
-    unit = length_unit(cp_size, kind)
+    unit = lcm(length_unit(cp_size, kind), multiple_of)
     valid = np.array([one.shape[0] for one in documents])
-    lengths = -(-valid // unit) * unit if kind == "zigzag" else valid.copy()
+    own = unit if kind == "zigzag" else multiple_of
+    lengths = -(-valid // own) * own
     least = max(unit, -(-int(lengths.sum()) // unit) * unit)
     if seq_len is not None and (seq_len < least or seq_len % unit):
         raise ValueError(

@@ -10,8 +10,9 @@ from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine, count_tokens
+from overlap_mtp.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.reference import loss_reference, roll_reference
-from overlap_mtp.training import global_counts, reduce_gradients, train_step
+from overlap_mtp.training import Recipe, Trainer, global_counts, reduce_gradients
 
 from rank_pool import RankPool, device_of
 
@@ -151,24 +152,25 @@ def test_counts_equal_the_rolled_masks(cp_size, documents):
         assert counts.dtype in (torch.int64, torch.float32)
 
 
-def accumulated_step(group: dist.ProcessGroup, schedule: str) -> tuple[float, list[torch.Tensor]]:
-    """Three microbatches of unequal token counts in one optimizer step."""
+def accumulated_step(world: dist.ProcessGroup, schedule: str) -> tuple[float, list[torch.Tensor]]:
+    """Three microbatches of unequal token counts in one optimizer step, by four pairs of ranks."""
+    parallel = Parallel.make(Sizes(dp=4, cp=2), "cpu")
     microbatches = []
     for documents, mask in [("dense", "uneven"), ("packed", "none"), ("packed", "uneven")]:
-        layout = layout_of(documents, group.size(), "zigzag")
+        layout = layout_of(documents, 2, "zigzag")
         batch = make_batch(layout, mask="uneven" if mask == "none" else mask)
         given = prepare(batch, layout, SMALL.num_depths) if schedule == "prepared" else batch
-        microbatches.append(({n: layout.shard(t, group.rank()) for n, t in given.items()}, layout))
-    model = make_model(torch.float64, group, schedule)
+        microbatches.append(({n: layout.shard(t, parallel.cp_rank) for n, t in given.items()}, layout))
+    model = parallelize(make_model(torch.float64, parallel.cp_group, schedule), parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = train_step(model, optimizer, microbatches, group)
-    return float(loss), [p.detach() for p in model.parameters()]
+    loss = Trainer(model, optimizer, Recipe(steps=1), parallel).step(microbatches).loss
+    return loss, [p.full_tensor().detach() for p in model.parameters()]
 
 
 def test_gradient_accumulation_is_alike_under_every_schedule(pool: RankPool):
-    expected_loss, expected = pool.run(accumulated_step, 2, "prepared")[0]
+    expected_loss, expected = pool.run(accumulated_step, 8, "prepared")[0]
     for schedule in ("sync", "merged", "overlap", "prefetch"):
-        for loss, parameters in pool.run(accumulated_step, 2, schedule):
+        for loss, parameters in pool.run(accumulated_step, 8, schedule):
             assert loss == expected_loss
             assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
 

@@ -1,0 +1,277 @@
+"""Are loss and every gradient those of one process, at any sizes?
+
+    python experiments/parity.py --out out/parity                   # the whole matrix on CPU ranks, float64
+    python experiments/parity.py --device cuda --out out/parity     # the sizes that fit the GPUs there are
+
+The matrix of Megatron-LM's tests of the change that this project grew from (MR !3330): eight sizes (tp, cp), with and
+without full recompute, dense and packed, here with data parallelism where eight ranks allow it, and with experts. Every
+run loads the same checkpoint, which one process has saved, and takes one optimizer step with unequal numbers of
+valid tokens on its ranks. On CPU the yardstick is `overlap_mtp.reference`, which shares no code with the model; on
+GPUs the same model on one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from launch import run_on_ranks
+from record import describe
+from rich.console import Console
+
+from overlap_mtp.checkpoint import Checkpoints
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.reference import loss_reference, roll_reference
+from overlap_mtp.training import Recipe, Trainer
+
+SIZES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]  # (tp, cp)
+MOST_RANKS = 8
+SEQ_LEN = 256
+CONFIG = ModelConfig(
+    hidden_size=32, num_layers=2, num_depths=2, num_heads=8, num_kv_heads=4, ffn_size=48, vocab_size=64
+)
+TOLERANCE = {
+    "float64": 1e-10,
+    "float32": 1e-5,
+    "bfloat16": 3e-2,
+}  # of the norm of each gradient, and of the loss
+NEVER = 1e9  # no gradient is clipped
+# On GPUs: wide enough for flash attention in bfloat16.
+CONFIGS = {"cpu": CONFIG, "cuda": replace(CONFIG, hidden_size=512, ffn_size=1024, vocab_size=1024)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run against one process."""
+
+    tp: int
+    cp: int
+    dp: int
+    documents: str  # dense or packed
+    recompute: bool
+    dtype: str
+    num_experts: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.cp * self.dp
+
+
+def matrix(dtype: str, most_ranks: int = MOST_RANKS) -> list[Case]:
+    """All cases that so many ranks can run."""
+    cases = [
+        Case(tp, cp, dp, documents, recompute, dtype, num_experts)
+        for tp, cp in SIZES
+        for dp, num_experts in ((1, 0), (2, 0), (1, 4))
+        for documents in ("dense", "packed")
+        for recompute in (False, True)
+    ]
+    return [case for case in cases if case.ranks <= most_ranks]
+
+
+def layout_of(documents: str, cp_size: int) -> SequenceLayout:
+    """The same tokens for every cp_size: a dense stream, or documents of which one is empty and two are padded."""
+    if documents == "dense":
+        return SequenceLayout.dense(SEQ_LEN, cp_size)
+    return SequenceLayout.packed([0, 64, 64, 192, 256], cp_size, valid_lengths=[61, 0, 128, 3])
+
+
+def batch_of(documents: str, rows: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """A full batch [rows, SEQ_LEN]; the second half of the positions counts half as often as the first."""
+    layout, generator = layout_of(documents, 1), torch.Generator().manual_seed(3)
+    ids = torch.randint(0, vocab_size, (rows, SEQ_LEN), generator=generator)
+    positions = torch.from_numpy(layout.unshard([layout.offsets(0)]))
+    mask = torch.ones(rows, SEQ_LEN)
+    mask[:, SEQ_LEN // 2 :: 2] = 0
+    return {
+        "input_ids": ids,
+        "labels": roll_reference(ids, layout, 1),
+        "position_ids": positions.expand(rows, -1).contiguous(),
+        "loss_mask": mask,
+    }
+
+
+def config_of(case: Case, device: torch.device) -> ModelConfig:
+    return replace(CONFIGS[device.type], num_experts=case.num_experts)
+
+
+def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None = None) -> GPT:
+    """With weights that a checkpoint is to replace, in the dtype that parameters have."""
+    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    return GPT(config_of(case, device), group).to(device, dtype)
+
+
+def optimizer_of(model: GPT) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def step(case: Case, model: GPT, parallel: Parallel | None, folder: Path) -> dict[str, Any]:
+    """Loads the checkpoint, takes one step; its loss and gradients, whole."""
+    optimizer = optimizer_of(model)
+    trainer = Trainer(model, optimizer, Recipe(steps=1, clip_norm=NEVER), parallel)
+    name = str(case.num_experts)
+    Checkpoints(folder / "checkpoint" / name).load(
+        model, optimizer, trainer.scheduler, {"experts": case.num_experts}
+    )
+    model.recompute_layers(case.recompute)
+    layout = layout_of(case.documents, case.cp)
+    rows = batch_of(case.documents, case.dp, model.config.vocab_size)
+    dp_rank, device = (parallel.dp_rank if parallel else 0), model.embedding.weight.device
+    mine = {n: layout.shard(t, model.cp_rank)[dp_rank, None].to(device) for n, t in rows.items()}
+    loss = trainer.step([(mine, layout)]).loss
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        gradients[key] = whole.cpu().double()
+    return {"loss": loss, "gradients": gradients}
+
+
+def one_process(case: Case, device: torch.device, folder: Path) -> dict[str, Any]:
+    """The yardstick: the oracle on CPU, the same model on one GPU."""
+    if device.type == "cuda":
+        parallel = Parallel.make(Sizes(), "cuda")
+        model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
+        return step(case, model, parallel, folder)
+    model = new_model(replace(case, dtype="float64"), device)
+    optimizer = optimizer_of(model)
+    scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
+    name = str(case.num_experts)
+    Checkpoints(folder / "checkpoint" / name).load(model, optimizer, scheduler, {"experts": case.num_experts})
+    batch = batch_of(case.documents, case.dp, model.config.vocab_size)
+    loss = loss_reference(model, batch, layout_of(case.documents, 1))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": float(loss.detach()), "gradients": gradients}
+
+
+def compute_dtype(case: Case) -> torch.dtype | None:
+    return torch.bfloat16 if case.dtype == "bfloat16" else None
+
+
+def yardstick_path(case: Case, folder: Path) -> Path:
+    return folder / f"{case.dtype}-{case.documents}-{case.dp}-{case.num_experts}.pt"
+
+
+def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> None:
+    """One process: the checkpoints that all load, and what they are compared with."""
+    for num_experts in sorted({case.num_experts for case in cases}):
+        torch.manual_seed(0)
+        model = new_model(replace(cases[0], num_experts=num_experts), device)
+        optimizer = optimizer_of(model)
+        scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
+        checkpoints = Checkpoints(folder / "checkpoint" / str(num_experts))
+        checkpoints.save(0, model, optimizer, scheduler, {}, {"experts": num_experts})
+    for case in cases:
+        path = yardstick_path(case, folder)
+        if not path.exists():
+            torch.save(one_process(case, device, folder), path)
+
+
+def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, record: Path) -> None:
+    rows = []
+    for case in cases:
+        parallel = Parallel.make(Sizes(case.dp, case.cp, case.tp), device.type)
+        model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
+        found = step(case, model, parallel, folder)
+        model.mtp.roller.close()
+        rows.append(asdict(case) | errors(found, torch.load(yardstick_path(case, folder)), case.dtype))
+    if dist.get_rank() == 0:
+        record.write_text(json.dumps({"where": describe(device, dist.get_world_size()), "rows": rows}))
+
+
+def errors(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Relative errors: of the loss, and of the gradient that is furthest off."""
+    worst, where = 0.0, ""
+    for name, gradient in expected["gradients"].items():
+        difference = (found["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
+        if not float(difference) <= worst:  # nan too
+            worst, where = float(difference), name
+    loss = abs(found["loss"] - expected["loss"]) / abs(expected["loss"])
+    passed = loss <= TOLERANCE[dtype] and worst <= TOLERANCE[dtype]
+    return {
+        "loss": found["loss"],
+        "loss_error": loss,
+        "gradient_error": worst,
+        "worst": where,
+        "passed": passed,
+    }
+
+
+def measure(cases: list[Case], device: str, folder: Path) -> dict[str, Any]:
+    """Runs all cases, those of as many ranks in one launch; their rows and where they ran."""
+    run_on_ranks(prepare_on_rank, 1, device, cases, folder)
+    record: dict[str, Any] = {"rows": []}
+    for ranks in sorted({case.ranks for case in cases}):
+        path = folder / f"{ranks}.json"
+        run_on_ranks(
+            measure_on_rank, ranks, device, [case for case in cases if case.ranks == ranks], folder, path
+        )
+        found = json.loads(path.read_text())
+        record = {"where": found["where"], "rows": record["rows"] + found["rows"]}
+    return record
+
+
+def markdown_of(record: dict[str, Any]) -> str:
+    rows, where = record["rows"], record["where"]
+    good = sum(row["passed"] for row in rows)
+    lines = [
+        f"{good} of {len(rows)} within tolerance; {where['device']}, torch {where['torch']}, {where['date']}",
+        "",
+    ]
+    lines += [
+        "| tp | cp | dp | documents | recompute | experts | dtype | loss error | worst gradient error | |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        words = [row["tp"], row["cp"], row["dp"], row["documents"], "full" if row["recompute"] else "none"]
+        words += [row["num_experts"] or "-", row["dtype"], f"{row['loss_error']:.1e}"]
+        words += [f"{row['gradient_error']:.1e} ({row['worst']})", "ok" if row["passed"] else "**NO**"]
+        lines.append("| " + " | ".join(str(word) for word in words) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the record.")] = Path("out/parity"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtypes: Annotated[str | None, typer.Option(help="float64, float32, bfloat16.")] = None,
+    most_ranks: Annotated[int | None, typer.Option(help="Leave larger sizes out.")] = None,
+) -> None:
+    """Prints and records the table; exit status 1 if a case is outside of its tolerance."""
+    on_gpu = device == "cuda"
+    ranks = most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
+    chosen = (dtypes or ("float32,bfloat16" if on_gpu else "float64")).split(",")
+    for dtype in chosen:
+        if dtype not in TOLERANCE or (dtype == "bfloat16" and not on_gpu):
+            raise typer.BadParameter(
+                f"dtypes must be among {', '.join(TOLERANCE)} (bfloat16 on GPUs), got {dtype!r}"
+            )
+    console = Console(width=200)
+    record: dict[str, Any] = {}
+    for dtype in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(matrix(dtype, ranks), device, Path(folder))
+        record = {"where": found["where"], "rows": record.get("rows", []) + found["rows"]}
+    record["where"]["ranks"] = ranks
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "parity.md").write_text(markdown_of(record))
+    console.print(markdown_of(record), markup=False)
+    if not all(row["passed"] for row in record["rows"]):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    typer.run(main)

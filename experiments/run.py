@@ -1,0 +1,227 @@
+"""One training run on one rank: batches, steps, records, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from curves import LOG, draw_losses
+from record import describe
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from steps import compile_blocks
+
+from overlap_mtp.checkpoint import Checkpoints
+from overlap_mtp.data import BatchStream, open_corpus
+from overlap_mtp.meter import OverlapMeter
+from overlap_mtp.metrics import StepLog
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.schedules.prepared import prepare
+from overlap_mtp.training import Microbatch, Recipe, StepReport, Trainer
+from overlap_mtp.watchdog import Watchdog
+
+LARGEST_CP = 8  # documents are padded so that runs of up to so many cp ranks see the same batches
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that a run is made of."""
+
+    model: ModelConfig
+    recipe: Recipe
+    sizes: Sizes
+    schedule: str
+    seq_len: int
+    num_documents: int | None  # None: dense
+    out: Path
+    resume: bool = False
+    data: Path | None = None
+    token_dtype: str = "uint16"
+    recompute: bool = False
+    compiled: bool = False
+    save_every: int = 100
+    keep: int = 3
+    deadline: timedelta = timedelta(seconds=60)
+    seed: int = 0
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError where something is illegal, before any rank is started."""
+        self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
+        self.stream()
+        if (self.out / LOG).exists() and not self.resume:
+            raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")
+
+    def stream(self) -> BatchStream:
+        """Of batches of one sequence each, the same for every number of ranks."""
+        return BatchStream(
+            open_corpus(self.data, self.token_dtype),
+            self.seq_len,
+            1,
+            self.sizes.cp,
+            "zigzag",
+            self.model.vocab_size,
+            self.num_documents,
+            multiple_of=2 * max(LARGEST_CP, self.sizes.cp),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to go on from it: the model, and the order of the data."""
+        data = {"seq_len": self.seq_len, "num_documents": self.num_documents, "data": str(self.data or "")}
+        return {**asdict(self.model), **data}
+
+
+class Run:
+    """The model, its optimizer and its data on one rank, and how far they are."""
+
+    def __init__(self, settings: RunSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.parallel = Parallel.make(settings.sizes, device.type)
+        torch.manual_seed(settings.seed)
+        with device:
+            model = GPT(settings.model, self.parallel.cp_group, settings.schedule)
+        model.recompute_layers(settings.recompute)
+        compute = torch.bfloat16 if device.type == "cuda" else None
+        self.model = parallelize(model, self.parallel, compute)
+        if settings.compiled:
+            compile_blocks(self.model)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), settings.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel)
+        self.stream = settings.stream()
+        self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
+        self.meter = OverlapMeter(self.model.mtp.roller)
+        self.steps_done = 0
+        self.batches_done = 0  # of all dp ranks: where the next step's data begins
+        depths = settings.model.num_depths
+        self.right, self.counted = [0.0] * (1 + depths), [0.0] * (1 + depths)  # of all steps
+
+    def load(self) -> None:
+        """Goes on from the last checkpoint. Collective; raises CheckpointError on all ranks."""
+        trainer = self.trainer
+        progress = self.checkpoints.load(
+            self.model, trainer.optimizer, trainer.scheduler, self.settings.identity
+        )
+        self.steps_done, self.batches_done = progress["steps_done"], progress["batches_done"]
+        self.right, self.counted = progress["right"], progress["counted"]
+
+    def save(self) -> None:
+        progress = {
+            "steps_done": self.steps_done,
+            "batches_done": self.batches_done,
+            "right": self.right,
+            "counted": self.counted,
+        }
+        trainer, identity = self.trainer, self.settings.identity
+        self.checkpoints.save(
+            self.steps_done, self.model, trainer.optimizer, trainer.scheduler, progress, identity
+        )
+
+    def step(self) -> dict[str, Any]:
+        """Takes a step; its record."""
+        begin = time.perf_counter()
+        first, rate = self.batches_done, self.trainer.optimizer.param_groups[0]["lr"]
+        microbatches = list(self._microbatches())
+        self.batches_done += len(microbatches) * self.settings.sizes.dp
+        where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1}"
+        report = self.trainer.step(microbatches, self.meter, where)
+        self.steps_done += 1
+        self.right = [a + b for a, b in zip(self.right, report.right, strict=True)]
+        self.counted = [a + b for a, b in zip(self.counted, report.counted, strict=True)]
+        return self._record(report, rate, time.perf_counter() - begin)
+
+    def _microbatches(self) -> Iterator[Microbatch]:
+        """In the order of the data: dp ranks take one each, then the next."""
+        parallel, dp = self.parallel, self.settings.sizes.dp
+        for number in range(self.settings.recipe.accumulate):
+            full, layout = self.stream.batch(self.batches_done + number * dp + parallel.dp_rank)
+            if self.settings.model.derive_labels:
+                del full["labels"]
+            if self.settings.schedule == "prepared":
+                full = prepare(full, layout, self.settings.model.depths_rolled)
+            yield {n: layout.shard(t, parallel.cp_rank).to(self.device) for n, t in full.items()}, layout
+
+    def _record(self, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        cost = self.meter.read()
+        shares = [r / c if c else 0.0 for r, c in zip(self.right, self.counted, strict=True)]
+        return {
+            "step": self.steps_done,
+            "batches": self.batches_done,
+            "loss": report.loss,
+            "lm_loss": report.lm_loss,
+            "mtp_losses": report.mtp_losses,
+            "aux_loss": report.aux_loss,
+            "acceptance": report.acceptance,
+            "cumulative_acceptance": shares[1:],
+            "grad_norms": report.grad_norms,
+            "learning_rate": rate,
+            "tokens": report.tokens,
+            "tokens_per_s": round(report.tokens / seconds, 1),
+            "exposed_us": cost.exposed_us,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        }
+
+
+def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
+    """All steps of a run, from the start or from its last checkpoint."""
+    watchdog.phase("setting up")
+    run = Run(settings, device)
+    if settings.resume:
+        watchdog.phase("loading a checkpoint")
+        run.load()
+    writes = dist.get_rank() == 0
+    log = StepLog(settings.out / LOG, run.steps_done) if writes else None
+    if writes:
+        facts = {"settings": asdict(settings), "where": describe(device, dist.get_world_size())}
+        del facts["settings"]["out"], facts["settings"]["data"]  # paths
+        (settings.out / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    steps = settings.recipe.steps
+    with _progress(Console(quiet=not writes)) as progress:
+        task = progress.add_task("", total=steps, completed=run.steps_done)
+        while run.steps_done < steps:
+            watchdog.phase(f"step {run.steps_done + 1}")
+            record = run.step()
+            if log is not None:
+                log.write(record)
+            progress.update(task, completed=run.steps_done, description=_said(record))
+            if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
+                watchdog.phase(f"saving step {run.steps_done}")
+                if log is not None:
+                    log.sync()
+                run.save()
+    run.model.mtp.roller.close()
+    if log is not None:
+        log.close()
+        draw_losses([settings.out], settings.out)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=console.quiet)
+
+
+def _said(record: dict[str, Any]) -> str:
+    """A step in a line."""
+    parts = [f"LM {record['lm_loss']:.3f}", "MTP " + " ".join(f"{one:.3f}" for one in record["mtp_losses"])]
+    if record["aux_loss"] is not None:
+        parts.append(f"aux {record['aux_loss']:.3f}")
+    parts.append("accepted " + " ".join(f"{one:.0%}" for one in record["acceptance"]))
+    parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+    if record["exposed_us"] is not None:
+        parts.append(f"exposed {record['exposed_us']:.0f} µs")
+    if record["memory_gib"] is not None:
+        parts.append(f"{record['memory_gib']:.1f} GiB")
+    return ", ".join(parts)

@@ -1,0 +1,126 @@
+"""Does a model train alike under any sizes and schedule? Trains one on real text and draws its losses.
+
+    python experiments/train.py --out out/run                                     # two CPU ranks, or all GPUs: cp
+    torchrun --nproc-per-node 8 experiments/train.py --dp 2 --cp 2 --tp 2 --preset h2048 --out out/run
+    python experiments/train.py --out out/run --resume --dp 1 --cp 2 --tp 2       # goes on, at other sizes
+    python experiments/train.py --curves out/a out/b                              # their losses in one picture
+
+The folder holds `steps.jsonl` (a record a step), `run.json`, checkpoints and `losses.png`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from curves import draw_losses
+from launch import run_on_ranks
+from run import RunSettings, train_on_rank
+
+from overlap_mtp.checkpoint import CheckpointError
+from overlap_mtp.model.config import PRESETS
+from overlap_mtp.parallel import Sizes
+from overlap_mtp.training import Recipe
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("out/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")
+    ] = False,
+    curves: Annotated[
+        list[Path] | None, typer.Option(help="Draw these runs into --out, and train none.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text, a folder of it, or a .bin of token ids.")] = None,
+    token_dtype: Annotated[str, typer.Option(help="Of a .bin.")] = "uint16",
+    preset: Annotated[str, typer.Option(help="tiny, h2048 or h4096.")] = "tiny",
+    dp: Annotated[int, typer.Option(help="Ranks that share no sequence.")] = 1,
+    cp: Annotated[int | None, typer.Option(help="Ranks that share a sequence; by default the rest.")] = None,
+    tp: Annotated[int, typer.Option(help="Ranks that share each tensor.")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Processes to start, where torchrun did not.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    schedule: Annotated[str, typer.Option(help="sync, merged, overlap, prefetch or prepared.")] = "prefetch",
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens of a microbatch's sequence, over all cp ranks.")
+    ] = 1024,
+    documents: Annotated[int, typer.Option(help="Packed into each sequence; 0: one dense stream.")] = 8,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    accumulate: Annotated[int, typer.Option(help="Microbatches of a rank in a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps to get there.")] = 20,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients.")] = 1.0,
+    normalisation: Annotated[str, typer.Option(help="Of losses: token or batch.")] = "token",
+    mtp_loss_factor: Annotated[float, typer.Option(help="Of the depths' mean loss.")] = 0.3,
+    depths: Annotated[int, typer.Option(help="MTP depths.")] = 2,
+    experts: Annotated[int, typer.Option(help="Of each feed-forward layer; 0: none.")] = 0,
+    derive_labels: Annotated[bool, typer.Option("--derive-labels", help="From input_ids.")] = False,
+    detach_mtp: Annotated[
+        bool, typer.Option("--detach-mtp", help="MTP losses train their block alone.")
+    ] = False,
+    repeat_mtp_layer: Annotated[bool, typer.Option("--repeat-mtp-layer", help="One for all depths.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Keep no activations of layers.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
+    save_every: Annotated[
+        int, typer.Option(help="Steps from one checkpoint to the next; 0: the last only.")
+    ] = 100,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 3,
+    deadline: Annotated[float, typer.Option(help="Seconds that ranks wait for one another.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the first weights.")] = 0,
+) -> None:
+    """Trains a GPT with multi-token prediction; `steps.jsonl` in --out says how it went."""
+    if curves:
+        typer.echo(f"wrote {draw_losses(curves, out)}")
+        return
+    try:
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+        known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or dp * (cp or 0) * tp
+        world = known or (torch.cuda.device_count() if on_gpu else 2 * dp * tp)
+        config = replace(
+            PRESETS[preset].model,
+            num_depths=depths,
+            mtp_loss_factor=mtp_loss_factor,
+            num_experts=experts,
+            derive_labels=derive_labels,
+            detach_mtp=detach_mtp,
+            repeat_mtp_layer=repeat_mtp_layer,
+        )
+        settings = RunSettings(
+            model=config,
+            recipe=Recipe(
+                steps=steps,
+                learning_rate=learning_rate,
+                warmup_steps=min(warmup, steps),
+                clip_norm=clip,
+                accumulate=accumulate,
+                normalisation=normalisation,  # type: ignore[arg-type]
+            ),
+            sizes=Sizes(dp, cp or max(1, world // (dp * tp)), tp),
+            schedule=schedule,
+            seq_len=seq_len,
+            num_documents=documents or None,
+            out=out,
+            resume=resume,
+            data=data,
+            token_dtype=token_dtype,
+            recompute=recompute,
+            compiled=compiled,
+            save_every=save_every,
+            keep=keep,
+            deadline=timedelta(seconds=deadline),
+            seed=seed,
+        )
+        settings.check(world)
+        run_on_ranks(train_on_rank, world, device, settings, deadline=settings.deadline)
+    except (ValueError, CheckpointError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
