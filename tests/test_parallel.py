@@ -1,0 +1,119 @@
+"""Loss and gradients under tensor, context and data parallelism, and sizes that cannot be."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.training import Recipe, StepReport, Trainer
+
+from rank_pool import RankPool
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import parity  # noqa: E402
+
+CONFIG = ModelConfig(
+    hidden_size=32, num_layers=1, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[parity.Case, dict]:
+    """The whole matrix, those of as many ranks in one launch."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = parity.measure(parity.matrix("float64"), "cpu", Path(folder))["rows"]
+    names = parity.Case.__dataclass_fields__
+    return {parity.Case(**{name: row[name] for name in names}): row for row in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", parity.matrix("float64"), ids=lambda case: "-".join(map(str, asdict(case).values()))
+)
+def test_loss_and_every_gradient_equal_one_process(rows, case):
+    row = rows[case]
+    assert row["loss_error"] <= 1e-10, row
+    assert row["gradient_error"] <= 1e-10, row
+
+
+def test_the_matrix_is_that_of_the_merge_request():
+    plain = [case for case in parity.matrix("float64") if case.dp == 1 and not case.num_experts]
+    assert len(plain) == 8 * 2 * 2
+    assert {(case.tp, case.cp) for case in plain} == set(parity.SIZES)
+    assert all(case.ranks <= 8 for case in parity.matrix("float64"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "seq_len", "world", "words"),
+    [
+        (Sizes(2, 2, 2), {}, 64, 4, r"dp \* cp \* tp must be the number of ranks: 2 \* 2 \* 2 = 8, got 4"),
+        (Sizes(1, 3, 1), {}, 64, 3, r"seq_len must be a multiple of 2 \* cp: 64 is none of 6"),
+        (
+            Sizes(1, 2, 4),
+            {"num_kv_heads": 4},
+            20,
+            8,
+            r"seq_len / cp must be a multiple of tp: 10 is none of 4",
+        ),
+        (Sizes(1, 1, 4), {}, 64, 4, "num_kv_heads must be a multiple of tp: 2 is none of 4"),
+        (Sizes(1, 1, 2), {"ffn_size": 33}, 64, 2, "ffn_size must be a multiple of tp: 33 is none of 2"),
+        (Sizes(1, 1, 2), {"vocab_size": 65}, 64, 2, "vocab_size must be a multiple of tp: 65 is none of 2"),
+    ],
+)
+def test_sizes_that_disagree_are_named(sizes, change, seq_len, world, words):
+    with pytest.raises(ValueError, match=words):
+        sizes.check(replace(CONFIG, **change), seq_len, "zigzag", world)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(1, 8, 1), Sizes(2, 2, 2), Sizes(1, 4, 2), Sizes(4, 1, 2)])
+def test_context_parallelism_with_mtp_is_legal(sizes):
+    sizes.check(CONFIG, 64, "zigzag", sizes.world)
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="cp must be >= 1, got 0"):
+        Sizes(cp=0)
+
+
+def reports(world: dist.ProcessGroup, sizes: Sizes | None, config: ModelConfig) -> StepReport:
+    """One step on four sequences with unequal numbers of valid tokens, shared out over dp ranks."""
+    parallel = Parallel.make(sizes, "cpu") if sizes else None
+    torch.manual_seed(0)
+    model = GPT(config, parallel.cp_group if parallel else None).double()
+    cp, dp, dp_rank = (sizes.cp, sizes.dp, parallel.dp_rank) if parallel else (1, 1, 0)
+    if parallel:
+        parallelize(model, parallel)
+    batches = []
+    for number in range(4):
+        layout = parity.layout_of("packed" if number % 2 else "dense", cp)
+        full = parity.batch_of("packed" if number % 2 else "dense", 4, config.vocab_size)
+        full["loss_mask"][:, : 50 * number] = 0
+        batches.append(({n: layout.shard(t, model.cp_rank)[number, None] for n, t in full.items()}, layout))
+    mine = batches[dp_rank::dp]
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1, accumulate=len(mine)), parallel
+    )
+    report = trainer.step(mine)
+    model.mtp.roller.close()
+    return report
+
+
+@pytest.mark.parametrize("sizes", [Sizes(2, 2, 2), Sizes(4, 1, 2), Sizes(1, 8, 1)])
+def test_what_is_logged_is_counted_once(pool: RankPool, sizes):
+    """Sums over sums of tokens, over dp, cp, tp and accumulated microbatches: what one process would log."""
+    config = replace(CONFIG, num_experts=4, detach_mtp=True)
+    expected = reports(None, None, config)  # type: ignore[arg-type]
+    for found in pool.run(reports, 8, sizes, config):
+        for name, value in asdict(expected).items():
+            assert asdict(found)[name] == pytest.approx(value, rel=1e-9), name

@@ -1,0 +1,61 @@
+"""Full recompute: the same bits, and no roll is sent again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_model import SMALL, layout_of, make_batch, make_model
+from test_traffic import counting
+
+from overlap_mtp import prepare
+from overlap_mtp.model.loss import combine
+
+from rank_pool import RankPool, device_of
+
+
+def with_and_without(group: dist.ProcessGroup, schedule: str, documents: str) -> list[str]:
+    """What differs between a step that keeps activations and one that computes them again."""
+    layout = layout_of(documents, group.size(), "zigzag")
+    batch = make_batch(layout)
+    given = prepare(batch, layout, SMALL.num_depths) if schedule == "prepared" else batch
+    local = {n: layout.shard(tensor, group.rank()).to(device_of(group)) for n, tensor in given.items()}
+    model = make_model(torch.float64, group, schedule).to(device_of(group))
+    model(local, layout)  # the agreement of the first exchange
+    found = []
+    for recompute in (False, True):
+        model.recompute_layers(recompute)
+        model.zero_grad()
+        with counting(group) as forward:
+            sums = model(local, layout)
+        with counting(group) as backward:
+            combine(sums, model.counts(local, layout), SMALL.mtp_loss_factor).backward()
+        found.append((sums.detach(), [p.grad for p in model.parameters()], forward, backward))
+    model.mtp.roller.close()
+    (sums, gradients, forward, backward), (again, gradients_again, forward_again, backward_again) = found
+    wrong = [] if torch.equal(sums, again) else ["sums"]
+    wrong += [
+        name
+        for (name, _), a, b in zip(model.named_parameters(), gradients, gradients_again, strict=True)
+        if not torch.equal(a, b)
+    ]
+    if schedule != "prepared" and not forward.messages:
+        wrong.append("nothing was counted")
+    if forward.messages != forward_again.messages:
+        wrong.append(f"forward sent {forward_again.messages}, not {forward.messages}")
+    if backward.messages or backward_again.messages:
+        wrong.append(f"backward sent {backward.messages} and, recomputing, {backward_again.messages}")
+    return wrong
+
+
+@pytest.mark.parametrize("documents", ["dense", "packed"])
+@pytest.mark.parametrize("schedule", ["sync", "merged", "overlap", "prefetch", "prepared"])
+def test_recomputing_gives_the_same_bits_and_sends_no_roll(pool: RankPool, schedule, documents):
+    assert pool.run(with_and_without, 2, schedule, documents) == [[]] * 2
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("schedule", ["sync", "prefetch"])
+def test_recomputing_on_gpus(gpu_pool: RankPool, schedule):
+    size = gpu_pool.world_size
+    assert gpu_pool.run(with_and_without, size, schedule, "packed") == [[]] * size
