@@ -142,8 +142,8 @@ class BatchStream:
     dense (`num_documents` None): rows of the corpus's stream, documents run on into each other.
     packed: `num_documents` documents a batch, real files cut in proportion to their lengths so that they fill
     `seq_len`, padded to what the layout can cut; each with positions of its own, and no label past its end.
-    `multiple_of`: what documents are padded to besides: with a multiple of 2 * cp_size of every run, runs of any cp_size
-    see the same batches.
+    `multiple_of`: what documents are padded to besides: with a multiple of 2 * cp_size of every run, runs of any
+    cp_size see the same batches.
     """
 
     corpus: Corpus

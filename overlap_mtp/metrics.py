@@ -44,7 +44,7 @@ class StepLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a log. A last line that was cut short is none; raises ValueError for any other that is not JSON."""
+    """The records of a log. A last line that was cut short is left out; any other that is not JSON is a ValueError."""
     records = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, start=1):

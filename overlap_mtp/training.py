@@ -102,8 +102,8 @@ class Trainer:
         """Forward and backward of each microbatch, then one update.
 
         `microbatches`: (batch, layout) with this rank's shards, as many on every rank. The exchange of a microbatch
-        runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`, the
-        microbatch and its dp rank.
+        runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`,
+        the microbatch and its dp rank.
         """
         self.optimizer.zero_grad()
         known = self._table(torch.stack([self._known(*one) for one in microbatches]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from overlap_mtp.data import PIECE_TOKENS, BatchStream, open_corpus
-from overlap_mtp.layout import length_unit
+from overlap_mtp.layout import length_unit, pad_documents
 
 
 def stream_of(corpus, num_documents=None, **sizes) -> BatchStream:
@@ -157,3 +157,26 @@ def test_more_documents_than_fit_are_refused():
     unit = length_unit(2, "zigzag")
     with pytest.raises(ValueError, match=r"num_documents must be in \[1, 63\] .* got 64"):
         stream_of(open_corpus(), 256 // unit)
+
+
+def test_batches_are_alike_at_every_cp_size():
+    """With documents padded to a multiple that all of them can cut."""
+    corpus, batches = open_corpus(), []
+    for cp_size in (1, 2, 4, 8):
+        stream = BatchStream(corpus, 1024, 2, cp_size, "zigzag", 256, num_documents=6, multiple_of=16)
+        batch, layout = stream.batch(3)
+        assert layout.cp_size == cp_size
+        batches.append((batch, layout.cu_seqlens.tolist(), layout.valid_lengths.tolist()))
+    for batch, bounds, lengths in batches[1:]:
+        assert (bounds, lengths) == batches[0][1:]
+        assert all(torch.equal(batch[name], batches[0][0][name]) for name in batch)
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_documents_are_padded_to_a_multiple(kind):
+    documents = [torch.arange(length) for length in (5, 0, 16, 17)]
+    _, layout = pad_documents(documents, 2, kind, multiple_of=16)
+    assert layout.cu_seqlens.tolist() == [0, 16, 16, 32, 64]
+    assert layout.valid_lengths.tolist() == [5, 0, 16, 17]
+    with pytest.raises(ValueError, match="multiple_of must be >= 1"):
+        pad_documents(documents, 2, kind, multiple_of=0)

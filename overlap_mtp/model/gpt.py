@@ -186,7 +186,7 @@ class GPT(nn.Module):
             groups = [group for group in (self.tp_group, self.cp_group) if group is not None]
             num_tokens = ids.shape[0] * int(layout.valid_lengths.sum())
             sums.append(balance_loss([load for load in loads if load], num_tokens, self.config, groups))
-        return backward.begins(torch.stack(sums)).clone()  # FSDP2 wants no view
+        return backward.begins(torch.stack(sums))
 
     def recompute_layers(self, wanted: bool = True) -> None:
         """Full recompute: backward computes every trunk layer and MTP depth again, each from its own inputs.
