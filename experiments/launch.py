@@ -5,26 +5,34 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from overlap_mtp.watchdog import Watchdog, connect
+
 
 def run_on_ranks(
-    function: Callable[..., None], ranks: int | None, device: str | None, *arguments: Any
+    function: Callable[..., None],
+    ranks: int | None,
+    device: str | None,
+    *arguments: Any,
+    deadline: timedelta | None = None,
 ) -> None:
     """Calls `function(device, *arguments)` on every rank, inside a process group over all of them.
 
     Under torchrun this process is one rank. Otherwise starts `ranks` of them here: by default one for each GPU, or
-    two on CPU. `device`: "cuda" or "cpu", by default CUDA where there is any.
+    two on CPU. `device`: "cuda" or "cpu", by default CUDA where there is any. With a `deadline` a watchdog looks after
+    the ranks, which `function` is given last.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be cuda or cpu, got {device!r}")
     if "RANK" in os.environ:
-        _rank_main(int(os.environ["LOCAL_RANK"]), device, function, arguments)
+        _rank_main(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
     gpus = torch.cuda.device_count()
     ranks = ranks or (gpus if device == "cuda" else 2)
@@ -33,25 +41,48 @@ def run_on_ranks(
             f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
         )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(ranks))
-    spawn(_spawned, (device, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    spawn(_spawned, (device, deadline, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
-def _spawned(rank: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _spawned(
+    rank: int,
+    device: str,
+    deadline: timedelta | None,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
     os.environ["RANK"] = str(rank)
-    _rank_main(rank, device, function, arguments)
+    _rank_main(rank, device, deadline, function, arguments)
 
 
 def _rank_main(
-    local_rank: int, device: str, function: Callable[..., None], arguments: tuple[Any, ...]
+    local_rank: int,
+    device: str,
+    deadline: timedelta | None,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        function(torch.device(device, local_rank) if device == "cuda" else torch.device(device), *arguments)
-    finally:
+    here = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if deadline is None:
+        dist.init_process_group(backend)
+        try:
+            function(here, *arguments)
+        finally:
+            dist.destroy_process_group()
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = connect(deadline)
+    with Watchdog(store, rank, world_size, deadline) as watchdog:
+        watchdog.phase("joining the process group")
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=deadline)
+        function(here, *arguments, watchdog)
+        watchdog.phase("leaving the process group")
         dist.destroy_process_group()
 
 

@@ -125,6 +125,7 @@ def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | Non
     for block in (*model.layers, *model.mtp.depths, model):
         shard = fully_shard(block, mesh=parallel.shard_mesh, mp_policy=policy)
         shard.set_gradient_divide_factor(1.0)  # sums: losses are already over the tokens of all ranks
+        shard.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
     return model
 
 
