@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 from overlap_mtp.watchdog import Watchdog, connect
@@ -79,8 +80,10 @@ def _rank_main(
     store = connect(deadline)
     with Watchdog(store, rank, world_size, deadline) as watchdog:
         watchdog.phase("joining the process group")
-        groups = dist.PrefixStore("groups", store)
-        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=deadline)
+        groups = PrefixStore("groups", store)
+        # gloo gives a collective up, which is then looked into; of NCCL's kernels only the watchdog knows.
+        patience = deadline * (0.6 if backend == "gloo" else 2)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
         function(here, *arguments, watchdog)
         watchdog.phase("leaving the process group")
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -83,7 +83,7 @@ class RunSettings:
 class Run:
     """The model, its optimizer and its data on one rank, and how far they are."""
 
-    def __init__(self, settings: RunSettings, device: torch.device) -> None:
+    def __init__(self, settings: RunSettings, device: torch.device, on_phase: Callable[[str], None]) -> None:
         self.settings, self.device = settings, device
         self.parallel = Parallel.make(settings.sizes, device.type)
         torch.manual_seed(settings.seed)
@@ -97,7 +97,7 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
-        self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel)
+        self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel, on_phase)
         self.stream = settings.stream()
         self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
         self.meter = OverlapMeter(self.model.mtp.roller)
@@ -178,7 +178,7 @@ class Run:
 def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
     """All steps of a run, from the start or from its last checkpoint."""
     watchdog.phase("setting up")
-    run = Run(settings, device)
+    run = Run(settings, device, watchdog.phase)
     if settings.resume:
         watchdog.phase("loading a checkpoint")
         run.load()
@@ -192,7 +192,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     with _progress(Console(quiet=not writes)) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps:
-            watchdog.phase(f"step {run.steps_done + 1}")
+            watchdog.phase(f"step {run.steps_done + 1}: batches")
             record = run.step()
             if log is not None:
                 log.write(record)

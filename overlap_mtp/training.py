@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -88,12 +88,22 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Trainer:
-    """Takes steps. `parallel`: the mesh that the model was parallelized over; None on a single process."""
+    """Takes steps.
+
+    `parallel`: the mesh that the model was parallelized over; None on a single process. `on_phase` is told what comes
+    next, alike on all ranks (`Watchdog.phase`).
+    """
 
     def __init__(
-        self, model: GPT, optimizer: torch.optim.Optimizer, recipe: Recipe, parallel: Parallel | None = None
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        parallel: Parallel | None = None,
+        on_phase: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model, self.optimizer, self.recipe, self.parallel = model, optimizer, recipe, parallel
+        self._on_phase = on_phase
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
 
     def step(
@@ -110,6 +120,7 @@ class Trainer:
         counts, tokens = known[..., :-1], int(known[..., -1].sum())
         sums, right = [], []
         for number, (batch, layout) in enumerate(microbatches):
+            self._on_phase(f"{where}: microbatch {number}")
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
             accepted: list[torch.Tensor] = []
@@ -118,6 +129,7 @@ class Trainer:
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
             right.append(torch.stack(accepted))
+        self._on_phase(f"{where}: losses and update")  # here the host first waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]
         self._check_finite(totals, where)

@@ -1,0 +1,135 @@
+"""experiments/train.py as a user runs it: killed, taken up again, at other sizes, by other schedules."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+COMMON = [
+    "--device",
+    "cpu",
+    "--seq-len",
+    "256",
+    "--documents",
+    "3",
+    "--steps",
+    str(STEPS),
+    "--save-every",
+    "2",
+]
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "experiments/train.py"), "--out", str(out), *COMMON, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def train(out: Path, *arguments: str) -> str:
+    run = start(out, *arguments)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    return said
+
+
+def records(out: Path) -> list[dict]:
+    """What a run says of its steps that does not depend on the machine."""
+    timed = {"tokens_per_s", "exposed_us", "memory_gib"}
+    lines = (out / "steps.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run that nothing happened to: two cp ranks, with experts."""
+    out = tmp_path_factory.mktemp("straight")
+    train(out, "--cp", "2", "--experts", "2")
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_trains_and_says_so(straight):
+    steps = records(straight)
+    assert [one["step"] for one in steps] == list(range(1, STEPS + 1))
+    assert [one["batches"] for one in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["lm_loss"] < steps[0]["lm_loss"]
+    assert all(one["aux_loss"] is not None and len(one["mtp_losses"]) == 2 for one in steps)
+    assert (straight / "losses.png").stat().st_size > 10_000
+    kept = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
+    """SIGKILL to all of its processes in the middle of a step or of a checkpoint, twice."""
+    out, arguments = tmp_path / "run", ["--cp", "2", "--experts", "2"]
+    for steps_until in (3, 5):
+        run = start(out, *arguments, *(["--resume"] if out.exists() else []))
+        log, deadline = out / "steps.jsonl", time.monotonic() + 90
+        while not log.exists() or len(log.read_text().splitlines()) < steps_until:
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    train(out, *arguments, "--resume")
+    assert records(out) == records(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--cp", "1", "--tp", "2"], ["--cp", "1", "--ranks", "1"]])
+def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
+    out = tmp_path / "run"
+    half = ["--cp", "2", "--experts", "2"]
+    run = start(out, *half)
+    while not (out / "checkpoints/step-00000004").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    train(out, *arguments, "--experts", "2", "--resume")
+    for found, expected in zip(records(out), records(straight), strict=True):
+        assert found["step"] == expected["step"]
+        for name in ("loss", "lm_loss", "mtp_losses", "aux_loss"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_schedules_train_alike(straight, tmp_path):
+    for schedule in ("sync", "prepared"):
+        train(tmp_path / schedule, "--cp", "2", "--experts", "2", "--schedule", schedule)
+        assert records(tmp_path / schedule) == records(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "holds a run: go on with --resume"),
+        (["--resume", "--experts", "3"], "num_experts"),
+        (["--resume", "--seq-len", "512"], "seq_len"),
+    ],
+)
+def test_what_cannot_go_on_is_said(straight, arguments, words):
+    run = start(
+        straight, "--cp", "2", *(arguments if "--experts" in arguments else ["--experts", "2", *arguments])
+    )
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert words in said.replace("\n", " "), said
