@@ -38,7 +38,7 @@ def main(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Text, a folder of it, or a .bin of token ids.")] = None,
     token_dtype: Annotated[str, typer.Option(help="Of a .bin.")] = "uint16",
-    preset: Annotated[str, typer.Option(help="tiny, h2048 or h4096.")] = "tiny",
+    preset: Annotated[str, typer.Option(help="tiny, small, h2048 or h4096.")] = "tiny",
     dp: Annotated[int, typer.Option(help="Ranks that share no sequence.")] = 1,
     cp: Annotated[int | None, typer.Option(help="Ranks that share a sequence; by default the rest.")] = None,
     tp: Annotated[int, typer.Option(help="Ranks that share each tensor.")] = 1,

@@ -29,9 +29,14 @@ def program(scenario: str, odd: int) -> None:
     store = connect(deadline)
     with Watchdog(store, rank, world_size, deadline) as watchdog:
         watchdog.phase("joining")
-        timeout = deadline * (0.4 if scenario == "sleeps" else 10)
+        on_gpu = os.environ["BACKEND"] == "nccl"
+        device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+        timeout = deadline * (0.4 if scenario == "sleeps" and not on_gpu else 10)
         groups = dist.PrefixStore("groups", store)
-        dist.init_process_group("gloo", store=groups, rank=rank, world_size=world_size, timeout=timeout)
+        if on_gpu:
+            torch.cuda.set_device(rank)
+        backend = os.environ["BACKEND"]
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
         for step in range(10):
             watchdog.phase(f"step {step}")
             if rank == odd and step == 3:
@@ -47,7 +52,10 @@ def program(scenario: str, odd: int) -> None:
             if scenario == "is late" and step == 4:
                 time.sleep(1000)  # as in a kernel that spins: no exception ever comes
             if scenario != "is late":
-                dist.all_reduce(torch.ones(1))
+                dist.all_reduce(torch.ones(1, device=device))
+            if on_gpu:
+                watchdog.phase(f"step {step}: waiting")
+                torch.cuda.synchronize()
         watchdog.phase("leaving")
         if scenario == "is slow to end" and rank == odd:
             time.sleep(3)
@@ -62,6 +70,7 @@ def run(
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    base["BACKEND"] = backend
     processes = {
         rank: subprocess.Popen(
             [sys.executable, PROGRAM, scenario, str(odd)],
@@ -152,6 +161,20 @@ def test_a_rank_that_is_never_started_is_named(absent):
 def test_ranks_that_end_apart_are_left_in_peace():
     for status, said in run("is slow to end", 2).values():
         assert status == 0, said
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("scenario", ["is killed", "sleeps", "raises"])
+def test_on_nccl_too_the_rank_is_named(scenario):
+    """Whose kernels spin for ever: no exception comes of a peer that is gone."""
+    status, said = run(scenario, 1, world_size=2, backend="nccl")[0]
+    assert status != 0
+    expected = {
+        "is killed": 'rank 1 is gone: no sign of it for 4 s, the last was in "step 3"',
+        "sleeps": "rank 1 has not arrived after",
+        "raises": 'rank 1 failed in "step 3": ValueError: a batch of nonsense',
+    }
+    assert expected[scenario] in said
 
 
 def test_a_phase_costs_next_to_nothing():

@@ -92,6 +92,19 @@ PRESETS = {
         batch_size=1,
         tokens_per_rank=256,
     ),
+    "small": Preset(
+        ModelConfig(
+            hidden_size=512,
+            num_layers=4,
+            num_depths=2,
+            num_heads=8,
+            num_kv_heads=4,
+            ffn_size=1408,
+            vocab_size=256,
+        ),
+        batch_size=1,
+        tokens_per_rank=1024,
+    ),
     "h2048": Preset(
         ModelConfig(
             hidden_size=2048,
