@@ -63,7 +63,7 @@ def program(scenario: str, odd: int) -> None:
 
 
 def run(
-    scenario: str, odd: int, world_size: int = 3, absent: int | None = None
+    scenario: str, odd: int, world_size: int = 3, absent: int | None = None, backend: str = "gloo"
 ) -> dict[int, tuple[int, str]]:
     """(exit status, stderr) by rank; raises where one of them outlives twice the deadline."""
     with socket.socket() as one:
