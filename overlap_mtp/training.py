@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT, Starts
-from overlap_mtp.model.loss import combine
+from overlap_mtp.model.loss import Guesses, combine
 from overlap_mtp.parallel import Parallel, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
@@ -123,12 +123,12 @@ class Trainer:
             self._on_phase(f"{where}: microbatch {number}")
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
-            accepted: list[torch.Tensor] = []
+            guesses = Guesses()
             with split_loss(self.parallel):
-                mine = self.model(batch, layout, roller, accepted)
+                mine = self.model(batch, layout, roller, guesses)
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
-            right.append(torch.stack(accepted))
+            right.append(torch.stack(guesses.right))
         self._on_phase(f"{where}: losses and update")  # here the host first waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]

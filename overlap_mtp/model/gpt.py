@@ -15,7 +15,7 @@ from torch.func import functional_call
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
-from overlap_mtp.model.loss import accepted_sum, count_tokens, masked_loss_sum, token_mask
+from overlap_mtp.model.loss import Guesses, accepted_sum, count_tokens, masked_loss_sum, token_mask
 from overlap_mtp.model.moe import Load, MoE, balance_loss
 from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
 from overlap_mtp.model.recompute import recomputed
@@ -133,13 +133,13 @@ class GPT(nn.Module):
         batch: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         roller: Starts | None = None,
-        accepted: list[torch.Tensor] | None = None,
+        guesses: Guesses | None = None,
     ) -> torch.Tensor:
         """Loss sums [num_sums] over this rank's valid tokens: LM, MTP depth 1, 2, ..., load balancing of experts.
 
         `batch`: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and
-        optionally `loss_mask`, [B, L] each. `roller`: by default the MTP block's own. `accepted` is given the sums of
-        right guesses, of LM and each depth (loss.accepted_sum). The sums are fp32 or better; `model.loss.combine`
+        optionally `loss_mask`, [B, L] each. `roller`: by default the MTP block's own. `guesses` is given what was
+        guessed right. The sums are fp32 or better; `model.loss.combine`
         turns them into the loss with `counts`.
 
         The exchange starts behind the first layer's launches: from then on the device is busy, so that the host
@@ -176,10 +176,10 @@ class GPT(nn.Module):
         tokens = dict(batch)
         if self.config.derive_labels:
             tokens["labels"] = rolls.at(1)["input_ids"]
-        sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, accepted)]
+        sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, guesses)]
         for prediction in self.mtp(hidden, rolls, self.embedding, inputs):
             sums.append(
-                self._loss_sum(prediction.hidden, prediction.tokens, layout, prediction.depth, accepted)
+                self._loss_sum(prediction.hidden, prediction.tokens, layout, prediction.depth, guesses)
             )
             loads.append(prediction.extra)
         if self.config.num_experts:
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         tokens: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         depth: int,
-        accepted: list[torch.Tensor] | None,
+        guesses: Guesses | None,
     ) -> torch.Tensor:
         labels, derived = tokens["labels"], self.config.derive_labels
         with span("loss", depth=depth):
@@ -221,8 +221,8 @@ class GPT(nn.Module):
             if depth and self.config.detach_mtp:
                 weight = weight.detach()
             logits = functional_call(self.head, {"weight": weight}, (hidden,))
-            if accepted is not None:
-                accepted.append(accepted_sum(logits.detach(), labels, mask))
+            if guesses is not None:
+                guesses.right.append(accepted_sum(logits.detach(), labels, mask))
             return masked_loss_sum(logits, labels, mask)
 
     def _routed(self, layout: SequenceLayout, ids: torch.Tensor) -> torch.Tensor | None:

@@ -51,6 +51,13 @@ def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
     return torch.where(mask != 0, losses.view_as(labels) * mask, 0).sum()
 
 
+class Guesses:
+    """Where a forward pass leaves what it guessed right. No list: FSDP2 hands copies of containers on."""
+
+    def __init__(self) -> None:
+        self.right: list[torch.Tensor] = []  # accepted_sum of LM and of each depth
+
+
 @torch.no_grad()
 def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """How much of the mask lies on tokens whose likeliest next one is the label. Arguments as in masked_loss_sum.
