@@ -40,11 +40,10 @@ SEQ_LEN = 256
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=2, num_depths=2, num_heads=8, num_kv_heads=4, ffn_size=48, vocab_size=64
 )
-TOLERANCE = {
-    "float64": 1e-10,
-    "float32": 1e-5,
-    "bfloat16": 3e-2,
-}  # of the norm of each gradient, and of the loss
+# Of the norm of each gradient, and of the loss.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 3e-2}
+# Rounded otherwise, a token whose best experts are nearly alike goes another way: a jump, and not a rounding error.
+BFLOAT16_EXPERTS = 1e-1
 NEVER = 1e9  # no gradient is clipped
 # On GPUs: wide enough for flash attention in bfloat16.
 CONFIGS = {"cpu": CONFIG, "cuda": replace(CONFIG, hidden_size=512, ffn_size=1024, vocab_size=1024)}
@@ -115,7 +114,7 @@ def optimizer_of(model: GPT) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def step(case: Case, model: GPT, parallel: Parallel | None, folder: Path) -> dict[str, Any]:
+def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, Any]:
     """Loads the checkpoint, takes one step; its loss and gradients, whole."""
     optimizer = optimizer_of(model)
     trainer = Trainer(model, optimizer, Recipe(steps=1, clip_norm=NEVER), parallel)
@@ -126,9 +125,11 @@ def step(case: Case, model: GPT, parallel: Parallel | None, folder: Path) -> dic
     model.recompute_layers(case.recompute)
     layout = layout_of(case.documents, case.cp)
     rows = batch_of(case.documents, case.dp, model.config.vocab_size)
-    dp_rank, device = (parallel.dp_rank if parallel else 0), model.embedding.weight.device
-    mine = {n: layout.shard(t, model.cp_rank)[dp_rank, None].to(device) for n, t in rows.items()}
-    loss = trainer.step([(mine, layout)]).loss
+    # A sequence for each dp rank; one process takes them one after the other.
+    numbers = range(case.dp) if parallel.sizes.dp < case.dp else [parallel.dp_rank]
+    device = model.embedding.weight.device
+    shards = {name: layout.shard(tensor, model.cp_rank).to(device) for name, tensor in rows.items()}
+    loss = trainer.step([({n: t[row, None] for n, t in shards.items()}, layout) for row in numbers]).loss
     gradients = {}
     for key, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -143,7 +144,7 @@ def one_process(case: Case, device: torch.device, folder: Path) -> dict[str, Any
     if device.type == "cuda":
         parallel = Parallel.make(Sizes(), "cuda")
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
-        return step(case, model, parallel, folder)
+        return step(replace(case, cp=1), model, parallel, folder)
     model = new_model(replace(case, dtype="float64"), device)
     optimizer = optimizer_of(model)
     scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
@@ -186,12 +187,18 @@ def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, recor
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
         found = step(case, model, parallel, folder)
         model.mtp.roller.close()
-        rows.append(asdict(case) | errors(found, torch.load(yardstick_path(case, folder)), case.dtype))
+        rows.append(
+            asdict(case) | errors(found, torch.load(yardstick_path(case, folder)), tolerance_of(case))
+        )
     if dist.get_rank() == 0:
         record.write_text(json.dumps({"where": describe(device, dist.get_world_size()), "rows": rows}))
 
 
-def errors(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> dict[str, Any]:
+def tolerance_of(case: Case) -> float:
+    return BFLOAT16_EXPERTS if case.dtype == "bfloat16" and case.num_experts else TOLERANCE[case.dtype]
+
+
+def errors(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> dict[str, Any]:
     """Relative errors: of the loss, and of the gradient that is furthest off."""
     worst, where = 0.0, ""
     for name, gradient in expected["gradients"].items():
@@ -199,7 +206,7 @@ def errors(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> dict[
         if not float(difference) <= worst:  # nan too
             worst, where = float(difference), name
     loss = abs(found["loss"] - expected["loss"]) / abs(expected["loss"])
-    passed = loss <= TOLERANCE[dtype] and worst <= TOLERANCE[dtype]
+    passed = loss <= tolerance and worst <= tolerance
     return {
         "loss": found["loss"],
         "loss_error": loss,
