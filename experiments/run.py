@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from steps import compile_blocks
 
-from overlap_mtp.checkpoint import Checkpoints
+from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.meter import OverlapMeter
 from overlap_mtp.metrics import StepLog
@@ -99,7 +99,9 @@ class Run:
         )
         self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel, on_phase)
         self.stream = settings.stream()
-        self.checkpoints = Checkpoints(settings.out / "checkpoints", settings.keep)
+        self.checkpoints = Checkpoints(
+            settings.out / "checkpoints", settings.keep, sizes=asdict(settings.sizes)
+        )
         self.meter = OverlapMeter(self.model.mtp.roller)
         self.steps_done = 0
         self.batches_done = 0  # of all dp ranks: where the next step's data begins
@@ -107,11 +109,15 @@ class Run:
         self.right, self.counted = [0.0] * (1 + depths), [0.0] * (1 + depths)  # of all steps
 
     def load(self) -> None:
-        """Goes on from the last checkpoint. Collective; raises CheckpointError on all ranks."""
-        trainer = self.trainer
-        progress = self.checkpoints.load(
-            self.model, trainer.optimizer, trainer.scheduler, self.settings.identity
-        )
+        """Goes on from the last checkpoint, or from the start where the run was killed before its first.
+
+        Collective; raises CheckpointError on all ranks where the checkpoint is none to go on from.
+        """
+        trainer, identity = self.trainer, self.settings.identity
+        try:
+            progress = self.checkpoints.load(self.model, trainer.optimizer, trainer.scheduler, identity)
+        except NoCheckpointError:
+            return
         self.steps_done, self.batches_done = progress["steps_done"], progress["batches_done"]
         self.right, self.counted = progress["right"], progress["counted"]
 
