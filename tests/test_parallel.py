@@ -28,19 +28,28 @@ CONFIG = ModelConfig(
 )
 
 
+# The whole matrix takes 2 cores 6 minutes (experiments/parity.py; recorded): here all of the merge request's, and of data
+# parallelism and experts what fits four ranks, with one of eight each.
+CASES = [
+    case
+    for case in parity.matrix("float64")
+    if (case.dp == 1 and not case.num_experts)
+    or (case.recompute and case.ranks <= 4)
+    or (case.recompute and case.documents == "packed" and (case.tp, case.cp) in ((2, 2), (2, 4)))
+]
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[parity.Case, dict]:
-    """The whole matrix, those of as many ranks in one launch."""
+    """Those of as many ranks in one launch."""
     with tempfile.TemporaryDirectory() as folder:
-        found = parity.measure(parity.matrix("float64"), "cpu", Path(folder))["rows"]
+        found = parity.measure(CASES, "cpu", Path(folder))["rows"]
     names = parity.Case.__dataclass_fields__
     return {parity.Case(**{name: row[name] for name in names}): row for row in found}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", parity.matrix("float64"), ids=lambda case: "-".join(map(str, asdict(case).values()))
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
 def test_loss_and_every_gradient_equal_one_process(rows, case):
     row = rows[case]
     assert row["loss_error"] <= 1e-10, row
