@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 )
 
 
-# The whole matrix takes 2 cores 6 minutes (experiments/parity.py; recorded): here all of the merge request's, and of data
+# The whole matrix takes 2 cores 6 minutes (experiments/parity.py): here all of the merge request's, and of data
 # parallelism and experts what fits four ranks, with one of eight each.
 CASES = [
     case
