@@ -98,7 +98,7 @@ def test_compare_modes_end_to_end(tmp_path, documents):
     ("arguments", "message"),
     [
         (["--modes", "sync,fast"], "modes must be among"),
-        (["--preset", "huge"], "preset must be one of tiny, h2048, h4096"),
+        (["--preset", "huge"], "preset must be one of tiny, small, h2048, h4096"),
         (["--seq-len", "130"], "next legal length is 132"),
         (["--data", "no-such-file.txt"], "no-such-file.txt does not exist"),
         (["--documents", "packed", "--num-documents", "500"], "num_documents must be in"),
