@@ -41,18 +41,20 @@ def run_on_ranks(
         raise ValueError(
             f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
         )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(ranks))
-    spawn(_spawned, (device, deadline, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    # Theirs alone: what this process starts later is no rank of this run.
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    spawn(_spawned, (environment, device, deadline, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
 
 
 def _spawned(
     rank: int,
+    environment: dict[str, str],
     device: str,
     deadline: timedelta | None,
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ["RANK"] = str(rank)
+    os.environ.update(environment, RANK=str(rank))
     _rank_main(rank, device, deadline, function, arguments)
 
 
