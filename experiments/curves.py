@@ -1,49 +1,104 @@
-"""Loss curves of runs, from their `steps.jsonl`."""
+"""Loss curves of runs, from their `steps.jsonl`: do they coincide?"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 from overlap_mtp.metrics import read_records
 
 LOG = "steps.jsonl"
+LAST = 50  # steps that the table's means are over
+
+Losses = dict[str, dict[int, float]]  # by name, then by step
 
 
-def draw_losses(runs: list[Path], out: Path) -> Path:
-    """A panel for each loss, a line for each run; the picture's path. Raises ValueError where a run has no steps."""
-    records = {}
-    for run in runs:
-        if not (run / LOG).exists() or not (steps := read_records(run / LOG)):
-            raise ValueError(f"{run} holds no {LOG} with steps of a run")
-        records[run.name] = steps
-    panels = list(dict.fromkeys(name for steps in records.values() for name in _losses(steps[0])))
+def draw_losses(runs: list[Path], out: Path) -> str:
+    """Writes `losses.png` and `losses.md` into `out`; the table. Raises ValueError where a run has no steps.
+
+    A panel for each loss, a line for each run; where there are several, how far each is from the first below.
+    """
+    found = {run.name: _losses(run) for run in runs}
+    if len(found) < len(runs):
+        raise ValueError("runs are told apart by the names of their folders: two are alike")
+    out.mkdir(parents=True, exist_ok=True)
+    _draw(found, out / "losses.png")
+    table = _table(found)
+    (out / "losses.md").write_text(table)
+    return table
+
+
+def _losses(run: Path) -> Losses:
+    if not (run / LOG).exists() or not (records := read_records(run / LOG)):
+        raise ValueError(f"{run} holds no {LOG} with steps of a run")
+    losses: Losses = {"LM": {record["step"]: record["lm_loss"] for record in records}}
+    for depth in range(len(records[0]["mtp_losses"])):
+        losses[f"MTP depth {depth + 1}"] = {record["step"]: record["mtp_losses"][depth] for record in records}
+    if records[0]["aux_loss"] is not None:
+        losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
+    return losses
+
+
+def _draw(found: dict[str, Losses], path: Path) -> None:
+    panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
+    rows = 1 + (len(found) > 1)
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False
+        rows,
+        len(panels),
+        figsize=(4 * len(panels), 3 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
     )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        for number, (name, steps) in enumerate(records.items()):
-            points = [
-                (record["step"], _losses(record)[panel]) for record in steps if panel in _losses(record)
-            ]
+    first = next(iter(found.values()))
+    for column, panel in enumerate(panels):
+        for number, (name, losses) in enumerate(found.items()):
+            if panel not in losses:
+                continue
+            steps, values = list(losses[panel]), list(losses[panel].values())
             # The first is a broad line below the others, which would hide it where they coincide.
             style: dict[str, Any] = {"linewidth": 4, "alpha": 0.35} if number == 0 else {"linewidth": 1}
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, **style)
-        axes.set_title(panel, fontsize=9)
-        axes.set_xlabel("step")
+            grid[0][column].plot(steps, values, label=name, **style)
+            if number and panel in first:
+                both, difference = _differences(losses[panel], first[panel])
+                grid[1][column].plot(both, difference, linewidth=0.8, color=f"C{number}")
+        grid[0][column].set_title(panel, fontsize=9)
+        grid[-1][column].set_xlabel("step")
+    for axes in grid.flat:
         axes.grid(alpha=0.3)
     grid[0][0].legend(fontsize=7)
     grid[0][0].set_ylabel("loss")
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "losses.png", dpi=130)
+    if rows > 1:
+        grid[1][0].set_ylabel(f"difference to {next(iter(found))}")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return out / "losses.png"
 
 
-def _losses(record: dict[str, Any]) -> dict[str, float]:
-    losses = {"LM": record["lm_loss"]}
-    losses |= {f"MTP depth {depth}": loss for depth, loss in enumerate(record["mtp_losses"], start=1)}
-    return losses | ({} if record["aux_loss"] is None else {"load balancing": record["aux_loss"]})
+def _differences(losses: dict[int, float], others: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Of the steps that both have."""
+    both = [step for step in losses if step in others]
+    return both, [losses[step] - others[step] for step in both]
+
+
+def _table(found: dict[str, Losses]) -> str:
+    name, first = next(iter(found.items()))
+    lines = [
+        f"Means of the last {LAST} steps, and in brackets the largest difference of a step to `{name}`:",
+        "",
+        f"| run | {' | '.join(first)} |",
+        "|---|" + "---|" * len(first),
+    ]
+    for run, losses in found.items():
+        cells = []
+        for panel, reference in first.items():
+            if panel not in losses:
+                cells.append("")
+                continue
+            largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
+            said = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
+            cells.append(f"{np.mean(list(losses[panel].values())[-LAST:]):.4f}{said}")
+        lines.append(f"| `{run}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -48,6 +48,7 @@ class RunSettings:
     token_dtype: str = "uint16"
     recompute: bool = False
     compiled: bool = False
+    deterministic: bool = False
     save_every: int = 100
     keep: int = 3
     deadline: timedelta = timedelta(seconds=60)
@@ -63,7 +64,7 @@ class RunSettings:
     def stream(self) -> BatchStream:
         """Of batches of one sequence each, the same for every number of ranks."""
         return BatchStream(
-            open_corpus(self.data, self.token_dtype),
+            open_corpus(self.data, self.token_dtype).shuffled(self.seed),
             self.seq_len,
             1,
             self.sizes.cp,
@@ -77,7 +78,7 @@ class RunSettings:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to go on from it: the model, and the order of the data."""
         data = {"seq_len": self.seq_len, "num_documents": self.num_documents, "data": str(self.data or "")}
-        return {**asdict(self.model), **data}
+        return {**asdict(self.model), **data, "seed": self.seed}
 
 
 class Run:
@@ -87,6 +88,9 @@ class Run:
         self.settings, self.device = settings, device
         self.parallel = Parallel.make(settings.sizes, device.type)
         torch.manual_seed(settings.seed)
+        torch.use_deterministic_algorithms(settings.deterministic)
+        # Slow, and nothing here reads what was not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:
             model = GPT(settings.model, self.parallel.cp_group, settings.schedule)
         model.recompute_layers(settings.recompute)

@@ -65,17 +65,25 @@ def main(
     repeat_mtp_layer: Annotated[bool, typer.Option("--repeat-mtp-layer", help="One for all depths.")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Keep no activations of layers.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits in every run on GPUs; slower.")
+    ] = False,
     save_every: Annotated[
         int, typer.Option(help="Steps from one checkpoint to the next; 0: the last only.")
     ] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 3,
     deadline: Annotated[float, typer.Option(help="Seconds that ranks wait for one another.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of the first weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the documents.")] = 0,
 ) -> None:
     """Trains a GPT with multi-token prediction; `steps.jsonl` in --out says how it went."""
     if curves:
-        typer.echo(f"wrote {draw_losses(curves, out)}")
+        try:
+            typer.echo(draw_losses(curves, out))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
         return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     try:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -111,6 +119,7 @@ def main(
             token_dtype=token_dtype,
             recompute=recompute,
             compiled=compiled,
+            deterministic=deterministic,
             save_every=save_every,
             keep=keep,
             deadline=timedelta(seconds=deadline),

@@ -50,8 +50,10 @@ class MoE(nn.Module):
 
         Under tensor parallelism L is this rank's part of the sequence, of x and of `valid` alike.
         """
-        scores = F.linear(x, self._local(self.router, Partial()))
-        probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+        # Rounded to bfloat16, experts would often be equally good, and which of them is taken a matter of chance.
+        precise = torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(precise), self._local(self.router, Partial()).to(precise))
+        probabilities = scores.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         load = self._load(probabilities, chosen, valid)
