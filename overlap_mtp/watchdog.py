@@ -1,31 +1,36 @@
 """Ranks that look after one another: one that dies, fails or never arrives ends the others, which say who it was.
 
-Every rank has a thread that writes down, every second or so, that it lives and which phase it has reached, and reads
-what the others wrote. The main thread may meanwhile sit in a collective that never returns (NCCL spins, gloo waits),
-so that it is the thread that ends the process.
+The main thread may sit in a collective that never returns (NCCL spins, gloo waits), and the store may never answer
+(its host is frozen, or out of reach). So a rank has two threads: one tells the others by way of the store how far this
+rank is and reads how far they are, the other judges what it read, by this host's clock, and ends the process.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-POLL_S = 0.05
+T = TypeVar("T")
 EXIT_CODE = 70  # of a process that ends for another rank's sake
 DEADLINE = timedelta(seconds=60)
-LOST = re.compile(r"connection|gloo|nccl|broken pipe|timed? ?out|socket|peer|rank \d+", re.IGNORECASE)
+POLL_S = 0.05
+# What gloo, NCCL and our exchanges say of a peer that did not come, and of one that could not be reached either.
+LATE = re.compile(r"timed? ?out|gave up waiting", re.I)
+LOST = re.compile(rf"{LATE.pattern}|gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.I)
 
 
 class PeerError(RuntimeError):
@@ -33,67 +38,88 @@ class PeerError(RuntimeError):
 
 
 def connect(deadline: timedelta = DEADLINE) -> Store:
-    """The store of torchrun's environment, once all ranks have come to it. Raises PeerError naming those that have not.
+    """The store of torchrun's environment, once all ranks have come to it. Raises PeerError naming who has not.
 
     For `dist.init_process_group(backend, store=PrefixStore("groups", store), ...)` and for a Watchdog.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    is_holder, begin = rank == 0 and _holder() == "rank 0", time.monotonic()
+    address, left = os.environ["MASTER_ADDR"], deadline
     try:
-        store = TCPStore(
-            address, port, world_size, rank == 0 and not agents, timeout=deadline, wait_for_workers=False
-        )
-    except (RuntimeError, ValueError) as error:
-        who = "the launcher" if agents else "rank 0"
+        if not is_holder:
+            left -= _await_port(address, port, deadline)
+        where = (address, port, world_size, is_holder)
+        store = _within(left, lambda: TCPStore(*where, timeout=deadline, wait_for_workers=False))
+    except (RuntimeError, OSError) as error:  # a TimeoutError is an OSError
+        if is_holder:  # its port is taken, say
+            raise
         raise PeerError(
-            f"overlap_mtp: rank {rank} found no store, which {who} holds: {_line(error)}"
+            f"overlap_mtp: rank {rank} of {world_size} waited {time.monotonic() - begin:.0f} s at the start for "
+            f"{_holder()}, which never arrived with the store ({_line(error)})"
         ) from error
     attempt = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    await_ranks(attempt, rank, world_size, deadline)
+    await_ranks(attempt, rank, world_size, deadline - timedelta(seconds=time.monotonic() - begin))
     return attempt
 
 
-def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE) -> None:
-    """Waits until all ranks have called it. Raises PeerError naming those that have not within the deadline."""
-    end = time.monotonic() + deadline.total_seconds()
-    missing, lost = list(range(world_size)), ""
+def await_ranks(
+    store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE, phase: str = "start"
+) -> None:
+    """Waits until all ranks have called it, once for each `phase`. Raises PeerError naming who has not in time."""
+    missing, lost = [other for other in range(world_size) if other != rank], ""
+    begin = time.monotonic()
+    end = begin + 0.95 * deadline.total_seconds()
+
+    def arrive() -> None:
+        store.set(f"{phase}/{rank}", "")
+        while missing and time.monotonic() < end:  # for one at a time, which is few requests
+            if store.check([f"{phase}/{missing[0]}"]):
+                missing.pop(0)
+            else:
+                time.sleep(POLL_S)
+        missing[:] = [other for other in missing if not store.check([f"{phase}/{other}"])]
+
     try:
-        store.set(f"arrived/{rank}", "")
-        while missing and time.monotonic() < end:
-            missing = [other for other in missing if not store.check([f"arrived/{other}"])]
-            time.sleep(POLL_S if missing else 0)
-    except RuntimeError as error:
-        lost = f" (and the store that rank 0 holds is gone: {_line(error)})"
+        _within(deadline, arrive)
+    except (RuntimeError, TimeoutError) as error:
+        lost = f" (others may be missing: {_holder()}, which holds the store, is gone: {_line(error)})"
+        del missing[1:]
     if missing:
+        waited_s = time.monotonic() - begin
         if rank == 0:
             time.sleep(10 * POLL_S)  # it may hold the store: the others find the same
-        who = ", ".join(str(one) for one in missing)
         raise PeerError(
-            f"overlap_mtp: rank {rank} of {world_size} waited up to {deadline.total_seconds():.0f} s at the start for "
-            f"rank{'s' if len(missing) > 1 else ''} {who}, which never arrived{lost}"
+            f"overlap_mtp: rank {rank} of {world_size} waited {waited_s:.0f} s at the {phase} for rank"
+            f"{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, which never arrived{lost}"
         )
 
 
-@dataclass
-class Sign:
+def end_process(message: str) -> NoReturn:
+    """Ends this process and what it started by multiprocessing, whatever its other threads do."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(EXIT_CODE)
+
+
+class Sign(NamedTuple):
     """What a rank says of itself."""
 
     beat: int
     number: int  # of its phase: all ranks go through the same ones
     phase: str
-    state: str = "at work"  # or "done", "lost" (its connection), "failed"
+    state: str = "at work"  # or "lost" (its connection), "failed", "done"
     error: str = ""
 
-
-def end_process(message: str) -> NoReturn:
-    """Ends this process, whatever its other threads do. torchrun and spawn() then end what is left of the run."""
-    print(message, file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("at work", "lost")
 
 
 class Watchdog:
-    """Looks after the ranks of a run while it is entered.
+    """Looks after the ranks of a run while it is entered, once. Does nothing in a world of one.
 
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
@@ -102,10 +128,11 @@ class Watchdog:
                 watchdog.phase(f"step {step}")   # on all ranks, in the same order
                 ...
 
-    A rank is gone when nothing was heard of it for a quarter of the deadline (at least ten intervals); it has not
-    arrived when others have been in a later phase for nearly the deadline. An exception of this rank's own is told the
-    others. One that means a lost connection waits, at most for as long as it takes to find out, for who it was: then
-    PeerError is raised from it. Clocks of different hosts are never compared.
+    A rank is gone when nothing was heard of it for a quarter of the deadline; it has not arrived when this rank has
+    been in a later phase for nearly the deadline. This process then ends by `on_verdict`, in the watchdog's thread: by
+    default with one line on stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost
+    connection, leaving waits until it is known for whom (half of the deadline at most) and raises PeerError from it;
+    only where all others live is this rank itself to blame. Clocks of different hosts are never compared.
     """
 
     def __init__(
@@ -119,132 +146,165 @@ class Watchdog:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self.deadline_s = deadline.total_seconds()
-        self.interval_s = min(interval_s, self.deadline_s / 20)
-        self.silence_s = min(max(10 * self.interval_s, self.deadline_s / 4), self.deadline_s)
-        self._store = PrefixStore("watchdog", store)
-        self._on_verdict = on_verdict
-        self._sign = Sign(0, 0, "start")
-        self._since = time.monotonic()  # in this phase
-        self._heard: dict[
-            int, tuple[Sign, float]
-        ] = {}  # the last new sign of each other rank, and when it came
-        self._verdict: str | None = None
-        self._left = float("inf")  # when this rank was done, or lost its connection
-        self._stop = False
-        self._wake = threading.Event()
-        self._found = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="overlap_mtp watchdog", daemon=True)
+        if self.deadline_s <= 0 or interval_s <= 0:
+            raise ValueError(
+                f"deadline and interval_s must be > 0 s, got {self.deadline_s} and {interval_s} s"
+            )
+        self.interval_s = min(interval_s, self.deadline_s / 40)
+        self.silence_s = self.deadline_s / 4
+        self.patience_s = self.deadline_s - 6 * self.interval_s  # what is left is for telling the others
+        self._store, self._on_verdict = PrefixStore("watchdog", store), on_verdict
+        self._clock = 0.0  # seconds that this process has watched
+        self._at = (0, "start", 0.0)  # the phase's number, its text, when it began
+        self._state = ("at work", "")  # and the error
+        self._gave_up = float("inf")  # when a collective was
+        self._heard = {other: (Sign(-1, 0, "start"), 0.0) for other in range(world_size) if other != rank}
+        self._answered, self._trouble = 0.0, ""  # when the store last did, and what came instead since
+        self._what = ""  # is the matter, found here or by another rank
+        self._verdict = ""
+        self._wake, self._told, self._found, self._over = (threading.Event() for _ in range(4))
+        self._is_closing = False
+        self._talker = threading.Thread(target=self._talk, name="overlap_mtp signs", daemon=True)
+        self._judge = threading.Thread(target=self._watch, name="overlap_mtp watchdog", daemon=True)
 
     def phase(self, text: str) -> None:
-        """Says what this rank does from now on. Costs less than 2 µs."""
-        sign = self._sign
-        self._sign = Sign(sign.beat, sign.number + 1, text)
-        self._since = time.monotonic()
+        """Says what this rank does from now on. Less than 1 µs."""
+        self._at = (self._at[0] + 1, text, self._clock)
 
     def __enter__(self) -> Watchdog:
         if self.world_size > 1:
-            now = time.monotonic()
-            self._heard = {
-                other: (Sign(-1, 0, "start"), now) for other in range(self.world_size) if other != self.rank
-            }
-            self._thread.start()
+            self._talker.start()
+            self._judge.start()
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.world_size == 1:
             return
-        self._left = time.monotonic()
-        state = "done" if error is None else "lost" if _is_loss(error) else "failed"
-        sign = self._sign
-        self._sign = Sign(sign.beat, sign.number, sign.phase, state, "" if error is None else _line(error))
+        is_lost = error is not None and _says(error, LOST)
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self._state = ("done", "")
+        else:
+            self._gave_up = self._clock if _says(error, LATE) else self._gave_up
+            self._state = ("lost" if is_lost else "failed", _line(error))
         self._wake.set()
-        if state == "lost":
-            self._found.wait(self.silence_s + 10 * self.interval_s)
-        elif self.rank == 0:
-            self._let_others_read(state)
-        self._stop = True
+        if is_lost and not self._found.wait(self.silence_s + 10 * self.interval_s):
+            is_lost, self._state = False, ("failed", self._state[1])
+        if self.rank == 0:
+            self._let_others_read()
+        self._is_closing = True
         self._wake.set()
-        self._thread.join(timeout=self.deadline_s)
-        if state == "lost" and self._verdict:
-            if self.rank == 0:
-                time.sleep(3 * self.interval_s)  # it may hold the store
+        self._talker.join(self.silence_s)
+        self._over.set()
+        if is_lost:
             raise PeerError(self._verdict) from error
 
-    def _let_others_read(self, state: str) -> None:
-        """Rank 0 may hold the store: it stays until the others are done, or have had the time to read of its end."""
-        end = time.monotonic() + (self.deadline_s if state == "done" else 5 * self.interval_s)
-        while time.monotonic() < end:
-            if all(sign.state != "at work" for sign, _ in self._heard.values()) or self._verdict:
+    def _let_others_read(self) -> None:
+        """Rank 0 may hold the store: it stays until the others are done too, or have had the time to read its end."""
+        is_done = self._state[0] == "done"
+        end = time.monotonic() + (self.deadline_s if is_done else 6 * self.interval_s)
+        while time.monotonic() < end and any(sign.is_running for sign, _ in self._heard.values()):
+            if self._found.wait(self.interval_s / 2):
                 return
-            time.sleep(self.interval_s / 2)
 
-    def _watch(self) -> None:
-        store, failures = _own_connection(self._store), 0
+    def _talk(self) -> None:
+        store, beat = None, 0
         while True:
+            is_last = self._is_closing  # read first: what is sent after that says how this rank ended
             try:
-                self._exchange(store)
-                failures = 0
+                store = store or _own_connection(self._store)
+                beat += 1
+                self._exchange(store, beat)
+                self._answered, self._trouble = self._clock, ""
             except Exception as error:
-                failures += 1
-                if failures > 5:
-                    self._end(f"rank 0, which holds the store, is gone ({_line(error)})")
-            if self._stop:
+                self._trouble = _line(error)
+                is_last |= isinstance(error, dist.DistNetworkError)  # torch's client does not connect again
+            if is_last:
                 return
-            if not failures and (what := self._judge()):
-                self._end(what, store)
             self._wake.wait(self.interval_s)
             self._wake.clear()
 
-    def _exchange(self, store: Store) -> None:
-        sign = self._sign
-        sign.beat += 1
-        store.set(str(self.rank), json.dumps(vars(sign)))
-        now = time.monotonic()
+    def _exchange(self, store: Store, beat: int) -> None:
+        """Tells and reads: three requests once all have been heard of."""
+        number, phase, _ = self._at
+        store.set(str(self.rank), json.dumps((beat, number, phase, *self._state)))
+        if self._what and not self._told.is_set():
+            store.set("verdict", self._what)
         if store.check(["verdict"]):
-            self._end(store.get("verdict").decode())
-        for other, (last, _) in self._heard.items():
-            if store.check([str(other)]):
-                heard = Sign(**json.loads(store.get(str(other))))
-                if heard.beat != last.beat:
-                    self._heard[other] = (heard, now)
+            self._what = self._what or store.get("verdict").decode()
+            self._told.set()
+        names = [str(other) for other in self._heard]
+        if not store.check(names):
+            names = [name for name in names if store.check([name])]
+        for name, value in zip(names, store.multi_get(names) if names else [], strict=True):
+            sign = Sign(*json.loads(value))
+            if sign.beat != self._heard[int(name)][0].beat:
+                self._heard[int(name)] = (sign, self._clock)
 
-    def _judge(self) -> str | None:
-        """Who is to blame, if anybody: who is gone, before who failed, before who is late."""
-        now, sign = time.monotonic(), self._sign
-        working = {other: both for other, both in self._heard.items() if both[0].state in ("at work", "lost")}
-        for other, (heard, when) in working.items():
-            if now - when > self.silence_s and heard.state == "at work":
-                return f'rank {other} is gone: no sign of it for {now - when:.0f} s, the last was in "{heard.phase}"'
-        for other, (heard, _) in self._heard.items():
-            if heard.state == "failed":
-                return f'rank {other} failed in "{heard.phase}": {heard.error}'
-        patience = self.deadline_s - 2 * self.interval_s
-        for other, (heard, _) in working.items():
-            late = heard.number < sign.number and now - self._since > patience
-            # A collective of this rank's was given up, and the other, who lives, noticed nothing: it never came to it.
-            absent = sign.state == "lost" and heard.state == "at work" and now - self._left > self.silence_s
-            if (late and sign.state == "at work") or absent:
-                return f'rank {other} has not arrived after {now - self._since:.0f} s: it is still in "{heard.phase}"'
-        return None
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(self.interval_s):
+            now = time.monotonic()
+            self._clock += min(now - before, self.silence_s / 2)  # a process that was stopped has not watched
+            before = now
+            self._what = self._what or self._find()
+            if self._what:
+                self._conclude(self._what)
+                return
 
-    def _end(self, what: str, store: Store | None = None) -> None:
-        """Ends this rank, or tells its main thread why; with a `store` all others too, so that they say the same."""
-        if self._verdict is not None:
-            return
-        self._verdict = (
-            f'overlap_mtp: {what}; rank {self.rank} of {self.world_size} was in "{self._sign.phase}" and ends'
+    def _find(self) -> str:
+        """What is the matter, if anything: who is gone, before who failed, before who is late."""
+        state, (number, _, since) = self._state[0], self._at
+        for other, (sign, when) in self._heard.items():
+            # As of the last answer: a store that says nothing says nothing of the others either.
+            silent_s, limit_s = self._answered - when, self.silence_s if sign.beat > 0 else self.patience_s
+            if sign.is_running and silent_s > limit_s:
+                return f'rank {other} is gone: no sign of it for {silent_s:.0f} s, the last was in "{sign.phase}"'
+        for other, (sign, _) in self._heard.items():
+            if sign.state == "failed":
+                return f'rank {other} failed in "{sign.phase}": {sign.error}'
+        silent_s = self._clock - self._answered
+        if (
+            silent_s > (5 * self.interval_s if self._trouble else self.silence_s)
+            and not self._may_be_closed()
+        ):
+            return self._of_store(silent_s)
+        # The furthest behind: those between wait for it as well.
+        working = (
+            (sign.number, other) for other, (sign, _) in self._heard.items() if sign.state == "at work"
         )
-        if store is not None:
-            store.set("verdict", what)
-            if self.rank == 0:
-                time.sleep(3 * self.interval_s)  # it may hold the store
+        behind, other = min(working, default=(number + 1, -1))
+        is_late = state == "at work" and behind < number and self._clock - since > self.patience_s
+        # A collective was given up, and the other lives and noticed nothing: it never came to it.
+        gave_up_s = self._clock - self._gave_up
+        is_absent = state == "lost" and behind <= number and gave_up_s > self.silence_s + 2 * self.interval_s
+        if is_late or is_absent:
+            phase = self._heard[other][0].phase
+            return f'rank {other} has not arrived after {self._clock - since:.0f} s: it is still in "{phase}"'
+        return ""
+
+    def _of_store(self, silent_s: float) -> str:
+        what = f"{_holder()}, which holds the store, is gone: no answer for {silent_s:.0f} s"
+        what += f" ({self._trouble})" if self._trouble else ""
+        is_rank = _holder() == "rank 0" and self.rank != 0
+        return what + (f', the last sign was in "{self._heard[0][0].phase}"' if is_rank else "")
+
+    def _may_be_closed(self) -> bool:
+        """Whether rank 0 is done: it stayed for the deadline, and may have taken the store along."""
+        return self.rank != 0 and self._heard[0][0].state == "done"
+
+    def _conclude(self, what: str) -> None:
+        """Tells the others, so that all say the same; then ends this rank, or lets its main thread know."""
+        self._verdict = (
+            f'overlap_mtp: {what}; rank {self.rank} of {self.world_size} was in "{self._at[1]}" and ends'
+        )
+        self._wake.set()
+        self._told.wait(2 * self.interval_s)
+        if self.rank == 0:
+            time.sleep(3 * self.interval_s)  # it may hold the store
         self._found.set()
-        if time.monotonic() < self._left:
+        if self._state[0] == "at work":
             self._on_verdict(self._verdict)
 
 
@@ -253,11 +313,50 @@ def _own_connection(store: Store) -> Store:
     return store.clone() if hasattr(store, "clone") else store
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Whether an exception says that another rank could not be reached, rather than what this rank did wrong."""
+def _holder() -> str:
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+
+
+def _await_port(address: str, port: int, limit: timedelta) -> timedelta:
+    """How long it took until something listened there. OSError where nothing does.
+
+    torch's client would try for up to three times its timeout, and no thread may be left in it when Python ends.
+    """
+    begin, limit_s = time.monotonic(), limit.total_seconds()
+    while True:
+        passed_s = time.monotonic() - begin
+        try:
+            socket.create_connection((address, port), max(POLL_S, limit_s - passed_s)).close()
+            return timedelta(seconds=passed_s)
+        except OSError:
+            if passed_s > limit_s:
+                raise
+            time.sleep(POLL_S)
+
+
+def _within(limit: timedelta, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; TimeoutError where it takes longer.
+
+    A store whose host is frozen never answers, and connects without end, whatever its timeout (torch 2.13).
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(max(0.0, limit.total_seconds()))
+
+
+def _says(error: BaseException, words: re.Pattern[str]) -> bool:
+    """Whether an exception, or one that it came from, is torch's or ours of another rank and says such a thing."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, dist.DistError) or (isinstance(seen, RuntimeError) and LOST.search(str(seen))):
+        is_of_torch = isinstance(seen, dist.DistError) and words is LOST
+        if is_of_torch or (isinstance(seen, RuntimeError) and words.search(str(seen))):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,149 +21,232 @@ import torch.distributed as dist
 
 from overlap_mtp.watchdog import EXIT_CODE, Watchdog, connect
 
-DEADLINE_S = 8.0
-ROUNDS = 400  # of 20 ms: as long as the deadline
 PROGRAM = str(Path(__file__).resolve())
+DEADLINE_S = {"gloo": 8.0, "nccl": 16.0}  # a GPU's first calls hold Python's lock for seconds
+START_S = 90.0  # three interpreters that import torch on a busy machine
+SLACK_S = 4.0  # for a process to end
+EVER_S = 1000.0
 
 
-def program(scenario: str, odd: int) -> None:
-    """A run of all-reduces in which rank `odd` does what the scenario is named after."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deadline = timedelta(seconds=DEADLINE_S)
-    store = connect(deadline)
+def misdeed(scenario: str) -> None:
+    if scenario in ("is killed", "is frozen"):
+        os.kill(os.getpid(), signal.SIGKILL if scenario == "is killed" else signal.SIGSTOP)
+    if scenario == "raises":
+        raise ValueError("a batch of nonsense")
+    if scenario == "seems lost":
+        raise RuntimeError("Connection closed by peer")
+    time.sleep(EVER_S)
+
+
+def program(scenario: str, odd: int, others: str) -> None:
+    """Ten steps of all-reduces; in step 3 rank `odd` does what the scenario is named after.
+
+    The `others` are then in their all-reduce ("reduce"), or, as in a kernel that spins, where no exception ever comes:
+    in that step ("spin") or in the next one ("spin ahead"). "one works": rank 0 is in a receive, rank 1 is busy.
+    "join": before the steps, when the others are in init_process_group, which waits for the store.
+    """
+    rank, world_size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["BACKEND"]
+    deadline = timedelta(seconds=DEADLINE_S[backend])
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    ones = torch.ones(1, device=device)
+    store = connect(timedelta(seconds=float(os.environ["START_S"])))
     with Watchdog(store, rank, world_size, deadline) as watchdog:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         watchdog.phase("joining")
-        on_gpu = os.environ["BACKEND"] == "nccl"
-        device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-        timeout = deadline * (0.4 if scenario == "sleeps" and not on_gpu else 10)
+        if others == "join":
+            time.sleep(0.5)
+            if rank == odd:
+                print("here", flush=True)
+                misdeed(scenario)
         groups = dist.PrefixStore("groups", store)
-        if on_gpu:
-            torch.cuda.set_device(rank)
-        backend = os.environ["BACKEND"]
+        timeout = deadline * (0.4 if scenario == "sleeps" and backend == "gloo" else 10)
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
         for step in range(10):
             watchdog.phase(f"step {step}")
-            if rank == odd and step == 3:
-                if scenario == "raises":
-                    raise ValueError("a batch of nonsense")
-                if scenario in ("sleeps", "is late"):
-                    time.sleep(1000)
-                if scenario == "ends early":
-                    return
-                time.sleep(1 if scenario == "is killed" else 0)  # so that it has said where it is
-                print("here", flush=True)
-                time.sleep(1000 if scenario == "is killed" else 0)
-            if scenario == "is late" and step == 4:
-                time.sleep(1000)  # as in a kernel that spins: no exception ever comes
-            if scenario != "is late":
-                dist.all_reduce(torch.ones(1, device=device))
-            if on_gpu:
+            if step == 3:
+                time.sleep(0.5)  # so that all have heard where the others are
+                if rank == odd:
+                    print("here", flush=True)
+                    misdeed(scenario)
+                elif others == "one works":
+                    dist.recv(ones, src=odd) if rank == 0 else time.sleep(EVER_S)
+                elif others.startswith("spin"):
+                    watchdog.phase("step 4") if others == "spin ahead" else None
+                    time.sleep(EVER_S)
+            dist.all_reduce(ones)
+            if device.type == "cuda":
                 watchdog.phase(f"step {step}: waiting")
                 torch.cuda.synchronize()
-        watchdog.phase("leaving")
-        if scenario == "is slow to end" and rank == odd:
-            time.sleep(3)
         dist.destroy_process_group()
 
 
-def run(
-    scenario: str, odd: int, world_size: int = 3, absent: int | None = None, backend: str = "gloo"
-) -> dict[int, tuple[int, str]]:
-    """(exit status, stderr) by rank; raises where one of them outlives twice the deadline."""
+def program_of_leaving() -> None:
+    """Ranks end apart: 2 is there for longer than the deadline after 0, which holds the store, is done."""
+    rank = int(os.environ["RANK"])
+    with Watchdog(connect(timedelta(seconds=START_S)), rank, 3, timedelta(seconds=2)) as watchdog:
+        print("here", flush=True)
+        for tenth in range((5, 17, 33)[rank]):
+            watchdog.phase(f"tenth {tenth}")
+            time.sleep(0.1)
+
+
+def start(
+    *arguments: str, ranks: list[int], world_size: int = 3, **environment: str
+) -> dict[int, subprocess.Popen]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    base["BACKEND"] = backend
-    processes = {
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    common |= {"OMP_NUM_THREADS": "1", "START_S": str(START_S), "BACKEND": "gloo"} | environment
+    return {
         rank: subprocess.Popen(
-            [sys.executable, PROGRAM, scenario, str(odd)],
-            env=base | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            [sys.executable, PROGRAM, *arguments],
+            env=os.environ | common | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world_size)
-        if rank != absent
+        for rank in ranks
     }
-    found = {}
+
+
+def ends(processes: dict[int, subprocess.Popen], limit_s: float) -> dict[int, tuple[int, str]]:
+    """(exit status, stderr) by rank, of processes that all end by themselves. TimeoutExpired where one does not."""
+    end, found = time.monotonic() + limit_s, {}
+    for rank, process in processes.items():
+        said = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
+        found[rank] = (process.returncode, said)
+    return found
+
+
+def run(
+    scenario: str, odd: int, others: str, world_size: int = 3, backend: str = "gloo"
+) -> dict[int, tuple[int, str]]:
+    """How the ranks end: all of them, the odd one too, by themselves and within the deadline after its misdeed."""
+    arguments = (scenario, str(odd), others)
+    processes = start(*arguments, ranks=list(range(world_size)), world_size=world_size, BACKEND=backend)
     try:
-        if scenario == "is killed":
-            assert processes[odd].stdout.readline() == "here\n"
-            processes[odd].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        for rank, process in processes.items():
-            if scenario in ("sleeps", "is late") and rank == odd:
-                continue  # a launcher ends it when the others have ended; its own watchdog may as well
-            _, said = process.communicate(timeout=2 * DEADLINE_S + 20 - (time.monotonic() - begin))
-            found[rank] = (process.returncode, said)
+        assert processes[odd].stdout.readline() == "here\n", processes[odd].communicate()[1]
+        frozen = {odd: processes[odd]} if scenario == "is frozen" else {}
+        awake = {rank: process for rank, process in processes.items() if rank not in frozen}
+        found = ends(awake, DEADLINE_S[backend] + SLACK_S)
+        if frozen:
+            frozen[odd].send_signal(signal.SIGCONT)
+            found |= ends(frozen, DEADLINE_S[backend] + SLACK_S)
+        return found
     finally:
         for process in processes.values():
             process.kill()
             process.wait()
-    return found
+
+
+def assert_all_name(found: dict[int, tuple[int, str]], odd: int, what: str, phase: str = "step 3") -> None:
+    """Every rank but the odd one ends in a line that says `what`, and blames nobody else."""
+    for rank in set(found) - {odd}:
+        status, said = found[rank]
+        line = next((line for line in said.splitlines() if "overlap_mtp: " in line), said)
+        assert what in line
+        assert f'; rank {rank} of {len(found)} was in "{phase}" and ends' in line
+        assert status == (1 if "PeerError" in line else EXIT_CODE), said
+        for other in set(found) - {odd}:
+            assert not any(f"rank {other} {word}" in said for word in ("is gone", "failed", "has not"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("odd", [0, 2])
-def test_a_rank_that_is_killed_is_named(odd):
-    found = run("is killed", odd)
-    for rank in {0, 1, 2} - {odd}:
-        status, said = found[rank]
-        assert status != 0
-        # Rank 0 holds the store here: without it nobody can say where it was.
-        assert (
-            f"rank {odd}, which holds the store, is gone" in said
-            or f"rank {odd} is gone: no sign of it" in said
-        )
-        assert f'rank {rank} of 3 was in "step 3" and ends' in said
-        if odd:
-            assert 'the last was in "step 3"' in said
-        for innocent in {0, 1, 2} - {odd}:
-            assert f"rank {innocent} is gone" not in said
-            assert f"rank {innocent} failed" not in said
+@pytest.mark.parametrize(
+    ("scenario", "others"),
+    [
+        ("is killed", "join"),
+        ("is killed", "reduce"),
+        ("is killed", "spin"),
+        ("is killed", "one works"),
+        ("is frozen", "spin"),
+    ],
+)
+def test_a_rank_that_dies_is_named(scenario, others):
+    found, phase = run(scenario, 2, others), "joining" if others == "join" else "step 3"
+    assert_all_name(found, 2, "rank 2 is gone: no sign of it for ", phase)
+    assert_all_name(found, 2, f'the last was in "{phase}"', phase)
+    assert found[2][0] == (-signal.SIGKILL if scenario == "is killed" else EXIT_CODE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenario", "others"), [("is killed", "reduce"), ("is frozen", "spin")])
+def test_the_rank_that_holds_the_store_is_named(scenario, others):
+    found = run(scenario, 0, others)
+    assert_all_name(found, 0, "rank 0, which holds the store, is gone: no answer for ")
+    assert_all_name(found, 0, 'the last sign was in "step 3"')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("odd", "others"), [(0, "spin"), (1, "reduce")])
+def test_a_rank_that_raises_is_named_with_its_error(odd, others):
+    found = run("raises", odd, others)
+    assert_all_name(found, odd, f'rank {odd} failed in "step 3": ValueError: a batch of nonsense')
+    status, said = found[odd]
+    assert status == 1
+    assert said.strip().endswith("ValueError: a batch of nonsense")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 1])
-def test_a_rank_that_raises_is_named_with_its_error(odd):
-    found = run("raises", odd)
-    assert "ValueError: a batch of nonsense" in found[odd][1]
-    for rank in {0, 1, 2} - {odd}:
-        status, said = found[rank]
-        assert status != 0
-        assert (
-            f'rank {odd} failed in "step 3": ValueError: a batch of nonsense; rank {rank} of 3 was in' in said
-        )
+def test_a_rank_that_lost_nobody_is_to_blame_itself(odd):
+    found = run("seems lost", odd, "spin")
+    assert_all_name(found, odd, f'rank {odd} failed in "step 3": RuntimeError: Connection closed by peer')
+    assert "PeerError" not in found[odd][1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["sleeps", "is late"])
-def test_a_rank_that_never_arrives_is_named(scenario):
+@pytest.mark.parametrize("others", ["reduce", "spin ahead"])
+def test_a_rank_that_never_arrives_is_named(others):
     """In the phase that the others wait in (their collective is given up), or in an earlier one (nothing is)."""
-    found = run(scenario, 1)
-    for rank in (0, 2):
-        status, said = found[rank]
-        assert status != 0
-        assert "rank 1 has not arrived after" in said
-        assert 'it is still in "step 3"' in said
-    if scenario == "is late":
-        assert {status for status, _ in found.values()} == {EXIT_CODE}
+    found = run("sleeps", 1, others)
+    phase = "step 4" if others == "spin ahead" else "step 3"
+    assert_all_name(found, 1, "rank 1 has not arrived after ", phase)
+    assert_all_name(found, 1, 'it is still in "step 3"', phase)
+    status, said = found[1]
+    assert status == EXIT_CODE
+    assert "rank 1 has not arrived after " in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_rank_that_is_never_started_is_named(absent):
-    found = run("nothing", -1, absent=absent)
-    for status, said in found.values():
-        assert status != 0
-        assert "PeerError" in said
-        assert "rank 1, which never arrived" in said if absent else "no store, which rank 0 holds" in said
+    processes = start(
+        "nothing", "-1", "reduce", ranks=[rank for rank in range(3) if rank != absent], START_S="4"
+    )
+    try:
+        for status, said in ends(processes, 4 + START_S).values():
+            assert status == 1
+            assert f"rank {absent}, which never arrived" in said
+            assert "PeerError" in said
+            assert "may be missing" not in said
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.slow
 def test_ranks_that_end_apart_are_left_in_peace():
-    for status, said in run("is slow to end", 2).values():
+    processes = start("leaving", ranks=[0, 1, 2])
+    for status, said in ends(processes, START_S).values():
+        assert status == 0, said
+        assert "overlap_mtp: " not in said
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_as_a_whole_goes_on():
+    """As by Ctrl-Z, for longer than a single rank may be silent."""
+    processes = start("leaving", ranks=[0, 1, 2])
+    for process in processes.values():
+        assert process.stdout.readline() == "here\n"
+    for number, pause_s in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 0)):
+        for process in processes.values():
+            process.send_signal(number)
+        time.sleep(pause_s)
+    for status, said in ends(processes, START_S).values():
         assert status == 0, said
 
 
@@ -167,8 +254,8 @@ def test_ranks_that_end_apart_are_left_in_peace():
 @pytest.mark.parametrize("scenario", ["is killed", "sleeps", "raises"])
 def test_on_nccl_too_the_rank_is_named(scenario):
     """Whose kernels spin for ever: no exception comes of a peer that is gone."""
-    status, said = run(scenario, 1, world_size=2, backend="nccl")[0]
-    assert status != 0
+    status, said = run(scenario, 1, "reduce", world_size=2, backend="nccl")[0]
+    assert status == EXIT_CODE, said
     expected = {
         "is killed": 'rank 1 is gone: no sign of it for 4 s, the last was in "step 3"',
         "sleeps": "rank 1 has not arrived after",
@@ -177,14 +264,93 @@ def test_on_nccl_too_the_rank_is_named(scenario):
     assert expected[scenario] in said
 
 
+def watchdogs(world_size: int, deadline_s: float = 1.0) -> tuple[list[Watchdog], dict[int, str]]:
+    """Of the ranks of a run, all in this process, with what each would say at its end."""
+    store, said = dist.HashStore(), {}
+    made = []
+    for rank in range(world_size):
+        say = partial(said.setdefault, rank)
+        made.append(Watchdog(store, rank, world_size, timedelta(seconds=deadline_s), on_verdict=say))
+    return made, said
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = 5) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_rank_that_is_furthest_behind_is_the_one_to_blame():
+    """Rank 0 waits for rank 1, and both for rank 2."""
+    made, said = watchdogs(3)
+    for rank, watchdog in enumerate(made):
+        watchdog.__enter__()
+        for number in range(3 - rank):
+            watchdog.phase(f"phase {number}")
+    wait_for(lambda: len(said) == 3)
+    for rank in range(3):
+        assert 'rank 2 has not arrived after 1 s: it is still in "phase 0"; rank' in said[rank]
+
+
+def test_a_rank_that_never_says_anything_has_the_whole_deadline():
+    made, said = watchdogs(2)
+    made[1].__enter__()
+    time.sleep(0.5)  # twice what a rank may be silent for once it has spoken
+    assert not said
+    wait_for(lambda: said)
+    assert 'rank 0 is gone: no sign of it for 1 s, the last was in "start"' in said[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(None, "done"), (SystemExit(0), "done"), (SystemExit(3), "failed"), (KeyboardInterrupt(), "failed")],
+)
+def test_the_others_learn_how_a_rank_ended(error, state):
+    """Also one that ends while it is saying that it lives, as happens where there are many ranks."""
+    store = dist.HashStore()
+
+    class SlowWatchdog(Watchdog):
+        def _exchange(self, client: dist.Store, beat: int) -> None:
+            super()._exchange(client, beat)
+            time.sleep(0.1)
+
+    watchdog = SlowWatchdog(store, 1, 2, on_verdict=print)
+    watchdog.__enter__()
+    wait_for(lambda: store.check(["watchdog/1"]))
+    watchdog.__exit__(type(error), error, None)
+    assert state in json.loads(store.get("watchdog/1"))
+
+
+def test_a_world_of_one_has_nobody_to_look_after():
+    store = dist.HashStore()
+    with Watchdog(store, 0, 1) as watchdog:
+        watchdog.phase("alone")
+    assert store.num_keys() == 0
+
+
+def test_a_deadline_must_be_positive():
+    with pytest.raises(ValueError, match=r"deadline and interval_s must be > 0 s, got 0\.0"):
+        Watchdog(dist.HashStore(), 0, 2, timedelta(0))
+
+
 def test_a_phase_costs_next_to_nothing():
     watchdog = Watchdog(dist.HashStore(), 0, 1)
-    with watchdog:
+    best_s = float("inf")
+    for _ in range(5):  # another job may have the core
         begin = time.perf_counter()
-        for _ in range(10_000):
+        for _ in range(2_000):
             watchdog.phase("a step")
-        assert time.perf_counter() - begin < 10_000 * 10e-6
+        best_s = min(best_s, time.perf_counter() - begin)
+    assert best_s < 2_000 * 2e-6
 
 
 if __name__ == "__main__":
-    program(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "leaving":
+        program_of_leaving()
+    else:
+        try:
+            program(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+        except ValueError:  # gone at once: the others must have learned of it before it left the watchdog
+            traceback.print_exc()
+            os._exit(1)
