@@ -21,6 +21,7 @@ import typer
 from curves import draw_losses
 from launch import run_on_ranks
 from run import RunSettings, train_on_rank
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from overlap_mtp.checkpoint import CheckpointError
 from overlap_mtp.model.config import PRESETS
@@ -129,6 +130,12 @@ def main(
         run_on_ranks(train_on_rank, world, device, settings, deadline=settings.deadline)
     except (ValueError, CheckpointError) as error:
         raise typer.BadParameter(str(error)) from None
+    except ProcessRaisedException as error:
+        said = error.msg.strip().splitlines()[-1]
+        if not said.startswith("overlap_mtp."):  # our own errors need no traceback
+            raise
+        typer.echo(said, err=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Parameters are split over tp (DTensor) and sharded over dp x cp (FSDP2): the ran
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -115,8 +116,10 @@ def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | Non
     `compute_dtype`: what parameters are cast to for forward and backward, while they and their gradients stay as they
     are (bfloat16 on GPUs).
     """
-    # Nothing here changes in place what a block returns.
+    # Nothing here changes in place what a block returns, and a norm a step may take two messages.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in ("_redistribute", "_collective_utils"):
+        logging.getLogger(f"torch.distributed.tensor.{module}").setLevel(logging.ERROR)
     if parallel.sizes.tp > 1:
         _split_tensors(model, parallel.mesh["tp"])
     policy = MixedPrecisionPolicy(

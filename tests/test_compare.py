@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import compare_modes  # noqa: E402
 import paired  # noqa: E402
 
 SCHEDULES = ["sync", "merged", "overlap", "prefetch", "prepared"]
@@ -106,8 +109,11 @@ def test_compare_modes_end_to_end(tmp_path, documents):
         (["--vocab-size", "50"], "is outside the vocabulary"),
     ],
 )
-def test_bad_arguments_are_said_before_ranks_start(arguments, message):
-    done = run_compare("--device", "cpu", *arguments)
-    assert done.returncode == 2
-    said = " ".join(done.stderr.replace("│", " ").split())
+def test_bad_arguments_are_said_before_ranks_start(arguments, message, monkeypatch):
+    monkeypatch.setattr(compare_modes, "run_on_ranks", lambda *_: pytest.fail("ranks were started"))
+    app = typer.Typer()
+    app.command()(compare_modes.main)
+    done = CliRunner().invoke(app, ["--device", "cpu", *arguments])
+    assert done.exit_code == 2
+    said = " ".join(done.output.replace("│", " ").split())
     assert message in said, said

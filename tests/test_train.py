@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,10 +78,10 @@ def test_a_run_trains_and_says_so(straight):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
-    """SIGKILL to all of its processes in the middle of a step or of a checkpoint, twice."""
+    """SIGKILL to all of its processes in the middle of a step or of a checkpoint, twice; by any schedule."""
     out, arguments = tmp_path / "run", ["--cp", "2", "--experts", "2"]
-    for steps_until in (3, 5):
-        run = start(out, *arguments, *(["--resume"] if out.exists() else []))
+    for steps_until, more in ((3, []), (5, ["--resume", "--schedule", "sync"])):
+        run = start(out, *arguments, *more)
         log, deadline = out / "steps.jsonl", time.monotonic() + 90
         while not log.exists() or len(log.read_text().splitlines()) < steps_until:
             assert run.poll() is None, run.communicate()[0]
@@ -88,33 +89,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
             time.sleep(0.005)
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
-    train(out, *arguments, "--resume")
+    train(out, *arguments, "--resume", "--schedule", "prepared")
     assert records(out) == records(straight)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--cp", "1", "--tp", "2"], ["--cp", "1", "--ranks", "1"]])
 def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
+    """From its fourth step, of eight."""
     out = tmp_path / "run"
-    half = ["--cp", "2", "--experts", "2"]
-    run = start(out, *half)
-    while not (out / "checkpoints/step-00000004").exists():
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    shutil.copytree(straight, out)
+    for step in (6, 8):
+        shutil.rmtree(out / f"checkpoints/step-{step:08}")
     train(out, *arguments, "--experts", "2", "--resume")
     for found, expected in zip(records(out), records(straight), strict=True):
         assert found["step"] == expected["step"]
         for name in ("loss", "lm_loss", "mtp_losses", "aux_loss"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-
-
-@pytest.mark.slow
-def test_schedules_train_alike(straight, tmp_path):
-    for schedule in ("sync", "prepared"):
-        train(tmp_path / schedule, "--cp", "2", "--experts", "2", "--schedule", schedule)
-        assert records(tmp_path / schedule) == records(straight)
+    assert records(out)[:4] == records(straight)[:4]
+    assert records(out)[4:] != records(straight)[4:]  # other sizes round otherwise: it did train
 
 
 @pytest.mark.slow
@@ -123,13 +116,14 @@ def test_schedules_train_alike(straight, tmp_path):
     [
         ([], "holds a run: go on with --resume"),
         (["--resume", "--experts", "3"], "num_experts"),
-        (["--resume", "--seq-len", "512"], "seq_len"),
+        (["--resume", "--seed", "1"], "seed"),
     ],
 )
 def test_what_cannot_go_on_is_said(straight, arguments, words):
     run = start(
-        straight, "--cp", "2", *(arguments if "--experts" in arguments else ["--experts", "2", *arguments])
+        straight, "--ranks", "1", *(arguments if "--experts" in arguments else ["--experts", "2", *arguments])
     )
     said, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert words in said.replace("\n", " "), said
+    assert "Traceback" not in said
