@@ -16,12 +16,13 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.training import Recipe, StepReport, Trainer
 
-from rank_pool import RankPool
+from rank_pool import RankPool, device_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import parity  # noqa: E402
+from steps import compile_blocks  # noqa: E402
 
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=1, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64
@@ -142,3 +143,38 @@ def test_what_is_logged_is_counted_once(pool: RankPool, sizes):
     for found in pool.run(reports, 8, sizes, config):
         for name, value in asdict(expected).items():
             assert asdict(found)[name] == pytest.approx(value, rel=1e-9), name
+
+
+def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute: bool) -> dict[str, float]:
+    """Relative errors of a step's loss and gradients, of compiled layers to those that are not."""
+    case = parity.Case(sizes.tp, sizes.cp, 1, "packed", recompute, "float32", 4)
+    device, layout = device_of(world), parity.layout_of("packed", sizes.cp)
+    found = []
+    for compiled in (False, True):
+        parallel = Parallel.make(sizes, device.type)
+        torch.manual_seed(0)
+        model = parity.new_model(case, device, parallel.cp_group)
+        model.recompute_layers(recompute)
+        parallelize(model, parallel)
+        if compiled:
+            compile_blocks(model)
+        full = parity.batch_of("packed", 1, model.config.vocab_size)
+        batch = {name: layout.shard(tensor, model.cp_rank).to(device) for name, tensor in full.items()}
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+        loss = trainer.step([(batch, layout)]).loss
+        model.mtp.roller.close()
+        found.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+        found[-1]["loss"] = torch.tensor(loss)
+    eager, fused = found
+    return {name: float((fused[name] - eager[name]).norm() / eager[name].norm()) for name in eager}
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shared", ["sequence", "tensors"])
+def test_compiled_layers_train_alike_on_gpus(gpu_pool: RankPool, shared, recompute):
+    size = gpu_pool.world_size
+    sizes = Sizes(1, size, 1) if shared == "sequence" else Sizes(1, 1, size)
+    for found in gpu_pool.run(with_and_without_compiling, size, sizes, recompute, limit_s=240):
+        assert max(found.values()) <= parity.TOLERANCE["float32"], found
+        assert max(found.values()) > 0  # it was compiled: it rounds otherwise

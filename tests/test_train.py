@@ -93,6 +93,31 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     assert records(out) == records(straight)
 
 
+@pytest.mark.multi_gpu
+def test_a_killed_deterministic_run_goes_on_to_the_same_bits_on_gpus(tmp_path):
+    arguments = [
+        "--device",
+        "cuda",
+        "--experts",
+        "2",
+        "--steps",
+        "40",
+        "--save-every",
+        "10",
+        "--deterministic",
+    ]
+    train(tmp_path / "straight", *arguments)
+    out = tmp_path / "run"
+    run = start(out, *arguments)
+    while not (out / "checkpoints/step-00000020").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    train(out, *arguments, "--resume", "--schedule", "sync")
+    assert records(out) == records(tmp_path / "straight")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--cp", "1", "--tp", "2"], ["--cp", "1", "--ranks", "1"]])
 def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
