@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -10,7 +9,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,21 +18,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from overlap_mtp.snapshot import (
+    CheckpointError,
+    Json,
+    adopt,
+    compare,
+    first_few,
+    make_room,
+    random_state,
+    set_random_state,
+    state_of,
+)
+
+__all__ = ["CheckpointError", "Checkpoints", "NoCheckpointError"]
+
 FORMAT = 1
-Json = Mapping[str, Any]  # of JSON values
 T = TypeVar("T")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or loaded. Raised on all ranks alike."""
 
 
 class NoCheckpointError(CheckpointError):
@@ -104,8 +110,8 @@ class Checkpoints:
         self._on_first(what, lambda: json.dumps(run))  # refused before anything is written
         final = self._on_first(what, lambda: self._prepare(step))
         scratch = self.folder / f".{final.name}.tmp"
-        tensors, groups = self._together(what, lambda: _state_of(model, optimizer))
-        randoms = self._gather(_random_state())
+        tensors, groups = self._together(what, lambda: state_of(model, optimizer))
+        randoms = self._gather(random_state())
         state = {"groups": groups, "scheduler": scheduler.state_dict(), "random": randoms}
         self._on_first(what, lambda: _write_state(scratch / "state.pt", state))
         writer = FileSystemWriter(scratch, sync_files=False)  # `_seal` does, after the last byte
@@ -140,14 +146,14 @@ class Checkpoints:
         made_by = _made_by(optimizer, scheduler, identity)
         run = self._on_first(what, lambda: _read_run(path, made_by))
         self._together(what, lambda: self._check(path, run["files"]))
-        tensors, state = self._together(what, lambda: _make_room(path, model, optimizer))
+        tensors, state = self._together(what, lambda: make_room(path, model, optimizer))
         optimizer.zero_grad(set_to_none=True)
         reader = FileSystemReader(path)
         self._together(what, lambda: self._dcp(load_tensors, tensors, storage_reader=reader))
-        self._together(what, lambda: _adopt(tensors, state, model, optimizer))
+        self._together(what, lambda: adopt(tensors, state, model, optimizer))
         scheduler.load_state_dict(state["scheduler"])
         if run["layout"] == {**self.sizes, "ranks": self._size}:
-            _set_random_state(state["random"][self._rank])
+            set_random_state(state["random"][self._rank])
         progress: dict[str, Any] = run["progress"]
         return progress
 
@@ -240,7 +246,7 @@ class Checkpoints:
         failures = [other for other in self._gather(failure and (kind, _message(failure))) if other]
         if failures:
             messages = dict.fromkeys(message for _, message in failures)
-            raise failures[0][0](f"{what}: {_some(list(messages))}") from failure
+            raise failures[0][0](f"{what}: {first_few(list(messages))}") from failure
         result: T = value
         return result
 
@@ -249,74 +255,6 @@ class Checkpoints:
         result: Any = self._together(what, lambda: function() if self._rank == 0 else None)
         first: T = self._gather(result)[0]
         return first
-
-
-def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The tensors, named as in the model that is not parallel, and the parameter groups.
-
-    torch's get_optimizer_state_dict would take a step of an optimizer that has no state yet, and leave it so.
-    """
-    own: dict[str, Any] = get_model_state_dict(model)
-    names = _names(model, optimizer, own)
-    flat = list(chain(*names))
-    packed = optimizer.state_dict()
-    groups = [{**group, "params": some} for group, some in zip(packed["param_groups"], names, strict=True)]
-    return {"model": own, "optimizer": {flat[i]: values for i, values in packed["state"].items()}}, groups
-
-
-def _names(model: Module, optimizer: Optimizer, own: Json) -> list[list[str]]:
-    """The parameters of each group, by the names in the model's state `own` (taken before: it reshards FSDP2)."""
-    wrappers = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
-    names = {parameter: wrappers.sub("", name) for name, parameter in model.named_parameters()}
-    groups = [[names.get(one, "?") for one in group["params"]] for group in optimizer.param_groups]
-    if unknown := [name for name in chain(*groups) if name not in own]:
-        raise CheckpointError(f"parameters of the optimizer that the model has not: {_some(unknown)}")
-    return groups
-
-
-def _make_room(path: Path, model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors to read a checkpoint into, sharded as the model is, and the contents of its `state.pt`."""
-    metadata = FileSystemReader(path).read_metadata()
-    saved = [(*place, metadata.state_dict_metadata[key]) for key, place in metadata.planner_data.items()]
-    own: dict[str, Any] = get_model_state_dict(model)
-    there = {name: _kind(entry) for part, name, *_, entry in saved if part == "model"}
-    _compare("parameters", there, {name: _kind(value) for name, value in own.items()})
-    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    groups = {f"group {i}": sorted(group["params"]) for i, group in enumerate(state["groups"])}
-    here = {f"group {i}": sorted(names) for i, names in enumerate(_names(model, optimizer, own))}
-    _compare("parameter groups", groups, here)
-
-    room: dict[str, Any] = {"model": copy.deepcopy(own), "optimizer": {}}
-    for name, what, entry in [rest for part, *rest in saved if part == "optimizer"]:
-        values = room["optimizer"].setdefault(name, {})
-        if isinstance(entry, TensorStorageMetadata):
-            # A moment is sharded as its parameter; a step is on the CPU.
-            like = own[name] if what != "step" and entry.size == own[name].shape else torch.empty(entry.size)
-            values[what] = torch.empty_like(like, dtype=entry.properties.dtype)
-        else:
-            values[what] = None  # and will be replaced
-    return room, state
-
-
-def _adopt(tensors: dict[str, Any], state: dict[str, Any], model: Module, optimizer: Optimizer) -> None:
-    names = chain(*_names(model, optimizer, tensors["model"]))
-    # A parameter that never had a gradient has no state, in the run that saved it as here.
-    own = {i: tensors["optimizer"][name] for i, name in enumerate(names) if name in tensors["optimizer"]}
-    places = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    groups = [{**group, "params": some} for group, some in zip(state["groups"], places, strict=True)]
-    set_model_state_dict(model, tensors["model"])
-    optimizer.load_state_dict({"state": own, "param_groups": groups})
-
-
-def _random_state() -> dict[str, Any]:
-    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
-
-
-def _set_random_state(saved: dict[str, Any]) -> None:
-    torch.set_rng_state(saved["cpu"])
-    if saved["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda"])
 
 
 def _made_by(optimizer: Optimizer, scheduler: LRScheduler, identity: Json) -> dict[str, Any]:
@@ -343,21 +281,8 @@ def _read_run(path: Path, made_by: Json) -> dict[str, Any]:
         run: dict[str, Any] = record["run"]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"run.json is garbled ({_message(error)})") from error
-    _compare("identity", run["identity"], json.loads(json.dumps(made_by)))
+    compare("identity", run["identity"], json.loads(json.dumps(made_by)))
     return run
-
-
-def _compare(of_what: str, there: Json, here: Json) -> None:
-    pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in {**there, **here}]
-    if differences := [f"{name} is {that} there, {this} here" for name, that, this in pairs if that != this]:
-        raise CheckpointError(f"made by another model, of other {of_what}: {_some(differences)}")
-
-
-def _kind(value: Any) -> str:
-    """dtype and whole shape of a tensor, here or in a checkpoint."""
-    if isinstance(value, TensorStorageMetadata):
-        return f"{value.properties.dtype} {list(value.size)}"
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else "an object"
 
 
 def _marks(path: Path) -> list[int]:
@@ -386,7 +311,3 @@ def _message(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {_message(cause)}" for rank, (cause, _) in error.failures.items())
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def _some(texts: list[str]) -> str:
-    return "; ".join([*texts[:5], f"and {len(texts) - 5} more"] if len(texts) > 5 else texts)
