@@ -17,7 +17,7 @@ import record
 import torch
 import torch.distributed as dist
 from profiler import recording
-from steps import CapturedStep, EagerStep, compile_blocks
+from steps import CapturedStep, EagerStep
 
 from overlap_mtp import SequenceLayout, make_roller, prepare
 from overlap_mtp.data import BatchStream, open_corpus
@@ -124,7 +124,7 @@ class Comparison:
             self.model.to(torch.bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         if settings.compiled:
-            compile_blocks(self.model)
+            self.model.compile_layers()
         kind = CapturedStep if settings.captured else EagerStep
         depths, documents = settings.model.num_depths, settings.max_documents
         self.steps = {

@@ -16,7 +16,6 @@ from curves import LOG, draw_losses
 from record import describe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from steps import compile_blocks
 
 from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.data import BatchStream, open_corpus
@@ -97,7 +96,7 @@ class Run:
         compute = torch.bfloat16 if device.type == "cuda" else None
         self.model = parallelize(model, self.parallel, compute)
         if settings.compiled:
-            compile_blocks(self.model)
+            self.model.compile_layers()
         optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )

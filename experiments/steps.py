@@ -102,11 +102,3 @@ class CapturedStep(EagerStep):
             gc.collect()
             torch.cuda.synchronize()
         super().close()
-
-
-def compile_blocks(model: GPT) -> None:
-    """Compiles the layers of trunk and MTP block in place; the exchange stays outside."""
-    for layer in model.layers:
-        layer.compile()
-    for depth in model.mtp.depths:
-        depth.compile()

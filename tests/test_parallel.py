@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import parity  # noqa: E402
-from steps import compile_blocks  # noqa: E402
 
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=1, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64
@@ -157,7 +156,7 @@ def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute
         model.recompute_layers(recompute)
         parallelize(model, parallel)
         if compiled:
-            compile_blocks(model)
+            model.compile_layers()
         full = parity.batch_of("packed", 1, model.config.vocab_size)
         batch = {name: layout.shard(tensor, model.cp_rank).to(device) for name, tensor in full.items()}
         trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from test_model import SMALL, layout_of, make_batch, make_model
 from test_traffic import counting
+from torch._dynamo.utils import counters
 
 from overlap_mtp import prepare
 from overlap_mtp.model.loss import combine
@@ -63,3 +64,29 @@ def test_recomputing_gives_the_same_bits_and_sends_no_roll(pool: RankPool, sched
 def test_recomputing_on_gpus(gpu_pool: RankPool, schedule):
     size = gpu_pool.world_size
     assert gpu_pool.run(with_and_without, size, schedule, "packed") == [[]] * size
+
+
+def compiled(group: dist.ProcessGroup) -> tuple[int, float]:
+    """How many graphs were compiled, and by how much losses and gradients differ from those that were not."""
+    layout = layout_of("packed", group.size(), "zigzag")
+    batch = {name: layout.shard(tensor, group.rank()) for name, tensor in make_batch(layout).items()}
+    found = []
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    for compiling in (False, True):
+        model = make_model(torch.float64, group)
+        model.recompute_layers()
+        if compiling:
+            model.compile_layers("aot_eager")  # which needs no compiler of C++
+        sums = model(batch, layout)
+        combine(sums, model.counts(batch, layout), SMALL.mtp_loss_factor).backward()
+        found.append([sums.detach(), *(p.grad for p in model.parameters())])
+        model.mtp.roller.close()
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
+    return counters["stats"]["unique_graphs"] - before, max(errors)
+
+
+def test_compiled_layers_are_recomputed_too(pool: RankPool):
+    for graphs, error in pool.run(compiled, 2):
+        assert graphs > 0
+        assert error <= 1e-12

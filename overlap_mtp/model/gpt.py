@@ -197,6 +197,14 @@ class GPT(nn.Module):
             assert isinstance(block, DecoderLayer | MTPDepth)
             block.recompute = wanted
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compiles what trunk layers and MTP depths compute, by torch.compile, in place.
+
+        Exchanges, FSDP's gathers and recomputation stay outside, so that they may be had or not.
+        """
+        for block in (*self.layers, *self.mtp.depths):
+            block._forward = torch.compile(block._forward, backend=backend)
+
     def counts(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """What `forward`'s sums are to be divided by, as far as this cp rank knows: [num_sums]. No communication."""
         config = self.config
