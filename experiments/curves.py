@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from overlap_mtp.metrics import read_records
 
 LOG = "steps.jsonl"
-LAST = 50  # steps that the table's means are over
+LAST = 50  # steps that the table's means are over, of those that all runs have
 
 Losses = dict[str, dict[int, float]]  # by name, then by step
 
@@ -85,8 +85,13 @@ def _differences(losses: dict[int, float], others: dict[int, float]) -> tuple[li
 
 def _table(found: dict[str, Losses]) -> str:
     name, first = next(iter(found.items()))
+    steps = {run: len(losses["LM"]) for run, losses in found.items()}
+    common = sorted(set.intersection(*(set(losses["LM"]) for losses in found.values())))
+    if not common:
+        raise ValueError("the runs have no step in common")
+    last = common[-LAST:]
     lines = [
-        f"Means of the last {LAST} steps, and in brackets the largest difference of a step to `{name}`:",
+        f"Means of steps {last[0]} to {last[-1]}, and in brackets the largest difference of a step to `{name}`:",
         "",
         f"| run | {' | '.join(first)} |",
         "|---|" + "---|" * len(first),
@@ -99,6 +104,7 @@ def _table(found: dict[str, Losses]) -> str:
                 continue
             largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
             said = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
-            cells.append(f"{np.mean(list(losses[panel].values())[-LAST:]):.4f}{said}")
-        lines.append(f"| `{run}` | {' | '.join(cells)} |")
+            cells.append(f"{np.mean([losses[panel][step] for step in last]):.4f}{said}")
+        short = f" ({steps[run]} steps)" if steps[run] < max(steps.values()) else ""
+        lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

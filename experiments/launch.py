@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
-from overlap_mtp.watchdog import Watchdog, connect
+from overlap_mtp.watchdog import EXIT_CODE, PeerError, Watchdog, connect, end_process
 
 
 def run_on_ranks(
@@ -43,7 +46,12 @@ def run_on_ranks(
         )
     # Theirs alone: what this process starts later is no rank of this run.
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
-    spawn(_spawned, (environment, device, deadline, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    context = spawn(  # type: ignore[no-untyped-call]
+        _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
+    )
+    # Ranks that are left find out who is gone, and say so, before they are ended.
+    while not context.join(grace_period=deadline.total_seconds() if deadline else None):
+        pass
 
 
 def _spawned(
@@ -55,7 +63,11 @@ def _spawned(
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(environment, RANK=str(rank))
-    _rank_main(rank, device, deadline, function, arguments)
+    try:
+        _rank_main(rank, device, deadline, function, arguments)
+    except PeerError as error:  # spawn() shows the error of the first rank that ended, which is the peer
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
 
 
 def _rank_main(
@@ -81,6 +93,7 @@ def _rank_main(
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = connect(deadline)
     with Watchdog(store, rank, world_size, deadline) as watchdog:
+        _speak_when_ended(watchdog)
         watchdog.phase("joining the process group")
         groups = PrefixStore("groups", store)
         # gloo gives a collective up, which is then looked into; of NCCL's kernels only the watchdog knows.
@@ -89,6 +102,24 @@ def _rank_main(
         function(here, *arguments, watchdog)
         watchdog.phase("leaving the process group")
         dist.destroy_process_group()
+
+
+def _speak_when_ended(watchdog: Watchdog) -> None:
+    """Has this rank say where all were when its launcher ends it, as torchrun does at once when another one dies.
+
+    The main thread may sit in a collective, where Python runs no handlers: another one waits for the signal.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGTERM]):
+            pass
+        end_process(f"overlap_mtp: ended by the launcher; {watchdog.whereabouts}")
+
+    threading.Thread(target=wait, name="overlap_mtp SIGTERM", daemon=True).start()
 
 
 def _free_port() -> int:

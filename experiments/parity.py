@@ -117,7 +117,8 @@ def optimizer_of(model: GPT) -> torch.optim.Optimizer:
 def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, Any]:
     """Loads the checkpoint, takes one step; its loss and gradients, whole."""
     optimizer = optimizer_of(model)
-    trainer = Trainer(model, optimizer, Recipe(steps=1, clip_norm=NEVER), parallel)
+    recipe = Recipe(steps=1, clip_norm=NEVER, accumulate=case.dp // parallel.sizes.dp)
+    trainer = Trainer(model, optimizer, recipe, parallel)
     name = str(case.num_experts)
     Checkpoints(folder / "checkpoint" / name).load(
         model, optimizer, trainer.scheduler, {"experts": case.num_experts}

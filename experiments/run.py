@@ -24,10 +24,13 @@ from overlap_mtp.metrics import StepLog
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.training import Microbatch, Recipe, StepReport, Trainer
 from overlap_mtp.watchdog import Watchdog
 
+LONGEST_SAVE = timedelta(hours=1)  # or load: a rank that dies meanwhile is found all the same
+LINES = 20  # of a run, where there is no terminal to show its progress
 LARGEST_CP = 8  # documents are padded so that runs of up to so many cp ranks see the same batches
 
 
@@ -55,6 +58,8 @@ class RunSettings:
 
     def check(self, world_size: int) -> None:
         """Raises ValueError where something is illegal, before any rank is started."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
         self.stream()
         if (self.out / LOG).exists() and not self.resume:
@@ -70,14 +75,27 @@ class RunSettings:
             "zigzag",
             self.model.vocab_size,
             self.num_documents,
-            multiple_of=2 * max(LARGEST_CP, self.sizes.cp),
+            multiple_of=self._multiple_of,
         )
 
     @property
+    def _multiple_of(self) -> int:
+        return 2 * max(LARGEST_CP, self.sizes.cp)
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with to go on from it: the model, and the order of the data."""
-        data = {"seq_len": self.seq_len, "num_documents": self.num_documents, "data": str(self.data or "")}
-        return {**asdict(self.model), **data, "seed": self.seed}
+        """What a checkpoint must have been made with to go on from it: the model, the recipe and the data's order."""
+        recipe = {f"recipe.{name}": value for name, value in asdict(self.recipe).items()}
+        recipe["dp * accumulate"] = self.sizes.dp * recipe.pop("recipe.accumulate")
+        data = {
+            "data": self.stream().corpus.fingerprint,
+            "token_dtype": self.token_dtype,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "num_documents": self.num_documents,
+            "documents' lengths are multiples of": self._multiple_of if self.num_documents else None,
+        }
+        return {**asdict(self.model), **recipe, **data}
 
 
 class Run:
@@ -91,7 +109,8 @@ class Run:
         # Slow, and nothing here reads what was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:
-            model = GPT(settings.model, self.parallel.cp_group, settings.schedule)
+            documents = max(128, settings.num_documents or 0)
+            model = GPT(settings.model, self.parallel.cp_group, settings.schedule, documents)
         model.recompute_layers(settings.recompute)
         compute = torch.bfloat16 if device.type == "cuda" else None
         self.model = parallelize(model, self.parallel, compute)
@@ -103,8 +122,12 @@ class Run:
         self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel, on_phase)
         self.stream = settings.stream()
         self.checkpoints = Checkpoints(
-            settings.out / "checkpoints", settings.keep, sizes=asdict(settings.sizes)
+            settings.out / "checkpoints",
+            settings.keep,
+            sizes=asdict(settings.sizes),
+            group=dist.new_group(timeout=LONGEST_SAVE),
         )
+        self.identity = settings.identity
         self.meter = OverlapMeter(self.model.mtp.roller)
         self.steps_done = 0
         self.batches_done = 0  # of all dp ranks: where the next step's data begins
@@ -116,9 +139,9 @@ class Run:
 
         Collective; raises CheckpointError on all ranks where the checkpoint is none to go on from.
         """
-        trainer, identity = self.trainer, self.settings.identity
+        trainer = self.trainer
         try:
-            progress = self.checkpoints.load(self.model, trainer.optimizer, trainer.scheduler, identity)
+            progress = self.checkpoints.load(self.model, trainer.optimizer, trainer.scheduler, self.identity)
         except NoCheckpointError:
             return
         self.steps_done, self.batches_done = progress["steps_done"], progress["batches_done"]
@@ -131,9 +154,9 @@ class Run:
             "right": self.right,
             "counted": self.counted,
         }
-        trainer, identity = self.trainer, self.settings.identity
+        trainer = self.trainer
         self.checkpoints.save(
-            self.steps_done, self.model, trainer.optimizer, trainer.scheduler, progress, identity
+            self.steps_done, self.model, trainer.optimizer, trainer.scheduler, progress, self.identity
         )
 
     def step(self) -> dict[str, Any]:
@@ -197,15 +220,18 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         facts = {"settings": asdict(settings), "where": describe(device, dist.get_world_size())}
         del facts["settings"]["out"], facts["settings"]["data"]  # paths
         (settings.out / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    steps = settings.recipe.steps
-    with _progress(Console(quiet=not writes)) as progress:
+    steps, console = settings.recipe.steps, Console(quiet=not writes, soft_wrap=True)
+    every = max(1, steps // LINES)
+    with _progress(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps:
             watchdog.phase(f"step {run.steps_done + 1}: batches")
             record = run.step()
             if log is not None:
                 log.write(record)
-            progress.update(task, completed=run.steps_done, description=_said(record))
+            progress.update(task, completed=run.steps_done, description=said(record))
+            if not console.is_terminal and run.steps_done % every == 0:
+                console.print(f"{run.steps_done}/{steps} {said(record)}", highlight=False)
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
                 watchdog.phase(f"saving step {run.steps_done}")
                 if log is not None:
@@ -219,10 +245,10 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
 
 def _progress(console: Console) -> Progress:
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=console.quiet)
+    return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 
-def _said(record: dict[str, Any]) -> str:
+def said(record: dict[str, Any]) -> str:
     """A step in a line."""
     parts = [f"LM {record['lm_loss']:.3f}", "MTP " + " ".join(f"{one:.3f}" for one in record["mtp_losses"])]
     if record["aux_loss"] is not None:

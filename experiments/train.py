@@ -3,7 +3,7 @@
     python experiments/train.py --out out/run                                     # two CPU ranks, or all GPUs: cp
     torchrun --nproc-per-node 8 experiments/train.py --dp 2 --cp 2 --tp 2 --preset h2048 --out out/run
     python experiments/train.py --out out/run --resume --dp 1 --cp 2 --tp 2       # goes on, at other sizes
-    python experiments/train.py --curves out/a out/b                              # their losses in one picture
+    python experiments/train.py --curves out/a --curves out/b --out out/both      # their losses in one picture
 
 The folder holds `steps.jsonl` (a record a step), `run.json`, checkpoints and `losses.png`.
 """
@@ -21,7 +21,7 @@ import typer
 from curves import draw_losses
 from launch import run_on_ranks
 from run import RunSettings, train_on_rank
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from overlap_mtp.checkpoint import CheckpointError
 from overlap_mtp.model.config import PRESETS
@@ -130,6 +130,9 @@ def main(
         run_on_ranks(train_on_rank, world, device, settings, deadline=settings.deadline)
     except (ValueError, CheckpointError) as error:
         raise typer.BadParameter(str(error)) from None
+    except ProcessExitedException as error:  # the ranks that were left have said why
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
     except ProcessRaisedException as error:
         said = error.msg.strip().splitlines()[-1]
         if not said.startswith("overlap_mtp."):  # our own errors need no traceback

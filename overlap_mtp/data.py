@@ -6,6 +6,7 @@ Every rank builds the same full batch from a step number, and shards it.
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +78,12 @@ class Corpus:
     def bounds(self) -> npt.NDArray[np.int64]:
         """Where each document begins in the stream of all of them, and where the stream ends."""
         return np.concatenate([[0], np.cumsum([one.num_tokens for one in self.documents])])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the documents' names, lengths and order; not of their tokens."""
+        listed = "\n".join(f"{one.name} {one.num_tokens}" for one in self.documents)
+        return f"{len(self.documents)} documents, CRC-32 {zlib.crc32(listed.encode()):08x}"
 
     def shuffled(self, seed: int) -> Corpus:
         """The same documents in a random order of that seed: neighbours in a folder are alike."""

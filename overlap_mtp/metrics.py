@@ -29,6 +29,9 @@ class StepLog:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

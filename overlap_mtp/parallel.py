@@ -54,16 +54,28 @@ class Sizes:
 
     def check(self, config: ModelConfig, seq_len: int, kind: Kind, world_size: int) -> None:
         """Raises ValueError where two sizes disagree, and says which."""
+        self.check_world(world_size)
+        self.check_length(seq_len, kind)
+        self.check_model(config)
+
+    def check_world(self, world_size: int) -> None:
+        """Of `check`, what is about the number of ranks."""
         if self.world != world_size:
             raise ValueError(
                 f"dp * cp * tp must be the number of ranks: {self.dp} * {self.cp} * {self.tp} = {self.world}, got "
                 f"{world_size} ranks"
             )
+
+    def check_length(self, seq_len: int, kind: Kind) -> None:
+        """Of `check`, what is about the tokens of a sequence."""
         unit = length_unit(self.cp, kind)
         _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", unit)
         # Sequence parallelism cuts what a cp rank holds once more.
         _divides("seq_len / cp", seq_len // self.cp, "tp", self.tp)
-        for name in ("num_kv_heads", "ffn_size", "vocab_size", "hidden_size"):
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Of `check`, what is about the model."""
+        for name in ("num_kv_heads", "ffn_size", "vocab_size"):
             _divides(name, getattr(config, name), "tp", self.tp)
 
 
@@ -81,7 +93,8 @@ class Parallel:
 
     @classmethod
     def make(cls, sizes: Sizes, device_type: str) -> Parallel:
-        """Collective over all ranks, which are sizes.world many."""
+        """Collective over all ranks. Raises ValueError where these are not sizes.world many."""
+        sizes.check_world(dist.get_world_size())
         mesh = init_device_mesh(
             device_type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp")
         )
@@ -114,8 +127,9 @@ def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | Non
     """Spreads the model, alike on all ranks before, over the mesh; in place.
 
     `compute_dtype`: what parameters are cast to for forward and backward, while they and their gradients stay as they
-    are (bfloat16 on GPUs).
+    are (bfloat16 on GPUs). Raises ValueError where the model's sizes and tp disagree.
     """
+    parallel.sizes.check_model(model.config)
     # Nothing here changes in place what a block returns, and a norm a step may take two messages.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in ("_redistribute", "_collective_utils"):

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT, Starts
 from overlap_mtp.model.loss import Guesses, combine
-from overlap_mtp.parallel import Parallel, split_loss
+from overlap_mtp.parallel import Parallel, Sizes, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
 Normalisation = Literal["token", "batch"]
@@ -47,6 +47,8 @@ class Recipe:
             raise ValueError(
                 f"learning_rate and clip_norm must be > 0, got {self.learning_rate} and {self.clip_norm}"
             )
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
         if self.normalisation not in get_args(Normalisation):
             legal = " or ".join(get_args(Normalisation))
             raise ValueError(f"normalisation must be {legal}, got {self.normalisation!r}")
@@ -84,7 +86,7 @@ class StepReport:
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss was infinite or not a number; no weight was changed by it."""
+    """A loss, or its gradient, was infinite or not a number; no weight was changed by it."""
 
 
 class Trainer:
@@ -115,9 +117,15 @@ class Trainer:
         runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`,
         the microbatch and its dp rank.
         """
+        if len(microbatches) != self.recipe.accumulate:
+            raise ValueError(
+                f"a step takes recipe.accumulate = {self.recipe.accumulate} microbatches, got {len(microbatches)}"
+            )
+        for _, layout in microbatches:
+            self._check_sizes(layout)
         self.optimizer.zero_grad()
         known = self._table(torch.stack([self._known(*one) for one in microbatches]))
-        counts, tokens = known[..., :-1], int(known[..., -1].sum())
+        counts, tokens = known[..., :-1], known[..., -1].sum()
         sums, right = [], []
         for number, (batch, layout) in enumerate(microbatches):
             self._on_phase(f"{where}: microbatch {number}")
@@ -133,10 +141,18 @@ class Trainer:
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]
         self._check_finite(totals, where)
-        norms = self._clip()
+        norms = self._clip(where)
         self.optimizer.step()
         self.scheduler.step()
         return self._report(totals, hits, counts, norms, tokens)
+
+    def _check_sizes(self, layout: SequenceLayout) -> None:
+        sizes = self.parallel.sizes if self.parallel is not None else Sizes()
+        if layout.cp_size != sizes.cp:
+            raise ValueError(
+                f"the layout's cp_size must be the mesh's cp: {layout.cp_size} is not {sizes.cp}"
+            )
+        sizes.check_length(layout.seq_len, layout.kind)
 
     def _known(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """What is known of a microbatch before its forward: what its losses are divided by, and its tokens."""
@@ -180,7 +196,7 @@ class Trainer:
                 f"{float(totals[dp_rank, number, entry])}; the weights are those of the step before"
             )
 
-    def _clip(self) -> dict[str, float]:
+    def _clip(self, where: str) -> dict[str, float]:
         """Clips gradients; their norms before. A detached MTP block is clipped by itself."""
         parts = {"model": list(self.model.parameters())}
         if self.model.config.detach_mtp:
@@ -191,6 +207,11 @@ class Trainer:
         for name, parameters in parts.items():
             norm = clip_grad_norm_(parameters, self.recipe.clip_norm)
             norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if not math.isfinite(norms[name]):
+                raise NonFiniteLossError(
+                    f"{where or 'this step'}: the norm of the {name}'s gradients is {norms[name]}, of a loss that is "
+                    "finite; the weights are those of the step before"
+                )
         return norms
 
     def _report(
@@ -199,7 +220,7 @@ class Trainer:
         hits: torch.Tensor,
         counts: torch.Tensor,
         norms: dict[str, float],
-        tokens: int,
+        tokens: torch.Tensor,
     ) -> StepReport:
         config, depths = self.model.config, self.model.config.num_depths
         step_counts = counts.sum((0, 1))
@@ -215,7 +236,7 @@ class Trainer:
             mtp_losses=means[1 : 1 + depths],
             aux_loss=means[-1] if config.num_experts else None,
             grad_norms=norms,
-            tokens=tokens,
+            tokens=int(tokens),
             right=hits.sum((0, 1)).tolist(),
             counted=step_counts[: 1 + depths].tolist(),
         )

@@ -171,6 +171,16 @@ class Watchdog:
         """Says what this rank does from now on. Less than 1 µs."""
         self._at = (self._at[0] + 1, text, self._clock)
 
+    @property
+    def whereabouts(self) -> str:
+        """Where this rank is, and where others were when they were last heard of: the furthest behind first."""
+        heard = sorted((sign.number, other, sign.phase) for other, (sign, _) in self._heard.items())
+        others = [f'rank {other} in "{phase}"' for _, other, phase in heard[:8]]
+        said = (
+            f", {', '.join(others)}{', ...' if len(heard) > 8 else ''} when last heard of" if others else ""
+        )
+        return f'rank {self.rank} was in "{self._at[1]}"{said}'
+
     def __enter__(self) -> Watchdog:
         if self.world_size > 1:
             self._talker.start()

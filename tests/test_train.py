@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,11 @@ COMMON = [
 ]
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "experiments/train.py"), "--out", str(out), *COMMON, *arguments]
+def start(out: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *before, str(ROOT / "experiments/train.py"), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.Popen(
-        command,
+        [*command, *COMMON, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,7 +62,7 @@ def records(out: Path) -> list[dict]:
 def straight(tmp_path_factory) -> Path:
     """A run that nothing happened to: two cp ranks, with experts."""
     out = tmp_path_factory.mktemp("straight")
-    train(out, "--cp", "2", "--experts", "2")
+    (out / "said.txt").write_text(train(out, "--cp", "2", "--accumulate", "2", "--experts", "2"))
     return out
 
 
@@ -68,10 +70,15 @@ def straight(tmp_path_factory) -> Path:
 def test_a_run_trains_and_says_so(straight):
     steps = records(straight)
     assert [one["step"] for one in steps] == list(range(1, STEPS + 1))
-    assert [one["batches"] for one in steps] == list(range(1, STEPS + 1))
+    assert [one["batches"] for one in steps] == list(range(2, 2 * STEPS + 1, 2))
     assert steps[-1]["lm_loss"] < steps[0]["lm_loss"]
     assert all(one["aux_loss"] is not None and len(one["mtp_losses"]) == 2 for one in steps)
     assert (straight / "losses.png").stat().st_size > 10_000
+    lines = (straight / "said.txt").read_text().splitlines()
+    for step in steps:
+        said = f"{step['step']}/{STEPS} LM {step['lm_loss']:.3f}, MTP {step['mtp_losses'][0]:.3f}"
+        line = next(line for line in lines if line.startswith(said))
+        assert all(word in line for word in ("aux", "accepted", "tokens/s"))
     kept = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000006", "step-00000008"]
 
@@ -79,7 +86,7 @@ def test_a_run_trains_and_says_so(straight):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     """SIGKILL to all of its processes in the middle of a step or of a checkpoint, twice; by any schedule."""
-    out, arguments = tmp_path / "run", ["--cp", "2", "--experts", "2"]
+    out, arguments = tmp_path / "run", ["--cp", "2", "--accumulate", "2", "--experts", "2"]
     for steps_until, more in ((3, []), (5, ["--resume", "--schedule", "sync"])):
         run = start(out, *arguments, *more)
         log, deadline = out / "steps.jsonl", time.monotonic() + 90
@@ -119,7 +126,15 @@ def test_a_killed_deterministic_run_goes_on_to_the_same_bits_on_gpus(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--cp", "1", "--tp", "2"], ["--cp", "1", "--ranks", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cp", "1", "--tp", "2", "--accumulate", "2"],
+        ["--cp", "1", "--dp", "2"],
+        ["--ranks", "1", "--accumulate", "2"],
+    ],
+    ids=["tp", "dp", "one process"],
+)
 def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
     """From its fourth step, of eight."""
     out = tmp_path / "run"
@@ -131,6 +146,7 @@ def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
         assert found["step"] == expected["step"]
         for name in ("loss", "lm_loss", "mtp_losses", "aux_loss"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+        assert found["cumulative_acceptance"] == pytest.approx(expected["cumulative_acceptance"], abs=1e-2)
     assert records(out)[:4] == records(straight)[:4]
     assert records(out)[4:] != records(straight)[4:]  # other sizes round otherwise: it did train
 
@@ -140,8 +156,8 @@ def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
     ("arguments", "words"),
     [
         ([], "holds a run: go on with --resume"),
-        (["--resume", "--experts", "3"], "num_experts"),
-        (["--resume", "--seed", "1"], "seed"),
+        (["--resume", "--experts", "3"], "num_experts is 2 there, 3 here"),
+        (["--resume", "--learning-rate", "0.1"], "dp * accumulate is 2 there, 1 here"),
     ],
 )
 def test_what_cannot_go_on_is_said(straight, arguments, words):
@@ -150,5 +166,39 @@ def test_what_cannot_go_on_is_said(straight, arguments, words):
     )
     said, _ = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert words in said.replace("\n", " "), said
+    assert words in " ".join(said.replace("│", " ").split()), said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["train.py", "torchrun"])
+def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
+    """Whoever started the ranks; and none of them is left."""
+    started = [] if launcher == "train.py" else ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run = start(tmp_path, "--cp", "2", "--steps", "5000", "--deadline", "8", before=started)
+    log, deadline = tmp_path / "steps.jsonl", time.monotonic() + 60
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = ranks_of(run.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    said, _ = run.communicate(timeout=20)
+    assert run.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    if launcher == "train.py":
+        assert re.search(r'rank 1 is gone: no sign of it for \d+ s, the last was in "', said), said
+        assert re.search(r'rank 0 of 2 was in "(step|saving)', said), said
+        assert "Traceback" not in said.split("overlap_mtp: ")[0]
+    else:  # which names the rank, and ends the others at once
+        where = r'ended by the launcher; rank 0 was in "(step|saving).*", rank 1 in "(step|saving)'
+        assert re.search(where, said), said
+        assert re.search(r"rank +: 1 ", said), said
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that it started, in the order of their ranks."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return sorted(pid for pid, command in commands.items() if b"resource_tracker" not in command)

@@ -108,6 +108,7 @@ class GPT(nn.Module):
         self.cp_group = cp_group
         self.cp_rank = 0 if cp_group is None else cp_group.rank()
         self.tp_group: dist.ProcessGroup | None = None
+        self._is_compiled = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, cp_group) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -147,6 +148,8 @@ class GPT(nn.Module):
         device it begins with that layer's feed-forward part, under kernels that are much longer than it is, and so
         does not fall into the pauses between short ones.
         """
+        if missing := [name for name in ("input_ids", "position_ids") if name not in batch]:
+            raise ValueError(f"the batch has no {' and no '.join(missing)}")
         if ("labels" in batch) is self.config.derive_labels:
             has = (
                 "labels, and derive_labels"
@@ -168,7 +171,7 @@ class GPT(nn.Module):
             inputs = LayerInputs(turns, self._plan(layout, ids.shape[0], hidden), self._routed(layout, ids))
             for number, layer in enumerate(self.layers):
                 # A compiled layer is one piece, and nothing can be recorded in its midst.
-                marks = (ready,) if number == 0 and ready and not layer._compiled_call_impl else ()
+                marks = (ready,) if number == 0 and ready and not self._is_compiled else ()
                 hidden, load = layer(hidden, inputs, *marks)
                 loads.append(load)
                 if number == 0:
@@ -204,6 +207,7 @@ class GPT(nn.Module):
         """
         for block in (*self.layers, *self.mtp.depths):
             block._forward = torch.compile(block._forward, backend=backend)
+        self._is_compiled = True
 
     def counts(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """What `forward`'s sums are to be divided by, as far as this cp rank knows: [num_sums]. No communication."""
