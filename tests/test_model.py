@@ -163,7 +163,8 @@ def accumulated_step(world: dist.ProcessGroup, schedule: str) -> tuple[float, li
         microbatches.append(({n: layout.shard(t, parallel.cp_rank) for n, t in given.items()}, layout))
     model = parallelize(make_model(torch.float64, parallel.cp_group, schedule), parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = Trainer(model, optimizer, Recipe(steps=1), parallel).step(microbatches).loss
+    recipe = Recipe(steps=1, accumulate=len(microbatches))
+    loss = Trainer(model, optimizer, recipe, parallel).step(microbatches).loss
     return loss, [p.full_tensor().detach() for p in model.parameters()]
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from overlap_mtp import SequenceLayout
+from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.model.loss import combine, token_mask
+from overlap_mtp.model.loss import combine
 from overlap_mtp.reference import loss_reference, roll_reference
 from overlap_mtp.training import NonFiniteLossError, Recipe, Trainer
 
@@ -105,13 +106,8 @@ def test_derived_labels_are_the_labels_that_a_loader_would_give():
         "loss_mask": batch["loss_mask"] * has_label,
     }  # the fabricated last label counts nowhere
     expected = model_of(given)(masked, layout)
-    # The mask goes with the token that is predicted from, rolled like it.
-    mask = torch.where(has_label, batch["loss_mask"], 0)
-    found = model_of(derived)({**batch_of(layout, derived), "loss_mask": mask}, layout)
-    assert torch.equal(found[0], expected[0])
-    for depth in (1, 2):
-        reach = token_mask(None, layout, 0, depth, batch["labels"], derive_labels=True)
-        assert torch.equal(reach, torch.from_numpy(layout.valid(0, depth + 1)))
+    found = model_of(derived)(batch_of(layout, derived), layout)
+    assert torch.equal(found, expected)
 
 
 def test_labels_are_given_or_derived():
@@ -222,6 +218,46 @@ def test_documents_in_a_pack_are_as_documents_one_by_one():
         assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-14), name
 
 
+def test_training_on_a_pack_is_training_on_its_documents():
+    """Text as a run reads it, one optimizer step: the same losses and gradients, in one microbatch or in five."""
+    config = replace(SMALL, vocab_size=256)
+    full, layout = BatchStream(open_corpus(), 512, 1, 1, "contiguous", 256, num_documents=5).batch(3)
+    pieces = []
+    for start, length in zip(layout.cu_seqlens[:-1].tolist(), layout.valid_lengths.tolist(), strict=True):
+        piece = {name: tensor[:, start : start + length].contiguous() for name, tensor in full.items()}
+        pieces.append((piece, SequenceLayout.dense(length, 1, "contiguous")))
+    assert len(pieces) == 5
+    found = []
+    for microbatches in ([(full, layout)], pieces):
+        model = model_of(config)
+        recipe = Recipe(1, accumulate=len(microbatches))
+        report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), recipe).step(microbatches)
+        found.append((report, [p.grad for p in model.parameters()]))
+    (together, gradients), (alone, other_gradients) = found
+    for name, value in asdict(together).items():
+        assert value is None or asdict(alone)[name] == pytest.approx(value, rel=1e-12), name
+    for a, b in zip(gradients, other_gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    """Of a loss that is finite."""
+    layout, model = LAYOUTS["dense"], model_of(SMALL)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.embedding.weight.register_hook(lambda gradient: gradient * float("nan"))
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1))
+    with pytest.raises(NonFiniteLossError, match="step 7: the norm of the model's gradients is nan"):
+        trainer.step([(batch_of(layout, SMALL), layout)], where="step 7")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_takes_as_many_microbatches_as_its_recipe_says():
+    model, layout = model_of(SMALL), LAYOUTS["dense"]
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1, accumulate=2))
+    with pytest.raises(ValueError, match="accumulate = 2 microbatches, got 1"):
+        trainer.step([(batch_of(layout, SMALL), layout)])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
     layout, model = LAYOUTS["dense"], model_of(SMALL)
     good = batch_of(layout, SMALL)
@@ -242,6 +278,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
         ({"num_experts": -1}, "num_experts must be >= 0"),
         ({"num_experts": 2, "experts_per_token": 3}, r"experts_per_token must be in \[1, num_experts = 2\]"),
         ({"num_experts": 2, "experts_per_token": 0}, "experts_per_token"),
+        ({"mtp_loss_factor": float("nan")}, "mtp_loss_factor must be finite and >= 0, got nan"),
+        ({"aux_loss_factor": -1.0}, "aux_loss_factor must be finite and >= 0"),
+        ({"rope_theta": 0.0}, "rope_theta must be finite and > 0"),
     ],
 )
 def test_illegal_configurations_say_what_disagrees(change, words):

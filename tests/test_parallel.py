@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from overlap_mtp import SequenceLayout, prepare
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
@@ -111,37 +113,113 @@ def test_sizes_below_one_are_refused():
         Sizes(cp=0)
 
 
-def reports(world: dist.ProcessGroup, sizes: Sizes | None, config: ModelConfig) -> StepReport:
-    """One step on four sequences with unequal numbers of valid tokens, shared out over dp ranks."""
+def refusals(world: dist.ProcessGroup) -> list[str]:
+    """What a mesh, a model and a step say of sizes that do not fit, where nobody has asked Sizes.check before."""
+    said = []
+    with pytest.raises(ValueError, match="tp") as refused:
+        Parallel.make(Sizes(1, 2, 2), "cpu")
+    said.append(str(refused.value))
+    parallel = Parallel.make(Sizes(1, 2, 4), "cpu")
+    with pytest.raises(ValueError, match="tp") as refused:
+        parallelize(GPT(replace(parity.CONFIG, num_kv_heads=2), parallel.cp_group), parallel)
+    said.append(str(refused.value))
+    model = parallelize(GPT(parity.CONFIG, parallel.cp_group), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+    for layout in (SequenceLayout.dense(20, 2), SequenceLayout.dense(64, 4)):
+        with pytest.raises(ValueError, match="cp") as refused:
+            trainer.step([({}, layout)])
+        said.append(str(refused.value))
+    model.mtp.roller.close()
+    return said
+
+
+def test_the_library_names_them_without_being_asked(pool: RankPool):
+    for found in pool.run(refusals, 8):
+        assert found == [
+            "dp * cp * tp must be the number of ranks: 1 * 2 * 2 = 4, got 8 ranks",
+            "num_kv_heads must be a multiple of tp: 2 is none of 4",
+            "seq_len / cp must be a multiple of tp: 10 is none of 4",
+            "the layout's cp_size must be the mesh's cp: 4 is not 2",
+        ]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How `step` takes its step."""
+
+    config: ModelConfig
+    normalisation: str = "token"
+    schedule: str = "prefetch"
+    recompute: bool = False
+
+
+def step(
+    world: dist.ProcessGroup | None, sizes: Sizes | None, setting: Setting
+) -> tuple[StepReport, dict[str, torch.Tensor]]:
+    """One step on four sequences with unequal numbers of valid tokens, the last with none, shared out over dp ranks.
+
+    Its report, and the gradients, whole.
+    """
     parallel = Parallel.make(sizes, "cpu") if sizes else None
     torch.manual_seed(0)
-    model = GPT(config, parallel.cp_group if parallel else None).double()
-    cp, dp, dp_rank = (sizes.cp, sizes.dp, parallel.dp_rank) if parallel else (1, 1, 0)
+    model = GPT(setting.config, parallel.cp_group if parallel else None, setting.schedule).double()
+    model.recompute_layers(setting.recompute)
+    cp, dp, dp_rank = (sizes.cp, sizes.dp, parallel.dp_rank) if sizes and parallel else (1, 1, 0)
     if parallel:
         parallelize(model, parallel)
     batches = []
     for number in range(4):
-        layout = parity.layout_of("packed" if number % 2 else "dense", cp)
-        full = parity.batch_of("packed" if number % 2 else "dense", 4, config.vocab_size)
-        full["loss_mask"][:, : 50 * number] = 0
-        batches.append(({n: layout.shard(t, model.cp_rank)[number, None] for n, t in full.items()}, layout))
+        documents = "packed" if number % 2 else "dense"
+        layout = parity.layout_of(documents, cp)
+        full = parity.batch_of(documents, 4, setting.config.vocab_size)
+        full = {name: tensor[number, None] for name, tensor in full.items()}
+        full["loss_mask"][:, : 50 * number if number < 3 else None] = 0
+        if setting.config.derive_labels:
+            del full["labels"]
+        if setting.schedule == "prepared":
+            full = prepare(full, layout, setting.config.depths_rolled)
+        batches.append(({n: layout.shard(t, model.cp_rank) for n, t in full.items()}, layout))
     mine = batches[dp_rank::dp]
-    trainer = Trainer(
-        model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1, accumulate=len(mine)), parallel
-    )
-    report = trainer.step(mine)
+    recipe = Recipe(1, clip_norm=parity.NEVER, accumulate=len(mine), normalisation=setting.normalisation)
+    report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), recipe, parallel).step(mine)
     model.mtp.roller.close()
-    return report
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return report, {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+
+
+def assert_alike(
+    found: tuple[StepReport, dict[str, torch.Tensor]], expected: tuple[StepReport, dict[str, torch.Tensor]]
+) -> None:
+    for name, value in asdict(expected[0]).items():
+        assert asdict(found[0])[name] == pytest.approx(value, rel=1e-9), name
+    for name, gradient in expected[1].items():
+        assert float((found[1][name] - gradient).norm() / gradient.norm()) <= 1e-10, name
 
 
 @pytest.mark.parametrize("sizes", [Sizes(2, 2, 2), Sizes(4, 1, 2), Sizes(1, 8, 1)])
 def test_what_is_logged_is_counted_once(pool: RankPool, sizes):
     """Sums over sums of tokens, over dp, cp, tp and accumulated microbatches: what one process would log."""
-    config = replace(CONFIG, num_experts=4, detach_mtp=True)
-    expected = reports(None, None, config)  # type: ignore[arg-type]
-    for found in pool.run(reports, 8, sizes, config):
-        for name, value in asdict(expected).items():
-            assert asdict(found)[name] == pytest.approx(value, rel=1e-9), name
+    setting = Setting(replace(CONFIG, num_experts=4, detach_mtp=True))
+    expected = step(None, None, setting)
+    for found in pool.run(step, 8, sizes, setting):
+        assert_alike(found, expected)
+
+
+ALL_AT_ONCE = replace(CONFIG, num_depths=3, num_experts=4, repeat_mtp_layer=True, derive_labels=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(ALL_AT_ONCE, "batch", "prepared"),
+        Setting(replace(ALL_AT_ONCE, detach_mtp=True), "token", "overlap", recompute=True),
+    ],
+    ids=["batch-prepared", "token-overlap-detached-recompute"],
+)
+def test_all_options_at_once_are_those_of_one_process(pool: RankPool, setting):
+    expected = step(None, None, setting)
+    for found in pool.run(step, 8, Sizes(2, 2, 2), setting):
+        assert_alike(found, expected)
 
 
 def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute: bool) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,18 +12,22 @@ from test_traffic import counting
 from torch._dynamo.utils import counters
 
 from overlap_mtp import prepare
+from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine
 
 from rank_pool import RankPool, device_of
 
 
-def with_and_without(group: dist.ProcessGroup, schedule: str, documents: str) -> list[str]:
+def with_and_without(
+    group: dist.ProcessGroup, schedule: str, documents: str, num_experts: int = 0
+) -> list[str]:
     """What differs between a step that keeps activations and one that computes them again."""
     layout = layout_of(documents, group.size(), "zigzag")
     batch = make_batch(layout)
     given = prepare(batch, layout, SMALL.num_depths) if schedule == "prepared" else batch
     local = {n: layout.shard(tensor, group.rank()).to(device_of(group)) for n, tensor in given.items()}
-    model = make_model(torch.float64, group, schedule).to(device_of(group))
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, num_experts=num_experts), group, schedule).double().to(device_of(group))
     model(local, layout)  # the agreement of the first exchange
     found, traffic = [], model.mtp.roller.traffic
     for recompute in (False, True):
@@ -32,9 +38,12 @@ def with_and_without(group: dist.ProcessGroup, schedule: str, documents: str) ->
             sums = model(local, layout)
         counts.append(traffic.messages)
         with counting(group) as backward:
-            combine(sums, model.counts(local, layout), SMALL.mtp_loss_factor).backward()
+            sums.sum().backward()
         counts.append(traffic.messages)
-        sent = (forward.messages, counts[1] - counts[0]), (backward.messages, counts[2] - counts[1])
+        sent = (
+            (forward.messages + forward.others, counts[1] - counts[0]),
+            (backward.messages + backward.others, counts[2] - counts[1]),
+        )
         found.append((sums.detach(), [p.grad for p in model.parameters()], *sent))
     model.mtp.roller.close()
     (sums, gradients, forward, backward), (again, gradients_again, forward_again, backward_again) = found
@@ -57,6 +66,12 @@ def with_and_without(group: dist.ProcessGroup, schedule: str, documents: str) ->
 @pytest.mark.parametrize("schedule", ["sync", "merged", "overlap", "prefetch", "prepared"])
 def test_recomputing_gives_the_same_bits_and_sends_no_roll(pool: RankPool, schedule, documents):
     assert pool.run(with_and_without, 2, schedule, documents) == [[]] * 2
+
+
+@pytest.mark.parametrize("documents", ["dense", "packed"])
+def test_recomputed_experts_count_their_tokens_once(pool: RankPool, documents):
+    """What their load-balancing loss is made of was summed over ranks in the forward pass."""
+    assert pool.run(with_and_without, 4, "prefetch", documents, 4) == [[]] * 4
 
 
 @pytest.mark.multi_gpu

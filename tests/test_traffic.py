@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import SMALL, layout_of, make_batch
 
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare
+from overlap_mtp.model.gpt import GPT
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, layouts, random_tensor
@@ -278,3 +280,25 @@ def test_message_lengths_do_not_change_with_the_documents(pool: RankPool, kind, 
         for exchange, (sent, _, _) in enumerate(counts[0].splits):
             for receiver, rows in enumerate(sent):
                 assert results[receiver][0].splits[exchange][1][sender] == rows
+
+
+def messages_of_a_model(group: dist.ProcessGroup, derive_labels: bool) -> dict[int, int]:
+    """How many messages a forward pass sends to each peer."""
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL, derive_labels=derive_labels), group)
+    layout = layout_of("packed", group.size(), "zigzag")
+    batch = {name: layout.shard(tensor, group.rank()) for name, tensor in make_batch(layout).items()}
+    if derive_labels:
+        del batch["labels"]
+    model(batch, layout)  # the agreement of the first exchange
+    with counting(group) as wire:
+        model(batch, layout)
+    model.mtp.roller.close()
+    return dict(wire.per_peer)
+
+
+@pytest.mark.parametrize("derive_labels", [False, True])
+def test_a_model_sends_one_message_a_peer_with_derived_labels_too(pool: RankPool, derive_labels):
+    for found in pool.run(messages_of_a_model, 4, derive_labels):
+        assert found
+        assert set(found.values()) == {1}
