@@ -42,7 +42,8 @@ CONFIG = ModelConfig(
 )
 # Of the norm of each gradient, and of the loss.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 3e-2}
-# Rounded otherwise, a token whose best experts are nearly alike goes another way: a jump, and not a rounding error.
+# Rounded otherwise, a token whose best experts are nearly alike goes another way: a jump, and not a rounding error
+# (measured on H200, tp = 2, dense: 8.7e-2 with 2 of 4 experts taken, 1.3e-2 with all of them).
 BFLOAT16_EXPERTS = 1e-1
 NEVER = 1e9  # no gradient is clipped
 # On GPUs: wide enough for flash attention in bfloat16.
