@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
-from overlap_mtp.watchdog import EXIT_CODE, PeerError, Watchdog, connect, end_process
+from overlap_mtp.rendezvous import PeerError, connect
+from overlap_mtp.watchdog import EXIT_CODE, Watchdog, end_process
 
 
 def run_on_ranks(

@@ -19,7 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.watchdog import EXIT_CODE, Watchdog, connect
+from overlap_mtp.rendezvous import connect
+from overlap_mtp.watchdog import EXIT_CODE, Watchdog
 
 PROGRAM = str(Path(__file__).resolve())
 DEADLINE_S = {"gloo": 8.0, "nccl": 16.0}  # a GPU's first calls hold Python's lock for seconds
