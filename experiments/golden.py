@@ -21,7 +21,7 @@ import typer
 from launch import run_on_ranks
 
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.parallel import Sizes, parallelize
 from overlap_mtp.training import Recipe, Trainer
 
 FOLDER = Path(__file__).parent.parent / "tests/golden"
@@ -40,7 +40,7 @@ def path_of(documents: str) -> Path:
 
 def train(sizes: Sizes, documents: str) -> Values:
     """The losses and gradient norms of a run. Collective."""
-    parallel = Parallel.make(sizes, "cpu")
+    parallel = parity.mesh_of(sizes, "cpu")
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)

@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,12 @@ def config_of(case: Case, device: torch.device) -> ModelConfig:
     return replace(CONFIGS[device.type], num_experts=case.num_experts)
 
 
+@cache
+def mesh_of(sizes: Sizes, device_type: str) -> Parallel:
+    """One for all models of a process: each holds communicators, whose threads poll (gloo) or memory (NCCL)."""
+    return Parallel.make(sizes, device_type)
+
+
 def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None = None) -> GPT:
     """With weights that a checkpoint is to replace, in the dtype that parameters have."""
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
@@ -120,10 +127,7 @@ def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, 
     optimizer = optimizer_of(model)
     recipe = Recipe(steps=1, clip_norm=NEVER, accumulate=case.dp // parallel.sizes.dp)
     trainer = Trainer(model, optimizer, recipe, parallel)
-    name = str(case.num_experts)
-    Checkpoints(folder / "checkpoint" / name).load(
-        model, optimizer, trainer.scheduler, {"experts": case.num_experts}
-    )
+    checkpoints_of(case, folder).load(model, optimizer, trainer.scheduler, {"experts": case.num_experts})
     model.recompute_layers(case.recompute)
     layout = layout_of(case.documents, case.cp)
     rows = batch_of(case.documents, case.dp, model.config.vocab_size)
@@ -144,14 +148,13 @@ def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, 
 def one_process(case: Case, device: torch.device, folder: Path) -> dict[str, Any]:
     """The yardstick: the oracle on CPU, the same model on one GPU."""
     if device.type == "cuda":
-        parallel = Parallel.make(Sizes(), "cuda")
+        parallel = mesh_of(Sizes(), "cuda")
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
         return step(replace(case, cp=1), model, parallel, folder)
     model = new_model(case, device)
     optimizer = optimizer_of(model)
     scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
-    name = str(case.num_experts)
-    Checkpoints(folder / "checkpoint" / name).load(model, optimizer, scheduler, {"experts": case.num_experts})
+    checkpoints_of(case, folder).load(model, optimizer, scheduler, {"experts": case.num_experts})
     model.double()
     batch = batch_of(case.documents, case.dp, model.config.vocab_size)
     loss = loss_reference(model, batch, layout_of(case.documents, 1))
@@ -164,20 +167,24 @@ def compute_dtype(case: Case) -> torch.dtype | None:
     return torch.bfloat16 if case.dtype == "bfloat16" else None
 
 
+def checkpoints_of(case: Case, folder: Path) -> Checkpoints:
+    return Checkpoints(folder / f"checkpoint-{case.dtype}-{case.num_experts}")
+
+
 def yardstick_path(case: Case, folder: Path) -> Path:
     return folder / f"{case.dtype}-{case.documents}-{case.dp}-{case.num_experts}.pt"
 
 
 def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> None:
     """One process: the checkpoints that all load, and what they are compared with."""
-    for num_experts in sorted({case.num_experts for case in cases}):
-        torch.manual_seed(0)
-        model = new_model(replace(cases[0], num_experts=num_experts), device)
-        optimizer = optimizer_of(model)
-        scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
-        checkpoints = Checkpoints(folder / "checkpoint" / str(num_experts))
-        checkpoints.save(0, model, optimizer, scheduler, {}, {"experts": num_experts})
     for case in cases:
+        checkpoints = checkpoints_of(case, folder)
+        if checkpoints.latest() is None:
+            torch.manual_seed(0)
+            model = new_model(case, device)
+            optimizer = optimizer_of(model)
+            scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
+            checkpoints.save(0, model, optimizer, scheduler, {}, {"experts": case.num_experts})
         path = yardstick_path(case, folder)
         if not path.exists():
             torch.save(one_process(case, device, folder), path)
@@ -186,7 +193,7 @@ def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> No
 def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, record: Path) -> None:
     rows = []
     for case in cases:
-        parallel = Parallel.make(Sizes(case.dp, case.cp, case.tp), device.type)
+        parallel = mesh_of(Sizes(case.dp, case.cp, case.tp), device.type)
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
         found = step(case, model, parallel, folder)
         model.mtp.roller.close()
@@ -268,11 +275,9 @@ def main(
                 f"dtypes must be among {', '.join(TOLERANCE)} (bfloat16 on GPUs), got {dtype!r}"
             )
     console = Console(width=200)
-    record: dict[str, Any] = {}
-    for dtype in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(matrix(dtype, ranks), device, Path(folder))
-        record = {"where": found["where"], "rows": record.get("rows", []) + found["rows"]}
+    cases = [case for dtype in chosen for case in matrix(dtype, ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure(cases, device, Path(folder))
     record["where"]["ranks"] = ranks
     out.mkdir(parents=True, exist_ok=True)
     (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")

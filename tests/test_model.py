@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,9 +154,15 @@ def test_counts_equal_the_rolled_masks(cp_size, documents):
         assert counts.dtype in (torch.int64, torch.float32)
 
 
+@cache
+def pairs_of_ranks() -> Parallel:
+    """Made once: the threads of gloo's groups poll as long as the process lives."""
+    return Parallel.make(Sizes(dp=4, cp=2), "cpu")
+
+
 def accumulated_step(world: dist.ProcessGroup, schedule: str) -> tuple[float, list[torch.Tensor]]:
     """Three microbatches of unequal token counts in one optimizer step, by four pairs of ranks."""
-    parallel = Parallel.make(Sizes(dp=4, cp=2), "cpu")
+    parallel = pairs_of_ranks()
     microbatches = []
     for documents, mask in [("dense", "uneven"), ("packed", "none"), ("packed", "uneven")]:
         layout = layout_of(documents, 2, "zigzag")

@@ -47,7 +47,8 @@ CASES = [
 ]
 
 
-FLOAT32 = [parity.Case(2, 2, 1, "packed", True, "float32", experts) for experts in (0, 4)]
+CASES += [parity.Case(2, 2, 1, "packed", True, "float32", num_experts) for num_experts in (0, 4)]
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,9 @@ def rows() -> dict[parity.Case, dict]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
 def test_loss_and_every_gradient_equal_one_process(rows, case):
     row = rows[case]
-    assert row["loss_error"] <= 1e-10, row
-    assert row["gradient_error"] <= 1e-10, row
-
-
-@pytest.mark.slow
-def test_in_float32_they_are_equal_to_its_rounding(tmp_path):
-    for row in parity.measure(FLOAT32, "cpu", tmp_path)["rows"]:
-        assert row["loss_error"] <= 1e-5, row
-        assert 1e-9 < row["gradient_error"] <= 1e-5, row
+    assert row["loss_error"] <= TOLERANCE[case.dtype], row
+    assert row["gradient_error"] <= TOLERANCE[case.dtype], row
+    assert case.dtype == "float64" or row["gradient_error"] > 1e-9  # it was computed in float32
 
 
 def test_the_matrix_is_that_of_the_merge_request():
@@ -119,7 +114,7 @@ def refusals(world: dist.ProcessGroup) -> list[str]:
     with pytest.raises(ValueError, match="tp") as refused:
         Parallel.make(Sizes(1, 2, 2), "cpu")
     said.append(str(refused.value))
-    parallel = Parallel.make(Sizes(1, 2, 4), "cpu")
+    parallel = parity.mesh_of(Sizes(1, 2, 4), "cpu")
     with pytest.raises(ValueError, match="tp") as refused:
         parallelize(GPT(replace(parity.CONFIG, num_kv_heads=2), parallel.cp_group), parallel)
     said.append(str(refused.value))
@@ -160,7 +155,7 @@ def step(
 
     Its report, and the gradients, whole.
     """
-    parallel = Parallel.make(sizes, "cpu") if sizes else None
+    parallel = parity.mesh_of(sizes, "cpu") if sizes else None
     torch.manual_seed(0)
     model = GPT(setting.config, parallel.cp_group if parallel else None, setting.schedule).double()
     model.recompute_layers(setting.recompute)
@@ -228,7 +223,7 @@ def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute
     device, layout = device_of(world), parity.layout_of("packed", sizes.cp)
     found = []
     for compiled in (False, True):
-        parallel = Parallel.make(sizes, device.type)
+        parallel = parity.mesh_of(sizes, device.type)
         torch.manual_seed(0)
         model = parity.new_model(case, device, parallel.cp_group)
         model.recompute_layers(recompute)

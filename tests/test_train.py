@@ -131,9 +131,8 @@ def test_a_killed_deterministic_run_goes_on_to_the_same_bits_on_gpus(tmp_path):
     [
         ["--cp", "1", "--tp", "2", "--accumulate", "2"],
         ["--cp", "1", "--dp", "2"],
-        ["--ranks", "1", "--accumulate", "2"],
     ],
-    ids=["tp", "dp", "one process"],
+    ids=["tp", "dp"],
 )
 def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
     """From its fourth step, of eight."""
@@ -155,9 +154,8 @@ def test_a_run_goes_on_at_other_sizes(straight, tmp_path, arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "holds a run: go on with --resume"),
-        (["--resume", "--experts", "3"], "num_experts is 2 there, 3 here"),
-        (["--resume", "--learning-rate", "0.1"], "dp * accumulate is 2 there, 1 here"),
+        ([], ["holds a run: go on with --resume"]),
+        (["--resume", "--experts", "3"], ["num_experts is 2 there, 3 here", "dp * accumulate is 2 there, 1"]),
     ],
 )
 def test_what_cannot_go_on_is_said(straight, arguments, words):
@@ -166,7 +164,8 @@ def test_what_cannot_go_on_is_said(straight, arguments, words):
     )
     said, _ = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert words in " ".join(said.replace("│", " ").split()), said
+    said = " ".join(said.replace("│", " ").split())
+    assert all(one in said for one in words), said
     assert "Traceback" not in said
 
 
