@@ -45,8 +45,6 @@ CASES = [
         )
     )
 ]
-
-
 CASES += [parity.Case(2, 2, 1, "packed", True, "float32", num_experts) for num_experts in (0, 4)]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
