@@ -61,6 +61,8 @@ class RunSettings:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
+        if self.compiled and self.sizes.tp > 1:
+            raise ValueError(f"--compile and tp > 1 do not go together, got tp {self.sizes.tp}")
         self.stream()
         if (self.out / LOG).exists() and not self.resume:
             raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")

@@ -65,7 +65,7 @@ def main(
     ] = False,
     repeat_mtp_layer: Annotated[bool, typer.Option("--repeat-mtp-layer", help="One for all depths.")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Keep no activations of layers.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the layers; not with tp.")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits in every run on GPUs; slower.")
     ] = False,

@@ -203,8 +203,11 @@ class GPT(nn.Module):
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compiles what trunk layers and MTP depths compute, by torch.compile, in place.
 
-        Exchanges, FSDP's gathers and recomputation stay outside, so that they may be had or not.
+        Exchanges, FSDP's gathers and recomputation stay outside, so that they may be had or not. Raises ValueError
+        for a model that is split over tp ranks: compiled, torch 2.13 refuses it or gives wrong gradients.
         """
+        if self.tp_group is not None:
+            raise ValueError("compiled layers and tp > 1 do not go together: leave one of them")
         for block in (*self.layers, *self.mtp.depths):
             block._forward = torch.compile(block._forward, backend=backend)
         self._is_compiled = True
