@@ -26,22 +26,27 @@ def run_on_ranks(
     device: str | None,
     *arguments: Any,
     deadline: timedelta | None = None,
+    share_gpus: bool = False,
 ) -> None:
     """Calls `function(device, *arguments)` on every rank, inside a process group over all of them.
 
     Under torchrun this process is one rank. Otherwise starts `ranks` of them here: by default one for each GPU, or
     two on CPU. `device`: "cuda" or "cpu", by default CUDA where there is any. With a `deadline` a watchdog looks after
-    the ranks, which `function` is given last.
+    the ranks, which `function` is given last. With `share_gpus` there may be more ranks than GPUs: good to see that
+    results are right, far too slow to time.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be cuda or cpu, got {device!r}")
-    if "RANK" in os.environ:
-        _rank_main(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
-        return
     gpus = torch.cuda.device_count()
+    if "RANK" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if device == "cuda" and local_rank >= gpus and not share_gpus:
+            raise ValueError(f"rank {local_rank} of this host has no GPU of its own: there are {gpus}")
+        _rank_main(local_rank, device, deadline, function, arguments)
+        return
     ranks = ranks or (gpus if device == "cuda" else 2)
-    if device == "cuda" and not 1 <= ranks <= gpus:
+    if device == "cuda" and (ranks < 1 or gpus == 0 or (ranks > gpus and not share_gpus)):
         raise ValueError(
             f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
         )
@@ -79,10 +84,10 @@ def _rank_main(
     arguments: tuple[Any, ...],
 ) -> None:
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        here = take_gpu(local_rank)
     else:
+        here = torch.device(device)
         torch.set_num_threads(1)
-    here = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     backend = "nccl" if device == "cuda" else "gloo"
     if deadline is None:
         dist.init_process_group(backend)
@@ -103,6 +108,15 @@ def _rank_main(
         function(here, *arguments, watchdog)
         watchdog.phase("leaving the process group")
         dist.destroy_process_group()
+
+
+def take_gpu(local_rank: int) -> torch.device:
+    """This rank's GPU, made the current one. Ranks that share one must look to NCCL as if on different hosts."""
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{local_rank // gpus}"
+    torch.cuda.set_device(local_rank % gpus)
+    return torch.device("cuda", local_rank % gpus)
 
 
 def _speak_when_ended(watchdog: Watchdog) -> None:

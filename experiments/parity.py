@@ -226,15 +226,14 @@ def errors(found: dict[str, Any], expected: dict[str, Any], tolerance: float) ->
     }
 
 
-def measure(cases: list[Case], device: str, folder: Path) -> dict[str, Any]:
+def measure(cases: list[Case], device: str, folder: Path, share_gpus: bool = False) -> dict[str, Any]:
     """Runs all cases, those of as many ranks in one launch; their rows and where they ran."""
     run_on_ranks(prepare_on_rank, 1, device, cases, folder)
     record: dict[str, Any] = {"rows": []}
     for ranks in sorted({case.ranks for case in cases}):
         path = folder / f"{ranks}.json"
-        run_on_ranks(
-            measure_on_rank, ranks, device, [case for case in cases if case.ranks == ranks], folder, path
-        )
+        theirs = [case for case in cases if case.ranks == ranks]
+        run_on_ranks(measure_on_rank, ranks, device, theirs, folder, path, share_gpus=share_gpus)
         found = json.loads(path.read_text())
         record = {"where": found["where"], "rows": record["rows"] + found["rows"]}
     return record
@@ -264,6 +263,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtypes: Annotated[str | None, typer.Option(help="float64, float32, bfloat16.")] = None,
     most_ranks: Annotated[int | None, typer.Option(help="Leave larger sizes out.")] = None,
+    share_gpus: Annotated[bool, typer.Option("--share-gpus", help="Several ranks on a GPU; slow.")] = False,
 ) -> None:
     """Prints and records the table; exit status 1 if a case is outside of its tolerance."""
     on_gpu = device == "cuda"
@@ -277,7 +277,7 @@ def main(
     console = Console(width=200)
     cases = [case for dtype in chosen for case in matrix(dtype, ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(cases, device, Path(folder))
+        record = measure(cases, device, Path(folder), share_gpus)
     record["where"]["ranks"] = ranks
     out.mkdir(parents=True, exist_ok=True)
     (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -29,6 +29,7 @@ def describe(device: torch.device, ranks: int) -> dict[str, Any]:
         "overlap_mtp": overlap_mtp.__version__,
     }
     if device.type == "cuda":
+        where["gpus_of_host"] = torch.cuda.device_count()
         where["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
         where["cuda"] = torch.version.cuda
         where["environment"] = {name: os.environ[name] for name in LINK_VARIABLES if name in os.environ}

@@ -45,6 +45,7 @@ def main(
     tp: Annotated[int, typer.Option(help="Ranks that share each tensor.")] = 1,
     ranks: Annotated[int | None, typer.Option(help="Processes to start, where torchrun did not.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    share_gpus: Annotated[bool, typer.Option("--share-gpus", help="Several ranks on a GPU; slow.")] = False,
     schedule: Annotated[str, typer.Option(help="sync, merged, overlap, prefetch or prepared.")] = "prefetch",
     seq_len: Annotated[
         int, typer.Option(help="Tokens of a microbatch's sequence, over all cp ranks.")
@@ -127,7 +128,9 @@ def main(
             seed=seed,
         )
         settings.check(world)
-        run_on_ranks(train_on_rank, world, device, settings, deadline=settings.deadline)
+        run_on_ranks(
+            train_on_rank, world, device, settings, deadline=settings.deadline, share_gpus=share_gpus
+        )
     except (ValueError, CheckpointError) as error:
         raise typer.BadParameter(str(error)) from None
     except ProcessExitedException as error:  # the ranks that were left have said why

@@ -57,6 +57,51 @@ def test_a_captured_exchange_takes_other_tokens_and_documents(gpu_pool: RankPool
     assert gpu_pool.run(replay_with_other_documents, size, schedule, transport) == [[]] * size
 
 
+class Cycle:
+    """Something that only the garbage collector frees."""
+
+    def __init__(self, kept: object) -> None:
+        self.kept, self.itself = kept, self
+
+
+def go_during_captures(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """The garbage collector takes rollers whenever it can: while the transport and while the caller captures."""
+    layout, rank = packed(group.size(), 0), group.rank()
+    batch, wrong = shards(layout, group, 0), []
+    before = gc.get_threshold()
+    for turn in range(4):
+        roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
+        gc.set_threshold(1)
+        rolls = roller.start(batch, layout)
+        gc.set_threshold(*before)
+        wrong += [f"{turn}: {one}" for one in differences([rolls.at(1), rolls.at(2)], layout, rank, 0)]
+        other = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
+        other.start(batch, layout).at(1)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            rolls = roller.start(batch, layout)
+            rolled = [rolls.at(1), rolls.at(2)]
+            Cycle(other)
+            del other
+            gc.collect()
+        graph.replay()
+        torch.cuda.synchronize()
+        wrong += [f"replay {turn}: {one}" for one in differences(rolled, layout, rank, 0)]
+        graph.reset()
+        del graph, rolls, rolled
+        Cycle(roller)
+        del roller
+    gc.collect()
+    return wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport):
+    size = gpu_pool.world_size
+    assert gpu_pool.run(go_during_captures, size, transport) == [[]] * size
+
+
 def relayouts(group: dist.ProcessGroup) -> list[str]:
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS)

@@ -221,6 +221,7 @@ class DeviceTransport(Transport):
     @torch.inference_mode(False)
     def _make_slots(self) -> None:
         self._are_short = False
+        _let_go([])  # what a capture has left
         for _ in range(RING):
             # Their memory belongs to the stream that writes it first, which may not wait for the other.
             with torch.cuda.stream(self._side if self._overlapped else self._current_stream()):
@@ -271,7 +272,18 @@ class DeviceTransport(Transport):
 
 
 def _let_go(slots: list[DeviceSlot]) -> None:
-    """Frees slots when the device no longer uses them: it may still be reading their pinned memory."""
-    if slots:
-        torch.cuda.synchronize(slots[0].record.device)
+    """Frees slots when the device no longer uses them: it may still be reading their pinned memory.
+
+    The garbage collector may call this in the middle of a capture, which a wait or a graph that goes would break:
+    these slots are freed with the next ones.
+    """
+    _left.extend(slots)
     slots.clear()
+    if not _left or torch.cuda.is_current_stream_capturing():
+        return
+    going, _left[:] = _left[:], []
+    for device in {slot.record.device for slot in going}:
+        torch.cuda.synchronize(device)
+
+
+_left: list[DeviceSlot] = []  # of transports that went during a capture
