@@ -20,6 +20,14 @@ def pool() -> Iterator[RankPool]:
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Four gloo ranks, for what needs a world of no more."""
+    four = RankPool(4)
+    yield four
+    four.close()
+
+
 @pytest.fixture(scope="session")
 def gpu_pool() -> Iterator[RankPool]:
     """One NCCL rank per GPU."""

@@ -1,0 +1,278 @@
+"""Kills while a checkpoint is written, damage to one, and checkpoints of another model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError, _crc32_of, _marks
+
+from tiny_runs import BATCH, HIDDEN, IDENTITY, Run, assert_all_say, assert_same, error_in, kept, of_sizes
+
+STEPS = 120  # more than the run gets to that is killed
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "overlap_mtp.checkpoint",
+]
+DELETING = {"os.remove", "os.rmdir"}  # their paths are relative
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "shutil.rmtree"} | DELETING
+
+
+def digest(run: Run) -> str:
+    state = run.state()
+    return hashlib.sha256(b"".join(state[name].tobytes() for name in sorted(state))).hexdigest()
+
+
+def killed_run(folder: Path | None, out: Path, dies: tuple[int, int], steps: int) -> None:
+    """Two ranks that go on to `steps`, and save every step if there is a folder.
+
+    With dies = (rank, n), both are killed before the n-th file operation of that rank in `save` (never: n = 0).
+    Writes the digest of every step.
+    """
+    os.setsid()
+    rank = 1 if os.fork() == 0 else 0
+    try:
+        torch.set_num_threads(1)
+        store = f"file://{out.with_suffix('.store')}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        train_and_save(folder, out, dies[1] if dies[0] == rank else 0, steps)
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def train_and_save(folder: Path | None, out: Path, dies_at: int, steps: int) -> None:
+    run, saving, left = Run((2, 1), dropout=0.2), False, dies_at
+
+    def die_in_time(event, args):
+        nonlocal left
+        if saving and event in FILE_EVENTS and (event in DELETING or str(folder) in str(args[0])):
+            left -= 1
+            if left == 0:
+                os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(die_in_time)
+    checkpoints = of_sizes(folder or out, (2, 1), keep=2)
+    with contextlib.suppress(NoCheckpointError):
+        run.load(checkpoints)
+    digests = {run.step: digest(run)}
+    Path(f"{out}.alive").touch()
+    while run.step < steps:
+        run.train_step()
+        digests[run.step] = digest(run)
+        saving = True
+        if folder:
+            run.save(checkpoints)
+        saving = False
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(digests))
+
+
+def start(forks, *args):
+    process = forks.Process(target=killed_run, args=args)
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(timeout=60)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def test_kills_leave_complete_checkpoints_and_a_bit_equal_run(tmp_path):
+    forks = multiprocessing.get_context("forkserver")  # torch is imported once
+    forks.set_forkserver_preload(PRELOAD)
+    folder, never, draw = tmp_path / "run", (0, 0), random.Random(20)
+    assert finish(start(forks, None, tmp_path / "straight", never, STEPS)) == 0
+    expected = json.loads((tmp_path / "straight").read_text())
+    in_saves = last = 0
+    for kill in range(12):
+        out = tmp_path / f"kill{kill}"
+        if kill % 3 == 2:  # at any time
+            process = start(forks, folder, out, never, STEPS)
+            while not Path(f"{out}.alive").exists():
+                assert process.is_alive()
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.1))
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            rank = draw.choice([0, 0, 1])
+            process = start(forks, folder, out, (rank, draw.randint(1, 15 if rank else 90)), STEPS)
+        assert finish(process) == -signal.SIGKILL
+        in_saves += any(folder.glob(".step-*.tmp"))
+        complete = sorted(folder.glob("step-*"))
+        assert of_sizes(folder, (2, 1)).latest() == (complete[-1] if complete else None)
+        steps = [step_held(path, expected) for path in complete]
+        assert last <= max(steps, default=0), "what was complete stays"
+        last = max(steps, default=0)
+    assert in_saves >= 6
+    assert last >= 6
+    assert finish(start(forks, folder, tmp_path / "end", never, last + 3)) == 0
+    found = json.loads((tmp_path / "end").read_text())
+    assert found == {str(step): expected[str(step)] for step in range(last, last + 4)}
+    assert kept(folder) == [f"step-{last + 2:08d}", f"step-{last + 3:08d}"]
+
+
+def step_held(path: Path, expected: dict[str, str]) -> int:
+    run = Run((1, 1), seed=1)
+    progress = run.load(Checkpoints(path.parent), path)
+    assert progress == {"step": int(path.name[5:]), "samples": BATCH * run.step}
+    assert digest(run) == expected[str(run.step)]
+    return run.step
+
+
+def truncate(path: Path) -> None:
+    file = path / "__1_0.distcp"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(name: str, place: int):
+    def damage(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[place] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+def replace(old: str, new: str):
+    def damage(path: Path) -> None:
+        text = (path / "run.json").read_text()
+        assert text.count(old) == 1
+        (path / "run.json").write_text(text.replace(old, new))
+
+    return damage
+
+
+def truncate_and_mark(path: Path) -> None:
+    """What no CRC tells: the error comes from reading."""
+    truncate(path)
+    record = json.loads((path / "run.json").read_text())
+    record["run"]["files"]["__1_0.distcp"] = _marks(path / "__1_0.distcp")
+    record["crc32"] = _crc32_of(record["run"])
+    (path / "run.json").write_text(json.dumps(record))
+
+
+def remove(name: str):
+    return lambda path: (path / name).unlink()
+
+
+DAMAGE = {
+    "truncated shard": (truncate, ["__1_0.distcp", "truncated"]),
+    "flipped byte in a shard": (flip("__0_0.distcp", 300), ["__0_0.distcp", "garbled", "CRC-32"]),
+    "flipped byte in state.pt": (flip("state.pt", 200), ["state.pt", "garbled"]),
+    "flipped byte in .metadata": (flip(".metadata", 50), [".metadata", "garbled"]),
+    "another number in run.json": (
+        replace('"samples": 16', '"samples": 17'),
+        ["run.json", "garbled", "CRC-32"],
+    ),
+    "no JSON": (lambda path: (path / "run.json").write_text("{"), ["run.json", "garbled"]),
+    "no run.json": (remove("run.json"), ["half-written", "run.json"]),
+    "no .metadata": (remove(".metadata"), ["half-written", ".metadata"]),
+    "no shard": (remove("__1_0.distcp"), ["half-written", "__1_0.distcp"]),
+    "unknown format": (replace('"format": 1', '"format": 99'), ["format 99 is unknown", "reads 1"]),
+    "shard that cannot be read": (truncate_and_mark, ["loading", "rank 0", "rank 1"]),
+    "no folder": (shutil.rmtree, ["half-written", "run.json"]),
+}
+
+
+@pytest.fixture(scope="module")
+def two_saved(ranks, tmp_path_factory):
+    """Steps 1 and 2 by two ranks of four, of plain tensors."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    ranks.run(save_two, 2, folder)
+    return folder
+
+
+def save_two(group, folder):
+    run = Run((1, 1))
+    for _ in range(2):
+        run.train(1)
+        run.save(Checkpoints(folder, group=group))
+
+
+def load_damaged(group, folder, path):
+    run = Run((1, 1), seed=1)
+    run.train(1)
+    checkpoints = Checkpoints(folder, group=group)
+    error = error_in(lambda: run.load(checkpoints, path), run)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.load(checkpoints, folder / "step-00000001")
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    return error, run.state(), run.train(1)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_and_the_one_before_loads(ranks, two_saved, tmp_path, what):
+    damage, words = DAMAGE[what]
+    folder = tmp_path / "run"
+    shutil.copytree(two_saved, folder)
+    damage(folder / "step-00000002")
+    path = folder / "step-00000002" if what == "no folder" else None
+    errors, states, losses = zip(*ranks.run(load_damaged, 2, folder, path), strict=True)
+    assert_all_say(errors, [*words, "step-00000002"])
+    expected = Run((1, 1))
+    expected.train(1)
+    for state in states:
+        assert_same(state, expected.state())
+    assert losses[0] == losses[1] == expected.train(1)
+
+
+def load_as_another(group, folder, kind):
+    run = Run((1, 1), hidden=16 if kind == "shapes" else HIDDEN)
+    model, optimizer, scheduler = run.parts()
+    identity = dict(IDENTITY)
+    if kind == "identity":
+        identity = {"hidden_size": 99, "layers": (1, 2), "experts": 8}
+    if kind == "names":
+        model.other = model.__dict__["_parameters"].pop("spare")
+    if kind == "dtype":
+        model.to(torch.float64)
+    if kind == "groups":
+        run.optimizer = optimizer = torch.optim.AdamW(model.parameters())
+        run.scheduler = scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1)
+    if kind == "optimizer":
+        run.optimizer = optimizer = torch.optim.SGD(model.parameters(), lr=1)
+        run.scheduler = scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1)
+    if kind == "parameters of another model":
+        optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(2)))
+    return error_in(lambda: Checkpoints(folder, group=group).load(model, optimizer, scheduler, identity), run)
+
+
+ANOTHER = {
+    "identity": ["identity", "hidden_size is 12 there, 99 here", "experts is absent there, 8 here"],
+    "shapes": ["embedding.weight is torch.float32 [26, 12] there, torch.float32 [26, 16] here"],
+    "names": ["spare is torch.float32 [3] there, absent here", "other is absent there"],
+    "dtype": ["norm.weight is torch.float32 [12] there, torch.float64 [12] here"],
+    "groups": ["parameter groups", "group 1 is ['norm.weight', 'spare', 'up.bias'] there, absent here"],
+    "optimizer": ["optimizer is AdamW there, SGD here"],
+    "parameters of another model": ["parameters of the optimizer that the model has not"],
+}
+
+
+@pytest.mark.parametrize("kind", ANOTHER)
+def test_checkpoints_of_another_model_are_refused(ranks, two_saved, kind):
+    assert_all_say(ranks.run(load_as_another, 2, two_saved, kind), [*ANOTHER[kind]])
+    words = {"layers"} & set(ranks.run(load_as_another, 2, two_saved, "identity")[0][1].split())
+    assert not words, "a tuple is the list that JSON makes of it"
