@@ -67,6 +67,21 @@ def test_loss_and_every_gradient_equal_one_process(rows, case):
     assert case.dtype == "float64" or row["gradient_error"] > 1e-9  # it was computed in float32
 
 
+@pytest.mark.multi_gpu
+def test_four_ranks_equal_one_process_on_the_gpus_there_are(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two or more GPUs")
+    cases = [
+        parity.Case(1, 4, 1, "packed", False, "float32", 4),
+        parity.Case(2, 2, 1, "packed", True, "float32", 4),
+        parity.Case(1, 4, 1, "dense", True, "bfloat16"),
+        parity.Case(2, 1, 2, "dense", False, "bfloat16"),
+    ]
+    for row in parity.measure(cases, "cuda", tmp_path, share_gpus=True)["rows"]:
+        assert 0 < row["gradient_error"] <= parity.TOLERANCE[row["dtype"]], row
+        assert row["loss_error"] <= parity.TOLERANCE[row["dtype"]], row
+
+
 def test_the_matrix_is_that_of_the_merge_request():
     plain = [case for case in parity.matrix("float64") if case.dp == 1 and not case.num_experts]
     assert len(plain) == 8 * 2 * 2
