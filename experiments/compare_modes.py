@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import typer
 from comparison import BASELINE, TIMING_ONLY, Comparison, Settings, open_stream
-from launch import run_on_ranks
+from launch import choose_device, run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -86,13 +86,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the record and the pictures go.")] = Path("out/compare"),
 ) -> None:
     """Compares the schedules of the MTP boundary exchange in interleaved training steps on real text."""
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    name = preset or ("h2048" if on_gpu else "tiny")
     try:
+        on_gpu = choose_device(device) == "cuda"
+        name = preset or ("h2048" if on_gpu else "tiny")
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        if on_gpu and not torch.cuda.is_available():
-            raise ValueError("device must be cpu on this machine: it has no GPU that torch can use")
         world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or (torch.cuda.device_count() if on_gpu else 2)
         sizes: dict[str, Any] = {
             "num_depths": depths,

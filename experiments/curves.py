@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib import pyplot as plt
 from overlap_mtp.metrics import read_records
 
 LOG = "steps.jsonl"
+COMMON = ("seq_len", "num_documents", "token_dtype", "seed")  # of a run's settings, besides model and recipe
 LAST = 50  # steps that the table's means are over, of those that all runs have
 
 Losses = dict[str, dict[int, float]]  # by name, then by step
@@ -19,14 +21,15 @@ Losses = dict[str, dict[int, float]]  # by name, then by step
 def draw_losses(runs: list[Path], out: Path) -> str:
     """Writes `losses.png` and `losses.md` into `out`; the table. Raises ValueError where a run has no steps.
 
-    A panel for each loss, a line for each run; where there are several, how far each is from the first below.
+    A panel for each loss, a line for each run; where there are several, how far each is from the first below. The
+    table says where they were not to be alike.
     """
     found = {run.name: _losses(run) for run in runs}
     if len(found) < len(runs):
         raise ValueError("runs are told apart by the names of their folders: two are alike")
     out.mkdir(parents=True, exist_ok=True)
     _draw(found, out / "losses.png")
-    table = _table(found)
+    table = _table(found) + _unlike(runs)
     (out / "losses.md").write_text(table)
     return table
 
@@ -40,6 +43,25 @@ def _losses(run: Path) -> Losses:
     if records[0]["aux_loss"] is not None:
         losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
     return losses
+
+
+def _unlike(runs: list[Path]) -> str:
+    """The settings that losses depend on and that are not those of all runs."""
+    values: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if (run / "run.json").exists():
+            settings = json.loads((run / "run.json").read_text())["settings"]
+            sizes, recipe = settings["sizes"], settings["recipe"]
+            of_run = {**settings["model"], **recipe, **{name: settings[name] for name in COMMON}}
+            of_run["dp * accumulate"] = sizes["dp"] * of_run.pop("accumulate")
+            for name, value in of_run.items():
+                values.setdefault(name, {})[run.name] = value
+    lines = [
+        f"- {name}: {', '.join(f'{value} in `{run}`' for run, value in of_runs.items())}"
+        for name, of_runs in values.items()
+        if len({str(value) for value in of_runs.values()}) > 1
+    ]
+    return "\n".join(["", "These runs are not of one kind:", "", *lines, ""]) if lines else ""
 
 
 def _draw(found: dict[str, Losses], path: Path) -> None:

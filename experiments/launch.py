@@ -35,9 +35,7 @@ def run_on_ranks(
     the ranks, which `function` is given last. With `share_gpus` there may be more ranks than GPUs: good to see that
     results are right, far too slow to time.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"device must be cuda or cpu, got {device!r}")
+    device = choose_device(device)
     gpus = torch.cuda.device_count()
     if "RANK" in os.environ:
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -60,6 +58,15 @@ def run_on_ranks(
         pass
 
 
+def choose_device(device: str | None) -> str:
+    """cuda or cpu; by default CUDA where there is any. Raises ValueError where it cannot be that."""
+    if device not in ("cuda", "cpu", None):
+        raise ValueError(f"device must be cuda or cpu, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu on this machine: it has no GPU that torch can use")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _spawned(
     rank: int,
     environment: dict[str, str],
@@ -69,6 +76,8 @@ def _spawned(
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(environment, RANK=str(rank))
+    # What torch has the kernel send where the launcher dies; started in a shell's background it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _rank_main(rank, device, deadline, function, arguments)
     except PeerError as error:  # spawn() shows the error of the first rank that ended, which is the peer

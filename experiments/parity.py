@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from launch import run_on_ranks
+from launch import choose_device, run_on_ranks
 from record import describe
 from rich.console import Console
 
@@ -274,7 +274,10 @@ def main(
     share_gpus: Annotated[bool, typer.Option("--share-gpus", help="Several ranks on a GPU; slow.")] = False,
 ) -> None:
     """Prints and records the table; exit status 1 if a case is outside of its tolerance."""
-    on_gpu = device == "cuda"
+    try:
+        on_gpu = choose_device(device) == "cuda"
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     ranks = most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
     chosen = (dtypes or ("float32,bfloat16" if on_gpu else "float64")).split(",")
     for dtype in chosen:

@@ -29,6 +29,7 @@ from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.training import Microbatch, Recipe, StepReport, Trainer
 from overlap_mtp.watchdog import Watchdog
 
+SHORTEST_DEADLINE = timedelta(seconds=5)  # ranks that start say nothing for seconds
 LONGEST_SAVE = timedelta(hours=1)  # or load: a rank that dies meanwhile is found all the same
 LINES = 20  # of a run, where there is no terminal to show its progress
 LARGEST_CP = 8  # documents are padded so that runs of up to so many cp ranks see the same batches
@@ -63,8 +64,15 @@ class RunSettings:
         self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
         if self.compiled and self.sizes.tp > 1:
             raise ValueError(f"--compile and tp > 1 do not go together, got tp {self.sizes.tp}")
+        for name, least in (("keep", 1), ("save_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.deadline < SHORTEST_DEADLINE:
+            raise ValueError(
+                f"deadline must be >= {SHORTEST_DEADLINE.total_seconds():g} s, got {self.deadline.total_seconds():g}"
+            )
         self.stream()
-        if (self.out / LOG).exists() and not self.resume:
+        if not self.resume and (self.out / LOG).exists() and (self.out / LOG).stat().st_size:
             raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")
 
     def stream(self) -> BatchStream:
@@ -90,7 +98,7 @@ class RunSettings:
         recipe = {f"recipe.{name}": value for name, value in asdict(self.recipe).items()}
         recipe["dp * accumulate"] = self.sizes.dp * recipe.pop("recipe.accumulate")
         data = {
-            "data": self.stream().corpus.fingerprint,
+            "data": open_corpus(self.data, self.token_dtype).fingerprint,
             "token_dtype": self.token_dtype,
             "seed": self.seed,
             "seq_len": self.seq_len,
@@ -161,6 +169,27 @@ class Run:
             self.steps_done, self.model, trainer.optimizer, trainer.scheduler, progress, self.identity
         )
 
+    @property
+    def beginning(self) -> str:
+        """What is trained on what, and from where on."""
+        settings, corpus = self.settings, self.stream.corpus
+        parameters = sum(one.numel() for one in self.model.parameters())
+        known = {"experts": settings.model.num_experts, "documents": settings.num_documents}
+        lines = [
+            f"{parameters / 1e6:,.1f} M parameters, "
+            + "".join(f"{count} {name}, " for name, count in known.items() if count)
+            + f"{settings.seq_len} tokens a sequence; dp {settings.sizes.dp} x cp {settings.sizes.cp} x tp "
+            f"{settings.sizes.tp}, {settings.schedule}; data: {len(corpus.documents):,} documents, "
+            f"{corpus.bounds[-1]:,} tokens"
+        ]
+        folder, steps = self.checkpoints.folder, settings.recipe.steps
+        if self.steps_done:
+            left = "all are done" if self.steps_done == steps else f"goes on with step {self.steps_done + 1}"
+            lines.append(f"step {self.steps_done} of {steps} is in {folder}: {left}")
+        elif settings.resume:
+            lines.append(f"no checkpoint in {folder}: begins with step 1")
+        return "\n".join(lines)
+
     def step(self) -> dict[str, Any]:
         """Takes a step; its record."""
         begin = time.perf_counter()
@@ -222,8 +251,11 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         facts = {"settings": asdict(settings), "where": describe(device, dist.get_world_size())}
         del facts["settings"]["out"], facts["settings"]["data"]  # paths
         (settings.out / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    steps, console = settings.recipe.steps, Console(quiet=not writes, soft_wrap=True)
+    steps, console = settings.recipe.steps, Console(quiet=not writes, soft_wrap=True, highlight=False)
     every = max(1, steps // LINES)
+    console.print(run.beginning)
+    if log is not None and log.missing:
+        console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
     with _progress(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps:
@@ -233,7 +265,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
                 log.write(record)
             progress.update(task, completed=run.steps_done, description=said(record))
             if not console.is_terminal and run.steps_done % every == 0:
-                console.print(f"{run.steps_done}/{steps} {said(record)}", highlight=False)
+                console.print(f"{run.steps_done}/{steps} {said(record)}")
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
                 watchdog.phase(f"saving step {run.steps_done}")
                 if log is not None:
@@ -243,6 +275,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if log is not None:
         log.close()
         draw_losses([settings.out], settings.out)
+        console.print(f"wrote {log.path}, losses.png and checkpoints, the last of step {run.steps_done}")
 
 
 def _progress(console: Console) -> Progress:

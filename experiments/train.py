@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from curves import draw_losses
-from launch import run_on_ranks
+from launch import choose_device, run_on_ranks
 from run import RunSettings, train_on_rank
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -30,7 +30,7 @@ from overlap_mtp.training import Recipe
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("out/train"),
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default: out/train.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")
     ] = False,
@@ -80,7 +80,7 @@ def main(
     """Trains a GPT with multi-token prediction; `steps.jsonl` in --out says how it went."""
     if curves:
         try:
-            typer.echo(draw_losses(curves, out))
+            typer.echo(draw_losses(curves, out or Path("out/curves")))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         return
@@ -89,9 +89,10 @@ def main(
     try:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-        known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or dp * (cp or 0) * tp
-        world = known or (torch.cuda.device_count() if on_gpu else 2 * dp * tp)
+        on_gpu = choose_device(device) == "cuda"
+        sizes = Sizes(dp, 1, tp)
+        known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or sizes.world * (cp or 0)
+        world = known or (torch.cuda.device_count() if on_gpu else 2 * sizes.world)
         config = replace(
             PRESETS[preset].model,
             num_depths=depths,
@@ -111,11 +112,11 @@ def main(
                 accumulate=accumulate,
                 normalisation=normalisation,  # type: ignore[arg-type]
             ),
-            sizes=Sizes(dp, cp or max(1, world // (dp * tp)), tp),
+            sizes=replace(sizes, cp=max(1, world // sizes.world) if cp is None else cp),
             schedule=schedule,
             seq_len=seq_len,
             num_documents=documents or None,
-            out=out,
+            out=out or Path("out/train"),
             resume=resume,
             data=data,
             token_dtype=token_dtype,

@@ -206,10 +206,10 @@ class Checkpoints:
         """This rank's share of the files."""
         for name in self._share(files):
             if not (folder / name).is_file():
-                raise CheckpointError(f"half-written: {name} is missing")
+                raise _damaged(f"half-written: {name} is missing")
             if (found := _marks(folder / name)) != files[name]:
                 marks = f"[bytes, CRC-32] are {found}, {files[name]} were written"
-                raise CheckpointError(f"{name} is truncated or garbled: its {marks}")
+                raise _damaged(f"{name} is truncated or garbled: its {marks}")
 
     def _dcp(self, function: Callable[..., T], tensors: dict[str, Any], **storage: Any) -> T:
         with warnings.catch_warnings():
@@ -271,18 +271,22 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 def _read_run(path: Path, made_by: Json) -> dict[str, Any]:
     if not (path / "run.json").is_file():
-        raise CheckpointError("half-written, or no checkpoint: run.json is missing")
+        raise _damaged("half-written, or no checkpoint: run.json is missing")
     try:
         record = json.loads((path / "run.json").read_text())
         if record["format"] != FORMAT:
             raise CheckpointError(f"format {record['format']!r} is unknown: this library reads {FORMAT}")
         if record["crc32"] != _crc32_of(record["run"]):
-            raise CheckpointError("run.json is garbled (its CRC-32 is another)")
+            raise _damaged("run.json is garbled (its CRC-32 is another)")
         run: dict[str, Any] = record["run"]
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"run.json is garbled ({_message(error)})") from error
-    compare("identity", run["identity"], json.loads(json.dumps(made_by)))
+        raise _damaged(f"run.json is garbled ({_message(error)})") from error
+    compare("settings", run["identity"], json.loads(json.dumps(made_by)))
     return run
+
+
+def _damaged(how: str) -> CheckpointError:
+    return CheckpointError(f"{how}; with its folder deleted, the run goes on from the checkpoint before")
 
 
 def _marks(path: Path) -> list[int]:

@@ -23,6 +23,11 @@ from overlap_mtp.layout import Kind, SequenceLayout, length_unit, pad_documents
 Tokens = npt.NDArray[np.integer]
 TOKEN_DTYPES = ("uint16", "uint32")
 PIECE_TOKENS = 4096  # one file that marks no documents is cut into pieces of this length
+SAMPLES = 1024  # documents that a fingerprint reads
+
+
+class TokenError(ValueError):
+    """A token id outside of the vocabulary."""
 
 
 class Document(Protocol):
@@ -81,9 +86,13 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the documents' names, lengths and order; not of their tokens."""
-        listed = "\n".join(f"{one.name} {one.num_tokens}" for one in self.documents)
-        return f"{len(self.documents)} documents, CRC-32 {zlib.crc32(listed.encode()):08x}"
+        """Of all documents' lengths in their order, and of up to PIECE_TOKENS tokens each of SAMPLES of them."""
+        count = len(self.documents)
+        crc = zlib.crc32(self.bounds.tobytes())
+        for at in np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(int)):
+            one = self.documents[at]
+            crc = zlib.crc32(one.read(0, min(one.num_tokens, PIECE_TOKENS)).tobytes(), crc)
+        return f"{count} documents, {self.bounds[-1]} tokens, CRC-32 {crc:08x}"
 
     def shuffled(self, seed: int) -> Corpus:
         """The same documents in a random order of that seed: neighbours in a folder are alike."""
@@ -169,12 +178,16 @@ class BatchStream:
 
     def __post_init__(self) -> None:
         unit = self._unit
+        if self.num_documents is not None and self.seq_len <= unit:
+            raise ValueError(
+                f"seq_len must be > {unit} for documents in a {self.kind} layout with cp_size {self.cp_size}, got "
+                f"{self.seq_len}"
+            )
         if self.num_documents is not None and not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
                 f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "
                 f"{self.kind} layout with cp_size {self.cp_size}, got {self.num_documents}"
             )
-
         if self.num_documents is not None and self.num_documents > len(self.corpus.documents):
             raise ValueError(
                 f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
@@ -183,7 +196,7 @@ class BatchStream:
 
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
         """`input_ids`, `labels` (int64), `position_ids` (int64) and `loss_mask` (fp32), [batch_size, seq_len]
-        each, and their layout. Raises ValueError naming a token id outside the vocabulary and its document."""
+        each, and their layout. Raises TokenError naming a token id outside the vocabulary and its document."""
         return self._dense(step) if self.num_documents is None else self._packed(step, self.num_documents)
 
     @property
@@ -240,7 +253,7 @@ class BatchStream:
             bad = int(np.argmax(tokens >= self.vocab_size))
             position = (at + bad) % self.corpus.bounds[-1]
             where = int(np.searchsorted(self.corpus.bounds, position, side="right")) - 1
-            raise ValueError(
+            raise TokenError(
                 f"token id {int(tokens[bad])} in {self.corpus.documents[where].name} is outside the vocabulary: "
                 f"ids must be in [0, {self.vocab_size - 1}]"
             )

@@ -55,8 +55,8 @@ class Sizes:
     def check(self, config: ModelConfig, seq_len: int, kind: Kind, world_size: int) -> None:
         """Raises ValueError where two sizes disagree, and says which."""
         self.check_world(world_size)
-        self.check_length(seq_len, kind)
         self.check_model(config)
+        self.check_length(seq_len, kind)
 
     def check_world(self, world_size: int) -> None:
         """Of `check`, what is about the number of ranks."""
@@ -68,6 +68,8 @@ class Sizes:
 
     def check_length(self, seq_len: int, kind: Kind) -> None:
         """Of `check`, what is about the tokens of a sequence."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be >= 1, got {seq_len}")
         unit = length_unit(self.cp, kind)
         _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", unit)
         # Sequence parallelism cuts what a cp rank holds once more.
@@ -81,7 +83,7 @@ class Sizes:
 
 def _divides(what: str, value: int, name: str, size: int) -> None:
     if value % size:
-        raise ValueError(f"{what} must be a multiple of {name}: {value} is none of {size}")
+        raise ValueError(f"{what} must be a multiple of {name} = {size}, got {value}")
 
 
 @dataclass(frozen=True)

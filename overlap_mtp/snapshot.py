@@ -100,7 +100,7 @@ def compare(of_what: str, there: Json, here: Json) -> None:
     """Raises CheckpointError naming what a checkpoint says otherwise than this run."""
     pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in {**there, **here}]
     if differences := [f"{name} is {that} there, {this} here" for name, that, this in pairs if that != this]:
-        raise CheckpointError(f"made by another run, of other {of_what}: {first_few(differences)}")
+        raise CheckpointError(f"made with other {of_what}: {first_few(differences)}")
 
 
 def _kind(value: Any) -> str:

@@ -196,6 +196,9 @@ DAMAGE = {
 }
 
 
+READABLE = {"unknown format", "shard that cannot be read"}  # or so their marks say
+
+
 @pytest.fixture(scope="module")
 def two_saved(ranks, tmp_path_factory):
     """Steps 1 and 2 by two ranks of four, of plain tensors."""
@@ -232,6 +235,7 @@ def test_damage_is_named_and_the_one_before_loads(ranks, two_saved, tmp_path, wh
     path = folder / "step-00000002" if what == "no folder" else None
     errors, states, losses = zip(*ranks.run(load_damaged, 2, folder, path), strict=True)
     assert_all_say(errors, [*words, "step-00000002"])
+    assert ("goes on from the checkpoint before" in errors[0][1]) == (what not in READABLE)
     expected = Run((1, 1))
     expected.train(1)
     for state in states:
@@ -261,7 +265,7 @@ def load_as_another(group, folder, kind):
 
 
 ANOTHER = {
-    "identity": ["identity", "hidden_size is 12 there, 99 here", "experts is absent there, 8 here"],
+    "identity": ["other settings", "hidden_size is 12 there, 99 here", "experts is absent there, 8 here"],
     "shapes": ["embedding.weight is torch.float32 [26, 12] there, torch.float32 [26, 16] here"],
     "names": ["spare is torch.float32 [3] there, absent here", "other is absent there"],
     "dtype": ["norm.weight is torch.float32 [12] there, torch.float64 [12] here"],

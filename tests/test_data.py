@@ -44,6 +44,19 @@ def test_folder_and_file(folder):
     assert len(open_corpus(folder / "a.txt").documents) == 1
 
 
+def test_a_fingerprint_is_of_lengths_order_and_tokens(tmp_path):
+    def of(*texts: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, text in enumerate(texts):
+            (folder / f"{number}.txt").write_text(text)
+        (folder / "0.txt").rename(folder / "00.txt")  # names are no matter
+        return open_corpus(folder).fingerprint
+
+    assert of("ab", "cde") == of("ab", "cde")
+    assert len({of("ab", "cde"), of("ab", "cdf"), of("cde", "ab"), of("abc", "de"), of("abcde")}) == 5
+
+
 def test_the_stream_starts_over_at_its_end(folder):
     corpus = open_corpus(folder / "a.txt")
     assert bytes(corpus.read(9, 20).astype(np.uint8)) == b"umentfirst documentf"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from overlap_mtp.metrics import StepLog, read_records
+from overlap_mtp.metrics import RunInProgressError, StepLog, read_records
 
 
 def steps(path) -> list[int]:
@@ -28,6 +28,30 @@ def test_a_restart_neither_repeats_nor_loses_a_step(tmp_path):
     log.close()
     assert steps(path) == list(range(1, 10))
     assert [record["loss"] for record in read_records(path)] == 5 * [1.0] + 4 * [2.0]
+
+
+def test_steps_that_the_file_lacks_are_counted(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    log = StepLog(path)
+    assert log.missing == 0
+    for step in (1, 2, 4):
+        log.write({"step": step})
+    log.close()
+    log = StepLog(path, steps_done=6)
+    assert log.missing == 3
+    log.close()
+
+
+def test_one_process_at_a_time_writes(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    log = StepLog(path)
+    log.write({"step": 1})
+    with pytest.raises(RunInProgressError, match="is being written by another process"):
+        StepLog(path, steps_done=1)
+    log.write({"step": 2})
+    log.close()
+    assert steps(path) == [1, 2]
+    StepLog(path, steps_done=2).close()
 
 
 def test_a_record_is_there_as_soon_as_it_is_written(tmp_path):

@@ -93,17 +93,17 @@ def test_the_matrix_is_that_of_the_merge_request():
     ("sizes", "change", "seq_len", "world", "words"),
     [
         (Sizes(2, 2, 2), {}, 64, 4, r"dp \* cp \* tp must be the number of ranks: 2 \* 2 \* 2 = 8, got 4"),
-        (Sizes(1, 3, 1), {}, 64, 3, r"seq_len must be a multiple of 2 \* cp: 64 is none of 6"),
+        (Sizes(1, 3, 1), {}, 64, 3, r"seq_len must be a multiple of 2 \* cp = 6, got 64"),
         (
             Sizes(1, 2, 4),
             {"num_kv_heads": 4},
             20,
             8,
-            r"seq_len / cp must be a multiple of tp: 10 is none of 4",
+            r"seq_len / cp must be a multiple of tp = 4, got 10",
         ),
-        (Sizes(1, 1, 4), {}, 64, 4, "num_kv_heads must be a multiple of tp: 2 is none of 4"),
-        (Sizes(1, 1, 2), {"ffn_size": 33}, 64, 2, "ffn_size must be a multiple of tp: 33 is none of 2"),
-        (Sizes(1, 1, 2), {"vocab_size": 65}, 64, 2, "vocab_size must be a multiple of tp: 65 is none of 2"),
+        (Sizes(1, 1, 4), {}, 64, 4, "num_kv_heads must be a multiple of tp = 4, got 2"),
+        (Sizes(1, 1, 2), {"ffn_size": 33}, 64, 2, "ffn_size must be a multiple of tp = 2, got 33"),
+        (Sizes(1, 1, 2), {"vocab_size": 65}, 64, 2, "vocab_size must be a multiple of tp = 2, got 65"),
     ],
 )
 def test_sizes_that_disagree_are_named(sizes, change, seq_len, world, words):
@@ -145,8 +145,8 @@ def test_the_library_names_them_without_being_asked(pool: RankPool):
     for found in pool.run(refusals, 8):
         assert found == [
             "dp * cp * tp must be the number of ranks: 1 * 2 * 2 = 4, got 8 ranks",
-            "num_kv_heads must be a multiple of tp: 2 is none of 4",
-            "seq_len / cp must be a multiple of tp: 10 is none of 4",
+            "num_kv_heads must be a multiple of tp = 4, got 2",
+            "seq_len / cp must be a multiple of tp = 4, got 10",
             "the layout's cp_size must be the mesh's cp: 4 is not 2",
         ]
 

@@ -13,9 +13,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+from train import main  # noqa: E402
+
 STEPS = 8
 COMMON = [
     "--device",
@@ -31,7 +39,9 @@ COMMON = [
 ]
 
 
-def start(out: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(
+    out: Path, *arguments: str, before: Sequence[str] = (), ignoring_sigint: bool = False
+) -> subprocess.Popen[str]:
     command = [sys.executable, *before, str(ROOT / "experiments/train.py"), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.Popen(
@@ -41,6 +51,7 @@ def start(out: Path, *arguments: str, before: Sequence[str] = ()) -> subprocess.
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring_sigint else None,
     )
 
 
@@ -89,11 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     out, arguments = tmp_path / "run", ["--cp", "2", "--accumulate", "2", "--experts", "2"]
     for steps_until, more in ((3, []), (5, ["--resume", "--schedule", "sync"])):
         run = start(out, *arguments, *more)
-        log, deadline = out / "steps.jsonl", time.monotonic() + 90
-        while not log.exists() or len(log.read_text().splitlines()) < steps_until:
-            assert run.poll() is None, run.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        after_steps(run, out, steps_until)
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
     train(out, *arguments, "--resume", "--schedule", "prepared")
@@ -170,18 +177,33 @@ def test_what_cannot_go_on_is_said(straight, arguments, words):
 
 
 @pytest.mark.slow
+def test_ranks_end_with_their_launcher_and_one_run_writes_at_a_time(tmp_path):
+    """Also where a shell started it in the background, which has it ignore SIGINT."""
+    arguments = ["--cp", "2", "--documents", "2", "--steps", "5000"]
+    run = start(tmp_path, *arguments, ignoring_sigint=True)
+    ranks = after_steps(run, tmp_path, 3)
+    os.killpg(run.pid, signal.SIGSTOP)
+    second = start(tmp_path, *arguments, "--resume")
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode != 0
+    assert "is being written by another process: end that run, or take another folder" in said
+    assert "Traceback" not in said
+    os.killpg(run.pid, signal.SIGCONT)
+    run.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.communicate()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["train.py", "torchrun"])
 def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
     """Whoever started the ranks; and none of them is left."""
     started = [] if launcher == "train.py" else ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     run = start(tmp_path, "--cp", "2", "--steps", "5000", "--deadline", "8", before=started)
-    log, deadline = tmp_path / "steps.jsonl", time.monotonic() + 60
-    while not log.exists() or len(log.read_text().splitlines()) < 3:
-        assert run.poll() is None, run.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    ranks = ranks_of(run.pid)
-    assert len(ranks) == 2
+    ranks = after_steps(run, tmp_path, 3)
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = run.communicate(timeout=20)
     assert run.returncode != 0
@@ -196,8 +218,79 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
         assert re.search(r"rank +: 1 ", said), said
 
 
+def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
+    """Its two ranks' processes, once it has taken so many steps."""
+    log, deadline = out / "steps.jsonl", time.monotonic() + 90
+    while not log.exists() or len(log.read_text().splitlines()) < steps:
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    ranks = ranks_of(run.pid)
+    assert len(ranks) == 2
+    return ranks
+
+
 def ranks_of(launcher: int) -> list[int]:
     """The processes that it started, in the order of their ranks."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     return sorted(pid for pid, command in commands.items() if b"resource_tracker" not in command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--keep", "0"], "keep must be >= 1, got 0"),
+        (["--save-every", "-1"], "save_every must be >= 0, got -1"),
+        (["--deadline", "0"], "deadline must be >= 5 s, got 0"),
+        (["--dp", "0"], "dp must be >= 1, got 0"),
+        (["--cp", "0"], "cp must be >= 1, got 0"),
+        (["--tp", "3"], "num_kv_heads must be a multiple of tp = 3"),
+        (["--seq-len", "0"], "seq_len must be >= 1, got 0"),
+        (["--cp", "1", "--seq-len", "16"], "seq_len must be > 16 for documents"),
+        (["--cp", "2", "--ranks", "4"], "1 * 2 * 1 = 2, got 4 ranks"),
+        (["--preset", "huge"], "preset must be one of"),
+        (["--compile", "--tp", "2"], "--compile and tp > 1 do not go together"),
+        (["--curves", "nowhere"], "nowhere holds no steps.jsonl"),
+    ],
+)
+def test_settings_are_refused_before_a_rank_is_started(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: pytest.fail("ranks were started"))
+    command = typer.Typer()
+    command.command()(main)
+    done = CliRunner().invoke(command, ["--out", str(tmp_path / "run"), "--device", "cpu", *arguments])
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = typer.Typer()
+    command.command()(main)
+    done = CliRunner().invoke(command, ["--out", str(tmp_path / "run"), "--device", "cuda"])
+    assert done.exit_code == 2, done.output
+    assert "it has no GPU that torch can use" in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_a_token_outside_of_the_vocabulary_is_said(tmp_path):
+    data = tmp_path / "ids.bin"
+    np.full(40_000, 999, dtype=np.uint16).tofile(data)
+    run = start(tmp_path / "run", "--ranks", "1", "--cp", "1", "--data", str(data))
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert re.search(r"TokenError: token id 999 in ids.bin\[\d+:\] is outside the vocabulary", said), said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_took_no_step_begins_again(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: started.append(1))
+    command = typer.Typer()
+    command.command()(main)
+    for steps, code in (("", 0), ('{"step": 1}\n', 2)):
+        (tmp_path / "steps.jsonl").write_text(steps)
+        done = CliRunner().invoke(command, ["--out", str(tmp_path), "--device", "cpu"])
+        assert done.exit_code == code, done.output
+    assert len(started) == 1
