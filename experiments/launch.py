@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 from overlap_mtp.rendezvous import PeerError, connect
-from overlap_mtp.watchdog import EXIT_CODE, Watchdog, end_process
+from overlap_mtp.watchdog import Watchdog, end_process
 
 
 def run_on_ranks(
@@ -81,8 +80,7 @@ def _spawned(
     try:
         _rank_main(rank, device, deadline, function, arguments)
     except PeerError as error:  # spawn() shows the error of the first rank that ended, which is the peer
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        end_process(str(error))  # the groups' threads may still wait for it
 
 
 def _rank_main(
