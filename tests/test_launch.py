@@ -16,6 +16,7 @@ import launch
 
 @pytest.fixture(autouse=True)
 def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("RANK", "LOCAL_RANK", "NCCL_HOSTID"):
         monkeypatch.delenv(name, raising=False)

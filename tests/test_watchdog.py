@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -265,14 +265,22 @@ def test_on_nccl_too_the_rank_is_named(scenario):
     assert expected[scenario] in said
 
 
-def watchdogs(world_size: int, deadline_s: float = 1.0) -> tuple[list[Watchdog], dict[int, str]]:
-    """Of the ranks of a run, all in this process, with what each would say at its end."""
-    store, said = dist.HashStore(), {}
-    made = []
-    for rank in range(world_size):
-        say = partial(said.setdefault, rank)
-        made.append(Watchdog(store, rank, world_size, timedelta(seconds=deadline_s), on_verdict=say))
-    return made, said
+@pytest.fixture
+def watchdogs() -> Iterator[Callable[[int], tuple[list[Watchdog], dict[int, str]]]]:
+    """Of the ranks of a run, all in this process, with what each would say at its end. Their deadline is 1 s."""
+    made: list[Watchdog] = []
+
+    def make(world_size: int) -> tuple[list[Watchdog], dict[int, str]]:
+        store, said = dist.HashStore(), {}
+        for rank in range(world_size):
+            say = partial(said.setdefault, rank)
+            made.append(Watchdog(store, rank, world_size, timedelta(seconds=1), on_verdict=say))
+        return made, said
+
+    yield make
+    for one in reversed(made):  # no thread may be in the store when Python ends
+        if one._talker.is_alive():
+            one.__exit__(None, None, None)
 
 
 def wait_for(condition: Callable[[], object], limit_s: float = 5) -> None:
@@ -282,7 +290,7 @@ def wait_for(condition: Callable[[], object], limit_s: float = 5) -> None:
         time.sleep(0.01)
 
 
-def test_the_rank_that_is_furthest_behind_is_the_one_to_blame():
+def test_the_rank_that_is_furthest_behind_is_the_one_to_blame(watchdogs):
     """Rank 0 waits for rank 1, and both for rank 2."""
     made, said = watchdogs(3)
     for rank, watchdog in enumerate(made):
@@ -294,7 +302,7 @@ def test_the_rank_that_is_furthest_behind_is_the_one_to_blame():
         assert 'rank 2 has not arrived after 1 s: it is still in "phase 0"; rank' in said[rank]
 
 
-def test_a_rank_that_never_says_anything_has_the_whole_deadline():
+def test_a_rank_that_never_says_anything_has_the_whole_deadline(watchdogs):
     made, said = watchdogs(2)
     made[1].__enter__()
     time.sleep(0.5)  # twice what a rank may be silent for once it has spoken
