@@ -10,7 +10,7 @@ compare: $(READY)
 	$(BIN)/python experiments/compare_modes.py $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not multi_gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not multi_gpu" -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 from overlap_mtp.metrics import read_records
 
@@ -65,6 +64,8 @@ def _unlike(runs: list[Path]) -> str:
 
 
 def _draw(found: dict[str, Losses], path: Path) -> None:
+    from matplotlib import pyplot as plt  # here: ranks that draw nothing start half a second sooner
+
     panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
     rows = 1 + (len(found) > 1)
     figure, grid = plt.subplots(
