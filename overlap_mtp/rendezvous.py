@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 T = TypeVar("T")
 DEADLINE = timedelta(seconds=60)
 POLL_S = 0.05
+STAY_S = 5.0  # at most, of the store's holder, for the others to hear that it gave up
 
 
 class PeerError(RuntimeError):
@@ -47,35 +48,48 @@ def connect(deadline: timedelta = DEADLINE) -> Store:
     return attempt
 
 
-def await_ranks(
-    store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE, phase: str = "start"
-) -> None:
-    """Waits until all ranks have called it, once for each `phase`. Raises PeerError naming who has not in time."""
+def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE) -> None:
+    """Waits until all ranks have called it. Raises PeerError naming who has not in time.
+
+    The first rank to give up writes whom it missed into the store, so that all that have come give up with it and name
+    the same ranks, however far apart they began to wait.
+    """
     missing, lost = [other for other in range(world_size) if other != rank], ""
     begin = time.monotonic()
     end = begin + 0.95 * deadline.total_seconds()
 
     def arrive() -> None:
-        store.set(f"{phase}/{rank}", "")
+        store.set(f"start/{rank}", "")
         while missing and time.monotonic() < end:  # for one at a time, which is few requests
-            if store.check([f"{phase}/{missing[0]}"]):
+            if store.check([f"start/{missing[0]}"]):
                 missing.pop(0)
+            elif store.check(["start/missing"]):
+                break
             else:
                 time.sleep(POLL_S)
-        missing[:] = [other for other in missing if not store.check([f"{phase}/{other}"])]
+        absent = [other for other in missing if not store.check([f"start/{other}"])]
+        if absent or store.check(["start/missing"]):
+            verdict = store.compare_set("start/missing", "", " ".join(map(str, absent)))
+            missing[:] = map(int, verdict.split())
+            store.add("start/told", 1)
+        else:
+            missing.clear()
 
     try:
         _within(deadline, arrive)
     except (RuntimeError, TimeoutError) as error:
         lost = f" (others may be missing: {store_holder()}, which holds the store, is gone: {line_of(error)})"
         del missing[1:]
+    waited = f"overlap_mtp: rank {rank} of {world_size} waited {time.monotonic() - begin:.0f} s at the start"
+    if rank in missing:
+        raise PeerError(f"{waited}, but the others had given up: it came too late")
     if missing:
-        waited_s = time.monotonic() - begin
-        if rank == 0:
-            time.sleep(10 * POLL_S)  # it may hold the store: the others find the same
+        if rank == 0 and store_holder() == "rank 0":  # the others are to read it from its store
+            stay_until = time.monotonic() + STAY_S
+            while store.add("start/told", 0) < world_size - len(missing) and time.monotonic() < stay_until:
+                time.sleep(POLL_S)
         raise PeerError(
-            f"overlap_mtp: rank {rank} of {world_size} waited {waited_s:.0f} s at the {phase} for rank"
-            f"{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, which never arrived{lost}"
+            f"{waited} for rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, which never arrived{lost}"
         )
 
 
