@@ -11,7 +11,9 @@ import torch.distributed as dist
 from overlap_mtp.rendezvous import PeerError, await_ranks
 
 
-def meet(store: dist.Store, rank: int, world_size: int, begin_s: float, deadline_s: float) -> tuple[float, str]:
+def meet(
+    store: dist.Store, rank: int, world_size: int, begin_s: float, deadline_s: float
+) -> tuple[float, str]:
     """(seconds that it took, what it said) of a rank that comes after `begin_s`."""
     time.sleep(begin_s)
     begin, said = time.monotonic(), ""
