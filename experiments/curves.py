@@ -11,7 +11,6 @@ import numpy as np
 from overlap_mtp.metrics import read_records
 
 LOG = "steps.jsonl"
-COMMON = ("seq_len", "num_documents", "token_dtype", "seed")  # of a run's settings, besides model and recipe
 LAST = 50  # steps that the table's means are over, of those that all runs have
 
 Losses = dict[str, dict[int, float]]  # by name, then by step
@@ -45,22 +44,31 @@ def _losses(run: Path) -> Losses:
 
 
 def _unlike(runs: list[Path]) -> str:
-    """The settings that losses depend on and that are not those of all runs."""
-    values: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if (run / "run.json").exists():
-            settings = json.loads((run / "run.json").read_text())["settings"]
-            sizes, recipe = settings["sizes"], settings["recipe"]
-            of_run = {**settings["model"], **recipe, **{name: settings[name] for name in COMMON}}
-            of_run["dp * accumulate"] = sizes["dp"] * of_run.pop("accumulate")
-            for name, value in of_run.items():
-                values.setdefault(name, {})[run.name] = value
+    """What losses depend on and what is not that of all runs: model, recipe, data, device."""
+    records = {
+        run.name: json.loads((run / "run.json").read_text()) for run in runs if (run / "run.json").exists()
+    }
+    values = {run: _kind(record) for run, record in records.items()}
+    names = dict.fromkeys(name for kind in values.values() for name in kind)
+    of_all = {name: {run: kind[name] for run, kind in values.items() if name in kind} for name in names}
     lines = [
         f"- {name}: {', '.join(f'{value} in `{run}`' for run, value in of_runs.items())}"
-        for name, of_runs in values.items()
+        for name, of_runs in of_all.items()
         if len({str(value) for value in of_runs.values()}) > 1
     ]
     return "\n".join(["", "These runs are not of one kind:", "", *lines, ""]) if lines else ""
+
+
+def _kind(record: dict[str, Any]) -> dict[str, Any]:
+    """A run's identity, what of it the records of older runs say in their settings, and the device."""
+    settings = record["settings"]
+    kind: dict[str, Any] = record.get("identity") or {
+        **settings["model"],
+        **{f"recipe.{name}": value for name, value in settings["recipe"].items() if name != "accumulate"},
+        "dp * accumulate": settings["sizes"]["dp"] * settings["recipe"]["accumulate"],
+        **{name: settings[name] for name in ("seq_len", "num_documents", "token_dtype", "seed")},
+    }
+    return kind | {"device": record["where"]["device"]}
 
 
 def _draw(found: dict[str, Losses], path: Path) -> None:

@@ -35,18 +35,11 @@ def run_on_ranks(
     results are right, far too slow to time.
     """
     device = choose_device(device)
-    gpus = torch.cuda.device_count()
+    ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2)
+    check_gpus(ranks, device, share_gpus)
     if "RANK" in os.environ:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if device == "cuda" and local_rank >= gpus and not share_gpus:
-            raise ValueError(f"rank {local_rank} of this host has no GPU of its own: there are {gpus}")
-        _rank_main(local_rank, device, deadline, function, arguments)
+        _rank_main(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
-    ranks = ranks or (gpus if device == "cuda" else 2)
-    if device == "cuda" and (ranks < 1 or gpus == 0 or (ranks > gpus and not share_gpus)):
-        raise ValueError(
-            f"ranks must be in [1, {gpus}] on this machine's GPUs, got {ranks}: or pass --device cpu"
-        )
     # Theirs alone: what this process starts later is no rank of this run.
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     context = spawn(  # type: ignore[no-untyped-call]
@@ -55,6 +48,16 @@ def run_on_ranks(
     # Ranks that are left find out who is gone, and say so, before they are ended.
     while not context.join(grace_period=deadline.total_seconds() if deadline else None):
         pass
+
+
+def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
+    """Raises ValueError where this host has too few GPUs for its share of `ranks`, which torchrun knows."""
+    gpus, seen = torch.cuda.device_count(), 1 + int(os.environ.get("LOCAL_RANK", ranks - 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", seen))
+    if device == "cuda" and (here < 1 or (here > gpus and not share_gpus)):
+        raise ValueError(
+            f"ranks must be in [1, {gpus}] on this machine's GPUs, got {here}: or pass --device cpu"
+        )
 
 
 def choose_device(device: str | None) -> str:
@@ -77,10 +80,7 @@ def _spawned(
     os.environ.update(environment, RANK=str(rank))
     # What torch has the kernel send where the launcher dies; started in a shell's background it would be ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        _rank_main(rank, device, deadline, function, arguments)
-    except PeerError as error:  # spawn() shows the error of the first rank that ended, which is the peer
-        end_process(str(error))  # the groups' threads may still wait for it
+    _rank_main(rank, device, deadline, function, arguments)
 
 
 def _rank_main(
@@ -104,17 +104,20 @@ def _rank_main(
             dist.destroy_process_group()
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = connect(deadline)
-    with Watchdog(store, rank, world_size, deadline) as watchdog:
-        _speak_when_ended(watchdog)
-        watchdog.phase("joining the process group")
-        groups = PrefixStore("groups", store)
-        # gloo gives a collective up, which is then looked into; of NCCL's kernels only the watchdog knows.
-        patience = deadline * (0.6 if backend == "gloo" else 2)
-        dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
-        function(here, *arguments, watchdog)
-        watchdog.phase("leaving the process group")
-        dist.destroy_process_group()
+    try:
+        store = connect(deadline)
+        with Watchdog(store, rank, world_size, deadline) as watchdog:
+            _speak_when_ended(watchdog)
+            watchdog.phase("joining the process group")
+            groups = PrefixStore("groups", store)
+            # gloo gives a collective up, which is then looked into; of NCCL's kernels only the watchdog knows.
+            patience = deadline * (0.6 if backend == "gloo" else 2)
+            dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
+            function(here, *arguments, watchdog)
+            watchdog.phase("leaving the process group")
+            dist.destroy_process_group()
+    except PeerError as error:  # whose traceback says nothing of the peer
+        end_process(str(error))  # the groups' threads may still wait for it
 
 
 def take_gpu(local_rank: int) -> torch.device:

@@ -13,6 +13,7 @@ GPUs the same model on one of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from launch import choose_device, run_on_ranks
+from launch import check_gpus, choose_device, run_on_ranks
 from record import describe
 from rich.console import Console
 
@@ -217,17 +218,17 @@ def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, recor
 
 def errors(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> dict[str, Any]:
     """Relative errors: of the loss, and of the gradient that is furthest off."""
-    worst, where = 0.0, ""
-    for name, gradient in expected["gradients"].items():
-        difference = (found["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
-        if not float(difference) <= worst:  # nan too
-            worst, where = float(difference), name
+    off = {
+        name: float((found["gradients"][name] - gradient).norm() / gradient.norm().clamp(min=1e-30))
+        for name, gradient in expected["gradients"].items()
+    }
+    where = max(off, key=lambda name: (math.isnan(off[name]), off[name]))
     loss = abs(found["loss"] - expected["loss"]) / abs(expected["loss"])
-    passed = loss <= tolerance and worst <= tolerance
+    passed = loss <= tolerance and off[where] <= tolerance
     return {
         "loss": found["loss"],
         "loss_error": loss,
-        "gradient_error": worst,
+        "gradient_error": off[where],
         "worst": where,
         "passed": passed,
     }
@@ -276,9 +277,10 @@ def main(
     """Prints and records the table; exit status 1 if a case is outside of its tolerance."""
     try:
         on_gpu = choose_device(device) == "cuda"
+        ranks = most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
+        check_gpus(ranks, device, share_gpus)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ranks = most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
     chosen = (dtypes or ("float32,bfloat16" if on_gpu else "float64")).split(",")
     for dtype in chosen:
         if dtype not in TOLERANCE or (dtype == "bfloat16" and not on_gpu):

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.meter import OverlapMeter
-from overlap_mtp.metrics import StepLog
+from overlap_mtp.metrics import StepLog, read_records
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
@@ -72,7 +72,8 @@ class RunSettings:
                 f"deadline must be >= {SHORTEST_DEADLINE.total_seconds():g} s, got {self.deadline.total_seconds():g}"
             )
         self.stream()
-        if not self.resume and (self.out / LOG).exists() and (self.out / LOG).stat().st_size:
+        has_log = (self.out / LOG).exists() and (self.out / LOG).stat().st_size
+        if not self.resume and (has_log or Checkpoints(self.out / "checkpoints").latest()):
             raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")
 
     def stream(self) -> BatchStream:
@@ -248,7 +249,8 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     writes = dist.get_rank() == 0
     log = StepLog(settings.out / LOG, run.steps_done) if writes else None
     if writes:
-        facts = {"settings": asdict(settings), "where": describe(device, dist.get_world_size())}
+        where = describe(device, dist.get_world_size())
+        facts = {"settings": asdict(settings), "identity": run.identity, "where": where}
         del facts["settings"]["out"], facts["settings"]["data"]  # paths
         (settings.out / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
     steps, console = settings.recipe.steps, Console(quiet=not writes, soft_wrap=True, highlight=False)
@@ -274,8 +276,10 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     run.model.mtp.roller.close()
     if log is not None:
         log.close()
-        draw_losses([settings.out], settings.out)
-        console.print(f"wrote {log.path}, losses.png and checkpoints, the last of step {run.steps_done}")
+        picture = "losses.png, " if read_records(log.path) else ""
+        if picture:
+            draw_losses([settings.out], settings.out)
+        console.print(f"wrote {log.path}, {picture}and checkpoints, the last of step {run.steps_done}")
 
 
 def _progress(console: Console) -> Progress:

@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from curves import draw_losses
-from launch import choose_device, run_on_ranks
+from launch import check_gpus, choose_device, run_on_ranks
 from run import RunSettings, train_on_rank
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -93,6 +93,7 @@ def main(
         sizes = Sizes(dp, 1, tp)
         known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or sizes.world * (cp or 0)
         world = known or (torch.cuda.device_count() if on_gpu else 2 * sizes.world)
+        check_gpus(world, "cuda" if on_gpu else "cpu", share_gpus)
         config = replace(
             PRESETS[preset].model,
             num_depths=depths,
@@ -129,10 +130,13 @@ def main(
             seed=seed,
         )
         settings.check(world)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
         run_on_ranks(
             train_on_rank, world, device, settings, deadline=settings.deadline, share_gpus=share_gpus
         )
-    except (ValueError, CheckpointError) as error:
+    except CheckpointError as error:  # of this rank, under torchrun
         raise typer.BadParameter(str(error)) from None
     except ProcessExitedException as error:  # the ranks that were left have said why
         typer.echo(str(error), err=True)

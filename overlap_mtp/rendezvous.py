@@ -51,8 +51,8 @@ def connect(deadline: timedelta = DEADLINE) -> Store:
 def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE) -> None:
     """Waits until all ranks have called it. Raises PeerError naming who has not in time.
 
-    The first rank to give up writes whom it missed into the store, so that all that have come give up with it and name
-    the same ranks, however far apart they began to wait.
+    The first rank that found all of them, or gave up, writes its verdict into the store and all keep to it, however
+    far apart they began to wait.
     """
     missing, lost = [other for other in range(world_size) if other != rank], ""
     begin = time.monotonic()
@@ -63,17 +63,15 @@ def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = 
         while missing and time.monotonic() < end:  # for one at a time, which is few requests
             if store.check([f"start/{missing[0]}"]):
                 missing.pop(0)
-            elif store.check(["start/missing"]):
+            elif store.check(["start/verdict"]):
                 break
             else:
                 time.sleep(POLL_S)
         absent = [other for other in missing if not store.check([f"start/{other}"])]
-        if absent or store.check(["start/missing"]):
-            verdict = store.compare_set("start/missing", "", " ".join(map(str, absent)))
-            missing[:] = map(int, verdict.split())
+        verdict = store.compare_set("start/verdict", "", " ".join(map(str, absent)) or "none")
+        missing[:] = [] if verdict == b"none" else map(int, verdict.split())
+        if missing:
             store.add("start/told", 1)
-        else:
-            missing.clear()
 
     try:
         _within(deadline, arrive)

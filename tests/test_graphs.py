@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -64,8 +66,17 @@ class Cycle:
         self.kept, self.itself = kept, self
 
 
+def in_a_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
 def go_during_captures(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """The garbage collector takes rollers whenever it can: while the transport and while the caller captures."""
+    """The garbage collector takes rollers whenever it can: while the transport and while the caller captures.
+
+    Once in the thread that captures, once in another one.
+    """
     layout, rank = packed(group.size(), 0), group.rank()
     batch, wrong = shards(layout, group, 0), []
     before = gc.get_threshold()
@@ -84,7 +95,7 @@ def go_during_captures(group: dist.ProcessGroup, transport: str) -> list[str]:
             rolled = [rolls.at(1), rolls.at(2)]
             Cycle(other)
             del other
-            gc.collect()
+            gc.collect() if turn % 2 else in_a_thread(gc.collect)
         graph.replay()
         torch.cuda.synchronize()
         wrong += [f"replay {turn}: {one}" for one in differences(rolled, layout, rank, 0)]

@@ -18,7 +18,7 @@ import launch
 def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("RANK", "LOCAL_RANK", "NCCL_HOSTID"):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NCCL_HOSTID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -28,10 +28,12 @@ def test_ranks_have_a_gpu_each(ranks):
         launch.run_on_ranks(pytest.fail, ranks, "cuda")
 
 
-def test_under_torchrun_too(monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "2")])
+def test_under_torchrun_too(monkeypatch, name, value):
+    """Or under another launcher, which says less."""
     monkeypatch.setenv("RANK", "6")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="rank 2 of this host has no GPU of its own: there are 2"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"ranks must be in \[1, 2\] on this machine's GPUs, got 3"):
         launch.run_on_ranks(pytest.fail, None, "cuda")
 
 

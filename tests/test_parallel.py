@@ -58,6 +58,17 @@ def rows() -> dict[parity.Case, dict]:
     return {parity.Case(**{name: row[name] for name in names}): row for row in found}
 
 
+@pytest.mark.parametrize(("gradient", "passed"), [(1.0, True), (1.1, False), (float("nan"), False)])
+def test_a_gradient_that_is_off_or_nan_fails(gradient, passed):
+    """Wherever it is among those that are right."""
+    expected = {"loss": 1.0, "gradients": {name: torch.ones(3) for name in "abc"}}
+    for name in "abc":
+        found = {"loss": 1.0, "gradients": expected["gradients"] | {name: torch.tensor([1.0, gradient, 1.0])}}
+        row = parity.errors(found, expected, 1e-5)
+        assert row["passed"] == passed
+        assert passed or row["worst"] == name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, asdict(case).values())))
 def test_loss_and_every_gradient_equal_one_process(rows, case):

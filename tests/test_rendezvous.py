@@ -39,10 +39,10 @@ def test_ranks_that_all_come_go_on():
 def test_all_give_up_with_the_first_and_name_the_same_rank():
     """However much longer another would have waited, and whoever holds the store."""
     for first, second in ((0, 2), (2, 0)):
-        found = meet_all({first: (0.0, 2.0), second: (1.0, 60.0)}, world_size=3)
+        found = meet_all({first: (0.0, 6.0), second: (1.0, 60.0)}, world_size=3)
         for took_s, said in found.values():
             assert "at the start for rank 1, which never arrived" in said
-            assert took_s < 20
+            assert took_s < 30
             assert "may be missing" not in said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -182,18 +183,22 @@ def test_ranks_end_with_their_launcher_and_one_run_writes_at_a_time(tmp_path):
     arguments = ["--cp", "2", "--documents", "2", "--steps", "5000"]
     run = start(tmp_path, *arguments, ignoring_sigint=True)
     ranks = after_steps(run, tmp_path, 3)
-    os.killpg(run.pid, signal.SIGSTOP)
-    second = start(tmp_path, *arguments, "--resume")
-    said, _ = second.communicate(timeout=60)
-    assert second.returncode != 0
-    assert "is being written by another process: end that run, or take another folder" in said
-    assert "Traceback" not in said
-    os.killpg(run.pid, signal.SIGCONT)
-    run.kill()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    try:
+        os.killpg(run.pid, signal.SIGSTOP)
+        second = start(tmp_path, *arguments, "--resume")
+        said, _ = second.communicate(timeout=60)
+        assert second.returncode != 0
+        assert "is being written by another process: end that run, or take another folder" in said
+        assert "Traceback" not in said
+        os.killpg(run.pid, signal.SIGCONT)
+        run.kill()
+        deadline = time.monotonic() + 30
+        while any(is_alive(pid) for pid in ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
 
 
@@ -207,7 +212,7 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
     os.kill(ranks[1], signal.SIGKILL)
     said, _ = run.communicate(timeout=20)
     assert run.returncode != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not any(is_alive(pid) for pid in ranks)
     if launcher == "train.py":
         assert re.search(r'rank 1 is gone: no sign of it for \d+ s, the last was in "', said), said
         assert re.search(r'rank 0 of 2 was in "(step|saving)', said), said
@@ -219,22 +224,37 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
 
 
 def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
-    """Its two ranks' processes, once it has taken so many steps."""
+    """Its two ranks' processes, once they run and the log holds so many steps."""
     log, deadline = out / "steps.jsonl", time.monotonic() + 90
-    while not log.exists() or len(log.read_text().splitlines()) < steps:
+    while True:
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
+        ranks = ranks_of(run.pid)
+        if len(ranks) == 2 and log.exists() and len(log.read_text().splitlines()) >= steps:
+            return ranks
         time.sleep(0.005)
-    ranks = ranks_of(run.pid)
-    assert len(ranks) == 2
-    return ranks
+
+
+def is_alive(pid: int) -> bool:
+    """And not a zombie, which whoever adopted it is yet to bury."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that it started, in the order of their ranks."""
+    """The processes that it started, in the order of their ranks; not those that are yet to become something else."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return sorted(pid for pid, command in commands.items() if b"resource_tracker" not in command)
+    commands = {int(pid): command_of(int(pid)) for pid in children}
+    none = (b"", command_of(launcher))
+    return sorted(pid for pid, one in commands.items() if one not in none and b"resource_tracker" not in one)
+
+
+def command_of(pid: int) -> bytes:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.parametrize(
@@ -289,8 +309,24 @@ def test_a_run_that_took_no_step_begins_again(tmp_path, monkeypatch):
     monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: started.append(1))
     command = typer.Typer()
     command.command()(main)
-    for steps, code in (("", 0), ('{"step": 1}\n', 2)):
-        (tmp_path / "steps.jsonl").write_text(steps)
+    log, checkpoint = tmp_path / "steps.jsonl", tmp_path / "checkpoints/step-00000001"
+    for prepare, code in (
+        (lambda: log.write_text(""), 0),
+        (lambda: log.write_text('{"step": 1}\n'), 2),
+        (lambda: (log.unlink(), checkpoint.mkdir(parents=True)), 2),  # the log was deleted
+    ):
+        prepare()
         done = CliRunner().invoke(command, ["--out", str(tmp_path), "--device", "cpu"])
         assert done.exit_code == code, done.output
     assert len(started) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_its_log_is_resumed_to_its_end(straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    (out / "steps.jsonl").unlink()
+    said = train(out, "--cp", "2", "--accumulate", "2", "--experts", "2", "--resume")
+    assert f"step {STEPS} of {STEPS} is in " in said
+    assert f"lacks {STEPS} of the steps that the checkpoint holds" in said
+    assert (out / "steps.jsonl").read_text() == ""

@@ -78,7 +78,7 @@ class DeviceTransport(Transport):
         self._ready_for: tuple[int, torch.cuda.Stream] | None = None
         self._pack_span, self._send_span = span("pack"), span("send-recv", num_bytes=self._message_bytes)
         self._join_span, self._unroll_span = span("join"), span("unroll")
-        self._closer = weakref.finalize(self, _let_go, self._slots)
+        self._closer = weakref.finalize(self, _leave, self._slots)
         self._closer.atexit = False
 
     @abstractmethod
@@ -178,6 +178,7 @@ class DeviceTransport(Transport):
 
     def close(self) -> None:
         self._closer()
+        _free_left()
         self._free.clear()
         self._ready.clear()
         self._abandoned.clear()
@@ -221,7 +222,7 @@ class DeviceTransport(Transport):
     @torch.inference_mode(False)
     def _make_slots(self) -> None:
         self._are_short = False
-        _let_go([])  # what a capture has left
+        _free_left()
         for _ in range(RING):
             # Their memory belongs to the stream that writes it first, which may not wait for the other.
             with torch.cuda.stream(self._side if self._overlapped else self._current_stream()):
@@ -271,19 +272,23 @@ class DeviceTransport(Transport):
         return slot
 
 
-def _let_go(slots: list[DeviceSlot]) -> None:
-    """Frees slots when the device no longer uses them: it may still be reading their pinned memory.
+def _leave(slots: list[DeviceSlot]) -> None:
+    """Leaves the slots of a transport that goes to whoever frees them next.
 
-    The garbage collector may call this in the middle of a capture, which a wait or a graph that goes would break:
-    these slots are freed with the next ones.
+    The garbage collector calls this, in any thread and in the middle of a capture, which a wait or a graph that goes
+    would break.
     """
     _left.extend(slots)
     slots.clear()
+
+
+def _free_left() -> None:
+    """Frees slots that were left, once the device no longer uses them: it may still be reading their pinned memory."""
     if not _left or torch.cuda.is_current_stream_capturing():
         return
-    going, _left[:] = _left[:], []
+    going = [_left.popleft() for _ in range(len(_left))]
     for device in {slot.record.device for slot in going}:
         torch.cuda.synchronize(device)
 
 
-_left: list[DeviceSlot] = []  # of transports that went during a capture
+_left: deque[DeviceSlot] = deque()  # of transports that went
