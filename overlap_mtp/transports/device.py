@@ -62,6 +62,7 @@ class DeviceTransport(Transport):
     ) -> None:
         """`length`: tokens a rank of the first batch, for which launches are made ready."""
         super().__init__(channel, shape, cargo, traffic)
+        _free_left()  # here, where a wait holds up no step
         self._overlapped, self._length = overlapped, length
         self._index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         self._side = channel.side_stream(self.device)
@@ -222,7 +223,6 @@ class DeviceTransport(Transport):
     @torch.inference_mode(False)
     def _make_slots(self) -> None:
         self._are_short = False
-        _free_left()
         for _ in range(RING):
             # Their memory belongs to the stream that writes it first, which may not wait for the other.
             with torch.cuda.stream(self._side if self._overlapped else self._current_stream()):
