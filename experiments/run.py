@@ -276,10 +276,10 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     run.model.mtp.roller.close()
     if log is not None:
         log.close()
-        picture = "losses.png, " if read_records(log.path) else ""
+        picture = ", losses.png" if read_records(log.path) else ""
         if picture:
             draw_losses([settings.out], settings.out)
-        console.print(f"wrote {log.path}, {picture}and checkpoints, the last of step {run.steps_done}")
+        console.print(f"wrote {log.path}{picture} and checkpoints, the last of step {run.steps_done}")
 
 
 def _progress(console: Console) -> Progress:
