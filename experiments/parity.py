@@ -95,12 +95,13 @@ def layout_of(documents: str, cp_size: int) -> SequenceLayout:
 
 
 def batch_of(documents: str, rows: int, vocab_size: int) -> dict[str, torch.Tensor]:
-    """A full batch [rows, SEQ_LEN]; the second half of the positions counts half as often as the first."""
+    """A full batch [rows, SEQ_LEN], of which other numbers of tokens count in each row and on each cp rank."""
     layout, generator = layout_of(documents, 1), torch.Generator().manual_seed(3)
     ids = torch.randint(0, vocab_size, (rows, SEQ_LEN), generator=generator)
     positions = torch.from_numpy(layout.unshard([layout.offsets(0)]))
-    mask = torch.ones(rows, SEQ_LEN)
-    mask[:, SEQ_LEN // 2 :: 2] = 0
+    mask = (torch.rand(rows, SEQ_LEN, generator=generator) < 0.8).float()
+    for row in range(rows):  # within what one rank holds of a dense stream, more in each row
+        mask[row, : 20 + 8 * row] = 0
     return {
         "input_ids": ids,
         "labels": roll_reference(ids, layout, 1),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -198,7 +200,7 @@ class Run:
         microbatches = list(self._microbatches())
         self.batches_done += len(microbatches) * self.settings.sizes.dp
         where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1}"
-        report = self.trainer.step(microbatches, self.meter, where)
+        report = self.trainer.step(microbatches, self.meter, where, first)
         self.steps_done += 1
         self.right = [a + b for a, b in zip(self.right, report.right, strict=True)]
         self.counted = [a + b for a, b in zip(self.counted, report.counted, strict=True)]
@@ -235,7 +237,7 @@ class Run:
             "tokens": report.tokens,
             "tokens_per_s": round(report.tokens / seconds, 1),
             "exposed_us": cost.exposed_us,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "memory_gib": peak_memory(self.device) / 2**30,
         }
 
 
@@ -258,7 +260,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     console.print(run.beginning)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps:
             watchdog.phase(f"step {run.steps_done + 1}: batches")
@@ -282,7 +284,16 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         console.print(f"wrote {log.path}{picture} and checkpoints, the last of step {run.steps_done}")
 
 
-def _progress(console: Console) -> Progress:
+def peak_memory(device: torch.device) -> int:
+    """Bytes so far: allocated by torch on a GPU, on CPU resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes  # which has bytes
+
+
+def progress_bar(console: Console) -> Progress:
+    """Of steps, with the last one in a line; on a terminal alone."""
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
@@ -296,6 +307,5 @@ def said(record: dict[str, Any]) -> str:
     parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     if record["exposed_us"] is not None:
         parts.append(f"exposed {record['exposed_us']:.0f} µs")
-    if record["memory_gib"] is not None:
-        parts.append(f"{record['memory_gib']:.1f} GiB")
+    parts.append(f"{record['memory_gib']:.1f} GiB")
     return ", ".join(parts)

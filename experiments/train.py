@@ -54,12 +54,16 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     accumulate: Annotated[int, typer.Option(help="Microbatches of a rank in a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps to get there.")] = 20,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps to get there; default: 20, or all where there are fewer.")
+    ] = None,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradients.")] = 1.0,
     normalisation: Annotated[str, typer.Option(help="Of losses: token or batch.")] = "token",
     mtp_loss_factor: Annotated[float, typer.Option(help="Of the depths' mean loss.")] = 0.3,
     depths: Annotated[int, typer.Option(help="MTP depths.")] = 2,
     experts: Annotated[int, typer.Option(help="Of each feed-forward layer; 0: none.")] = 0,
+    experts_per_token: Annotated[int, typer.Option(help="That a token goes to.")] = 2,
+    aux_loss_factor: Annotated[float, typer.Option(help="Of the load-balancing loss.")] = 0.01,
     derive_labels: Annotated[bool, typer.Option("--derive-labels", help="From input_ids.")] = False,
     detach_mtp: Annotated[
         bool, typer.Option("--detach-mtp", help="MTP losses train their block alone.")
@@ -99,6 +103,8 @@ def main(
             num_depths=depths,
             mtp_loss_factor=mtp_loss_factor,
             num_experts=experts,
+            experts_per_token=experts_per_token,
+            aux_loss_factor=aux_loss_factor,
             derive_labels=derive_labels,
             detach_mtp=detach_mtp,
             repeat_mtp_layer=repeat_mtp_layer,
@@ -108,7 +114,7 @@ def main(
             recipe=Recipe(
                 steps=steps,
                 learning_rate=learning_rate,
-                warmup_steps=min(warmup, steps),
+                warmup_steps=min(20, steps) if warmup is None else warmup,
                 clip_norm=clip,
                 accumulate=accumulate,
                 normalisation=normalisation,  # type: ignore[arg-type]

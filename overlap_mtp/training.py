@@ -109,13 +109,18 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
 
     def step(
-        self, microbatches: Sequence[Microbatch], roller: Starts | None = None, where: str = ""
+        self,
+        microbatches: Sequence[Microbatch],
+        roller: Starts | None = None,
+        where: str = "",
+        first_batch: int = 0,
     ) -> StepReport:
         """Forward and backward of each microbatch, then one update.
 
         `microbatches`: (batch, layout) with this rank's shards, as many on every rank. The exchange of a microbatch
-        runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`,
-        the microbatch and its dp rank.
+        runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`
+        and the batch: counted from `first_batch` in the order of the data, of which dp ranks take one each, then the
+        next.
         """
         if len(microbatches) != self.recipe.accumulate:
             raise ValueError(
@@ -140,7 +145,7 @@ class Trainer:
         self._on_phase(f"{where}: losses and update")  # here the host first waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]
-        self._check_finite(totals, where)
+        self._check_finite(totals, where, first_batch)
         norms = self._clip(where)
         self.optimizer.step()
         self.scheduler.step()
@@ -182,7 +187,7 @@ class Trainer:
             sums, counts, config.mtp_loss_factor, config.aux_loss_factor if config.num_experts else None
         )
 
-    def _check_finite(self, totals: torch.Tensor, where: str) -> None:
+    def _check_finite(self, totals: torch.Tensor, where: str, first_batch: int) -> None:
         bad = ~totals.isfinite()
         if bool(bad.any()):
             dp_rank, number, entry = (int(one) for one in bad.nonzero()[0])
@@ -191,9 +196,10 @@ class Trainer:
                 *(f"MTP depth {k + 1}" for k in range(self.model.config.num_depths)),
                 "load balancing",
             ]
+            batch, value = first_batch + number * len(totals) + dp_rank, float(totals[dp_rank, number, entry])
             raise NonFiniteLossError(
-                f"{where or 'this step'}: the {name[entry]} loss of microbatch {number} of dp rank {dp_rank} is "
-                f"{float(totals[dp_rank, number, entry])}; the weights are those of the step before"
+                f"{where or 'this step'}: the {name[entry]} loss of batch {batch} (microbatch {number} of dp rank "
+                f"{dp_rank}) is {value}; the weights are those of the step before"
             )
 
     def _clip(self, where: str) -> dict[str, float]:

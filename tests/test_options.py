@@ -266,9 +266,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
     before = [p.detach().clone() for p in model.parameters()]
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1, accumulate=2))
     with pytest.raises(
-        NonFiniteLossError, match="step 3, batches 4 to 5: the LM loss of microbatch 1 of dp rank 0"
+        NonFiniteLossError, match=r"step 3: the LM loss of batch 5 \(microbatch 1 of dp rank 0\) is (nan|inf)"
     ):
-        trainer.step([(good, layout), (bad, layout)], where="step 3, batches 4 to 5")
+        trainer.step([(good, layout), (bad, layout)], where="step 3", first_batch=4)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

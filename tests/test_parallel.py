@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from overlap_mtp import SequenceLayout, prepare
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
+from overlap_mtp.model.loss import token_mask
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.training import Recipe, StepReport, Trainer
+from overlap_mtp.training import NonFiniteLossError, Recipe, StepReport, Trainer
 
 from rank_pool import RankPool, device_of
 
@@ -239,6 +240,67 @@ def test_all_options_at_once_are_those_of_one_process(pool: RankPool, setting):
     expected = step(None, None, setting)
     for found in pool.run(step, 8, Sizes(2, 2, 2), setting):
         assert_alike(found, expected)
+
+
+def differences_of_variants(world: dist.ProcessGroup, sizes: Sizes) -> list[str]:
+    """Of steps that are to give the same bits: by any schedule, and recomputed."""
+    plain = Setting(replace(CONFIG, num_experts=4))
+    report, gradients = step(world, sizes, plain)
+    variants = [replace(plain, schedule=schedule) for schedule in ("sync", "merged", "overlap", "prepared")]
+    wrong = []
+    for variant in [*variants, replace(plain, recompute=True)]:
+        other, found = step(world, sizes, variant)
+        names = ["report"] if other != report else []
+        names += [name for name, gradient in gradients.items() if not torch.equal(found[name], gradient)]
+        wrong += [f"{variant.schedule}, recompute {variant.recompute}: {name}" for name in names]
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [Sizes(1, 2, 2), Sizes(2, 2, 1)], ids=str)
+def test_schedules_and_recomputing_give_the_same_bits(ranks: RankPool, sizes):
+    assert ranks.run(differences_of_variants, 4, sizes) == [[]] * 4
+
+
+def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
+    """What is said of a step whose batch 7 is bad, on one cp rank alone; and whether the weights are as before."""
+    parallel = parity.mesh_of(sizes, "cpu")
+    torch.manual_seed(0)
+    model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1, accumulate=2), parallel)
+    layout, full = parity.layout_of("packed", sizes.cp), parity.batch_of("packed", 4, CONFIG.vocab_size)
+    full["loss_mask"][3, 100] = float("inf")
+    shards = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
+    mine = [
+        ({n: t[row, None] for n, t in shards.items()}, layout) for row in range(parallel.dp_rank, 4, sizes.dp)
+    ]
+    before = [p.full_tensor() for p in model.parameters()]
+    with pytest.raises(NonFiniteLossError) as raised:
+        trainer.step(mine, where="step 2", first_batch=4)
+    model.mtp.roller.close()
+    after = [p.full_tensor() for p in model.parameters()]
+    return str(raised.value), all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_loss_that_is_not_finite_is_named_alike_on_all_ranks(ranks: RankPool):
+    for said, is_as_before in ranks.run(not_finite, 4, Sizes(2, 2, 1)):
+        assert said.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
+        assert is_as_before
+
+
+@pytest.mark.parametrize("documents", ["dense", "packed"])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_other_numbers_of_tokens_count_on_each_rank(documents, cp):
+    """In what parity and golden values are measured on."""
+    layout, mask = parity.layout_of(documents, cp), parity.batch_of(documents, 4, 64)["loss_mask"]
+    counts = torch.stack(
+        [
+            token_mask(layout.shard(mask, r), layout, r, 0, like=layout.shard(mask, r)).sum(-1)
+            for r in range(cp)
+        ]
+    )
+    assert all(len(set(row)) > 1 for row in counts.T.tolist()), counts
+    assert len(set(counts.sum(0).tolist())) == 4, counts
 
 
 def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute: bool) -> dict[str, float]:

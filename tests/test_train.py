@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -18,11 +19,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+from run import progress_bar  # noqa: E402
+from run import said as said_of  # noqa: E402
 from train import main  # noqa: E402
 
 STEPS = 8
@@ -90,7 +94,7 @@ def test_a_run_trains_and_says_so(straight):
     for step in steps:
         said = f"{step['step']}/{STEPS} LM {step['lm_loss']:.3f}, MTP {step['mtp_losses'][0]:.3f}"
         line = next(line for line in lines if line.startswith(said))
-        assert all(word in line for word in ("aux", "accepted", "tokens/s"))
+        assert all(word in line for word in ("aux", "accepted", "tokens/s", "GiB"))
     kept = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000006", "step-00000008"]
 
@@ -106,6 +110,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
         run.communicate()
     train(out, *arguments, "--resume", "--schedule", "prepared")
     assert records(out) == records(straight)
+
+
+def test_the_progress_bar_shows_steps_and_the_last_one():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200)
+    record = {"lm_loss": 2.5, "mtp_losses": [3.5, 4.5], "aux_loss": 1.25, "acceptance": [0.5, 0.25]}
+    record |= {"tokens_per_s": 12345.6, "exposed_us": 7.4, "memory_gib": 1.5}
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=8)
+        progress.update(task, completed=3, description=said_of(record))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "3/8" in shown
+    assert "━" in shown
+    line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, exposed 7 µs, 1.5 GiB"
+    assert line in shown
 
 
 @pytest.mark.multi_gpu
@@ -131,6 +150,29 @@ def test_a_killed_deterministic_run_goes_on_to_the_same_bits_on_gpus(tmp_path):
     run.communicate()
     train(out, *arguments, "--resume", "--schedule", "sync")
     assert records(out) == records(tmp_path / "straight")
+
+
+@pytest.mark.multi_gpu
+def test_compiled_and_recomputed_layers_train_on_gpus(tmp_path):
+    options = ["--device", "cuda", "--compile", "--recompute", "--experts", "2"]
+    train(tmp_path, *options)
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert steps[-1]["lm_loss"] < steps[0]["lm_loss"]
+    assert all(one["memory_gib"] > 0 and one["exposed_us"] >= 0 for one in steps)
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_data_that_it_is_given(tmp_path):
+    """A text that says one thing over and over, which two steps of a high rate learn something of."""
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 4000)
+    options = ["--ranks", "1", "--cp", "1", "--data", str(text), "--documents", "0", "--experts", "3"]
+    train(tmp_path / "run", *options, "--experts-per-token", "1", "--learning-rate", "1e-2", "--warmup", "0")
+    steps = records(tmp_path / "run")
+    assert steps[0]["lm_loss"] > 5
+    assert steps[-1]["lm_loss"] < 4
+    model = json.loads((tmp_path / "run/run.json").read_text())["settings"]["model"]
+    assert (model["num_experts"], model["experts_per_token"]) == (3, 1)
 
 
 @pytest.mark.slow
@@ -269,6 +311,8 @@ def command_of(pid: int) -> bytes:
         (["--seq-len", "0"], "seq_len must be >= 1, got 0"),
         (["--cp", "1", "--seq-len", "16"], "seq_len must be > 16 for documents"),
         (["--cp", "2", "--ranks", "4"], "1 * 2 * 1 = 2, got 4 ranks"),
+        (["--warmup", "9"], "warmup_steps must be in [0, steps = 8], got 9"),
+        (["--experts", "2", "--experts-per-token", "3"], "experts_per_token must be in [1, num_experts = 2]"),
         (["--preset", "huge"], "preset must be one of"),
         (["--compile", "--tp", "2"], "--compile and tp > 1 do not go together"),
         (["--curves", "nowhere"], "nowhere holds no steps.jsonl"),
@@ -278,7 +322,9 @@ def test_settings_are_refused_before_a_rank_is_started(tmp_path, monkeypatch, ar
     monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: pytest.fail("ranks were started"))
     command = typer.Typer()
     command.command()(main)
-    done = CliRunner().invoke(command, ["--out", str(tmp_path / "run"), "--device", "cpu", *arguments])
+    done = CliRunner().invoke(
+        command, ["--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "8", *arguments]
+    )
     assert done.exit_code == 2, done.output
     assert words in " ".join(done.output.replace("│", " ").split())
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,92 @@
+"""Checkpoints of the model itself, with experts: saved at any sizes, loaded at any other, bit-equal at the same."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from overlap_mtp.checkpoint import Checkpoints
+from overlap_mtp.model.gpt import GPT
+from overlap_mtp.parallel import Sizes, parallelize
+from overlap_mtp.training import Recipe, Trainer
+
+from rank_pool import RankPool
+from tiny_runs import assert_same, whole
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import parity
+
+CONFIG = replace(parity.CONFIG, num_experts=4)
+ROWS = 4  # of a step, shared out over the dp ranks
+ALL_SIZES = [Sizes(2, 1, 2), Sizes(1, 2, 2), Sizes(2, 2, 1), Sizes(1, 1, 4), Sizes(4, 1, 1)]
+
+
+class Run:
+    """Two steps and two more, in float64, packed."""
+
+    def __init__(self, sizes: Sizes, folder: Path, seed: int) -> None:
+        torch.manual_seed(seed)
+        parallel = parity.mesh_of(sizes, "cpu")
+        self.model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
+        optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
+        recipe = Recipe(4, 1e-2, warmup_steps=2, accumulate=ROWS // sizes.dp)
+        self.trainer = Trainer(self.model, optimizer, recipe, parallel)
+        layout = parity.layout_of("packed", sizes.cp)
+        full = parity.batch_of("packed", ROWS, CONFIG.vocab_size)
+        shards = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
+        mine = range(parallel.dp_rank, ROWS, sizes.dp)
+        self.batches = [({name: shard[row, None] for name, shard in shards.items()}, layout) for row in mine]
+        self.checkpoints = Checkpoints(folder, sizes={"dp": sizes.dp, "cp": sizes.cp, "tp": sizes.tp})
+
+    @property
+    def parts(self) -> tuple[GPT, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        return self.model, self.trainer.optimizer, self.trainer.scheduler
+
+    def train(self) -> list[float]:
+        return [self.trainer.step(self.batches).loss for _ in range(2)]
+
+    def end(self) -> dict[str, np.ndarray]:
+        """The weights and moments. Collective."""
+        self.model.mtp.roller.close()
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            moments = self.trainer.optimizer.state[parameter]
+            found |= {name: whole(parameter)} | {
+                f"{name}.{key}": whole(value) for key, value in moments.items()
+            }
+        return found
+
+
+def save_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tuple[list[float], dict]:
+    run = Run(sizes, folder, seed=0)
+    run.train()
+    run.checkpoints.save(2, *run.parts, {}, {"model": "GPT"})
+    return run.train(), run.end()
+
+
+def load_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tuple[list[float], dict]:
+    run = Run(sizes, folder, seed=1)
+    run.train()  # what is there must go
+    run.checkpoints.load(*run.parts, {"model": "GPT"})
+    return run.train(), run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved_at", ALL_SIZES[:3], ids=str)
+def test_a_model_goes_on_at_any_sizes(ranks: RankPool, tmp_path, saved_at):
+    expected, state = ranks.run(save_and_go_on, 4, saved_at, tmp_path)[0]
+    for sizes in ALL_SIZES:
+        for losses, found in ranks.run(load_and_go_on, 4, sizes, tmp_path):
+            if sizes == saved_at:
+                assert losses == expected
+                assert_same(found, state)
+            assert losses == pytest.approx(expected, rel=1e-10)
+            for name, value in state.items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-10, err_msg=name)
