@@ -1,4 +1,4 @@
-"""Checkpoints of the model itself, with experts: saved at any sizes, loaded at any other, bit-equal at the same."""
+"""Checkpoints of the model itself, with experts: saved at some sizes, loaded at others, bit-equal at the same."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import parity
 
 CONFIG = replace(parity.CONFIG, num_experts=4)
-ROWS = 4  # of a step, shared out over the dp ranks
-ALL_SIZES = [Sizes(2, 1, 2), Sizes(1, 2, 2), Sizes(2, 2, 1), Sizes(1, 1, 4), Sizes(4, 1, 1)]
+ROWS = 2  # of a step, shared out over the dp ranks
+LOADED_AT = {
+    Sizes(2, 1, 2): [Sizes(2, 1, 2), Sizes(1, 2, 2), Sizes(1, 1, 4)],
+    Sizes(1, 2, 2): [Sizes(1, 2, 2), Sizes(2, 2, 1), Sizes(2, 1, 2)],
+    Sizes(2, 2, 1): [Sizes(2, 2, 1), Sizes(1, 1, 4), Sizes(1, 4, 1)],
+}  # by sizes saved at
 
 
 class Run:
@@ -79,10 +83,10 @@ def load_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved_at", ALL_SIZES[:3], ids=str)
-def test_a_model_goes_on_at_any_sizes(ranks: RankPool, tmp_path, saved_at):
+@pytest.mark.parametrize("saved_at", LOADED_AT, ids=str)
+def test_a_model_goes_on_at_other_sizes(ranks: RankPool, tmp_path, saved_at):
     expected, state = ranks.run(save_and_go_on, 4, saved_at, tmp_path)[0]
-    for sizes in ALL_SIZES:
+    for sizes in LOADED_AT[saved_at]:
         for losses, found in ranks.run(load_and_go_on, 4, sizes, tmp_path):
             if sizes == saved_at:
                 assert losses == expected
