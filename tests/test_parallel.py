@@ -257,9 +257,8 @@ def differences_of_variants(world: dist.ProcessGroup, sizes: Sizes) -> list[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [Sizes(1, 2, 2), Sizes(2, 2, 1)], ids=str)
-def test_schedules_and_recomputing_give_the_same_bits(ranks: RankPool, sizes):
-    assert ranks.run(differences_of_variants, 4, sizes) == [[]] * 4
+def test_schedules_and_recomputing_give_the_same_bits(pool: RankPool):
+    assert pool.run(differences_of_variants, 8, Sizes(2, 2, 2)) == [[]] * 8
 
 
 def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
@@ -282,8 +281,8 @@ def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
     return str(raised.value), all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_loss_that_is_not_finite_is_named_alike_on_all_ranks(ranks: RankPool):
-    for said, is_as_before in ranks.run(not_finite, 4, Sizes(2, 2, 1)):
+def test_a_loss_that_is_not_finite_is_named_alike_on_all_ranks(pool: RankPool):
+    for said, is_as_before in pool.run(not_finite, 8, Sizes(2, 2, 2)):
         assert said.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
         assert is_as_before
 
