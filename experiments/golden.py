@@ -48,11 +48,9 @@ def train(sizes: Sizes, documents: str) -> Values:
     layout = parity.layout_of(documents, sizes.cp)
     full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
     values: Values = {}
+    microbatches = parity.share_out(full, layout, parallel, torch.device("cpu"))
     for step in range(STEPS):
-        batch = {
-            name: layout.shard(tensor[step % BATCHES, None], model.cp_rank) for name, tensor in full.items()
-        }
-        report = trainer.step([(batch, layout)])
+        report = trainer.step([microbatches[step % BATCHES]])
         named = {
             "LM": report.lm_loss,
             "aux": report.aux_loss or 0.0,

@@ -34,7 +34,7 @@ from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.reference import loss_reference, roll_reference
-from overlap_mtp.training import Recipe, Trainer
+from overlap_mtp.training import Microbatch, Recipe, Trainer
 
 SIZES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]  # (tp, cp)
 MOST_RANKS = 8
@@ -117,6 +117,15 @@ def config_of(case: Case, device: torch.device) -> ModelConfig:
     return replace(config, num_experts=case.num_experts, experts_per_token=case.experts_per_token)
 
 
+def share_out(
+    full: dict[str, torch.Tensor], layout: SequenceLayout, parallel: Parallel, device: torch.device
+) -> list[Microbatch]:
+    """This rank's microbatches of a full batch: dp ranks take a row each, then the next."""
+    shards = {name: layout.shard(tensor, parallel.cp_rank).to(device) for name, tensor in full.items()}
+    rows = range(parallel.dp_rank, len(full["input_ids"]), parallel.sizes.dp)
+    return [({name: tensor[row, None] for name, tensor in shards.items()}, layout) for row in rows]
+
+
 @cache
 def mesh_of(sizes: Sizes, device_type: str) -> Parallel:
     """One for all models of a process: each holds communicators, whose threads poll (gloo) or memory (NCCL)."""
@@ -141,12 +150,9 @@ def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, 
     checkpoints_of(case, folder).load(model, optimizer, trainer.scheduler, {"experts": case.num_experts})
     model.recompute_layers(case.recompute)
     layout = layout_of(case.documents, case.cp)
-    rows = batch_of(case.documents, case.dp, model.config.vocab_size)
+    full = batch_of(case.documents, case.dp, model.config.vocab_size)
     # A sequence for each dp rank; one process takes them one after the other.
-    numbers = range(case.dp) if parallel.sizes.dp < case.dp else [parallel.dp_rank]
-    device = model.embedding.weight.device
-    shards = {name: layout.shard(tensor, model.cp_rank).to(device) for name, tensor in rows.items()}
-    loss = trainer.step([({n: t[row, None] for n, t in shards.items()}, layout) for row in numbers]).loss
+    loss = trainer.step(share_out(full, layout, parallel, model.embedding.weight.device)).loss
     gradients = {}
     for key, parameter in model.named_parameters():
         gradient = parameter.grad

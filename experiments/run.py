@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.meter import OverlapMeter
-from overlap_mtp.metrics import StepLog, read_records
+from overlap_mtp.metrics import StepLog
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
@@ -278,18 +277,18 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     run.model.mtp.roller.close()
     if log is not None:
         log.close()
-        picture = ", losses.png" if read_records(log.path) else ""
-        if picture:
+        written = [str(log.path)]
+        if log.path.stat().st_size:
             draw_losses([settings.out], settings.out)
-        console.print(f"wrote {log.path}{picture} and checkpoints, the last of step {run.steps_done}")
+            written.append("losses.png")
+        console.print(f"wrote {', '.join(written)} and checkpoints, the last of step {run.steps_done}")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes so far: allocated by torch on a GPU, on CPU resident of this process."""
+    """Bytes so far: allocated by torch on a GPU, on CPU resident of this process (Linux counts them in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes  # which has bytes
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def progress_bar(console: Console) -> Progress:

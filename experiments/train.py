@@ -93,11 +93,11 @@ def main(
     try:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        on_gpu = choose_device(device) == "cuda"
+        device = choose_device(device)
         sizes = Sizes(dp, 1, tp)
         known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or sizes.world * (cp or 0)
-        world = known or (torch.cuda.device_count() if on_gpu else 2 * sizes.world)
-        check_gpus(world, "cuda" if on_gpu else "cpu", share_gpus)
+        world = known or (torch.cuda.device_count() if device == "cuda" else 2 * sizes.world)
+        check_gpus(world, device, share_gpus)
         config = replace(
             PRESETS[preset].model,
             num_depths=depths,

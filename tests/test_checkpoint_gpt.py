@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from overlap_mtp.parallel import Sizes, parallelize
 from overlap_mtp.training import Recipe, Trainer
 
 from rank_pool import RankPool
-from tiny_runs import assert_same, whole
+from tiny_runs import assert_same, weights_and_moments, whole
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -44,10 +44,8 @@ class Run:
         self.trainer = Trainer(self.model, optimizer, recipe, parallel)
         layout = parity.layout_of("packed", sizes.cp)
         full = parity.batch_of("packed", ROWS, CONFIG.vocab_size)
-        shards = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
-        mine = range(parallel.dp_rank, ROWS, sizes.dp)
-        self.batches = [({name: shard[row, None] for name, shard in shards.items()}, layout) for row in mine]
-        self.checkpoints = Checkpoints(folder, sizes={"dp": sizes.dp, "cp": sizes.cp, "tp": sizes.tp})
+        self.batches = parity.share_out(full, layout, parallel, torch.device("cpu"))
+        self.checkpoints = Checkpoints(folder, sizes=asdict(sizes))
 
     @property
     def parts(self) -> tuple[GPT, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -59,13 +57,8 @@ class Run:
     def end(self) -> dict[str, np.ndarray]:
         """The weights and moments. Collective."""
         self.model.mtp.roller.close()
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            moments = self.trainer.optimizer.state[parameter]
-            found |= {name: whole(parameter)} | {
-                f"{name}.{key}": whole(value) for key, value in moments.items()
-            }
-        return found
+        found = weights_and_moments(self.model, self.trainer.optimizer)
+        return {name: whole(value) for name, value in found.items()}
 
 
 def save_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tuple[list[float], dict]:

@@ -269,10 +269,7 @@ def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1, accumulate=2), parallel)
     layout, full = parity.layout_of("packed", sizes.cp), parity.batch_of("packed", 4, CONFIG.vocab_size)
     full["loss_mask"][3, 100] = float("inf")
-    shards = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
-    mine = [
-        ({n: t[row, None] for n, t in shards.items()}, layout) for row in range(parallel.dp_rank, 4, sizes.dp)
-    ]
+    mine = parity.share_out(full, layout, parallel, device_of(world))
     before = [p.full_tensor() for p in model.parameters()]
     with pytest.raises(NonFiniteLossError) as raised:
         trainer.step(mine, where="step 2", first_batch=4)

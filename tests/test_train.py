@@ -163,7 +163,7 @@ def test_compiled_and_recomputed_layers_train_on_gpus(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_takes_the_data_that_it_is_given(tmp_path):
-    """A text that says one thing over and over, which two steps of a high rate learn something of."""
+    """A text that says one thing over and over, of which a few steps at a high rate learn something."""
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 4000)
     options = ["--ranks", "1", "--cp", "1", "--data", str(text), "--documents", "0", "--experts", "3"]

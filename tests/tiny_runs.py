@@ -94,10 +94,7 @@ class Run:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that training changes but random generators, whole. Collective."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        found = {name: parameter for parameter, name in names.items()}
-        for parameter, values in self.optimizer.state.items():
-            found.update({f"{names[parameter]}.{what}": value for what, value in values.items()})
+        found = weights_and_moments(self.model, self.optimizer)
         rates = [group["lr"] for group in self.optimizer.param_groups] + self.scheduler.get_last_lr()
         found["rates"] = torch.tensor([*rates, self.scheduler.last_epoch], dtype=torch.float64)
         return {name: whole(value) for name, value in found.items()}
@@ -117,6 +114,15 @@ class Run:
         progress = checkpoints.load(*self.parts(), IDENTITY, path)
         self.step = progress["step"]
         return progress
+
+
+def weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """By name, as they are on this rank."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {name: parameter for parameter, name in names.items()}
+    for parameter, values in optimizer.state.items():
+        found.update({f"{names[parameter]}.{what}": value for what, value in values.items()})
+    return found
 
 
 def whole(tensor: torch.Tensor) -> np.ndarray:
