@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    """Eight gloo ranks."""
+    """Eight gloo ranks; not for longer, since gloo's threads poll, a hundred times a second for every group."""
     ranks = RankPool(8)
     yield ranks
     ranks.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -22,15 +21,10 @@ from torch import nn
 
 from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError, _crc32_of, _marks
 
+from rank_pool import forks
 from tiny_runs import BATCH, HIDDEN, IDENTITY, Run, assert_all_say, assert_same, error_in, kept, of_sizes
 
 STEPS = 120  # more than the run gets to that is killed
-PRELOAD = [
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "overlap_mtp.checkpoint",
-]
 DELETING = {"os.remove", "os.rmdir"}  # their paths are relative
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "shutil.rmtree"} | DELETING
 
@@ -87,8 +81,8 @@ def train_and_save(folder: Path | None, out: Path, dies_at: int, steps: int) -> 
         out.write_text(json.dumps(digests))
 
 
-def start(forks, *args):
-    process = forks.Process(target=killed_run, args=args)
+def start(*args):
+    process = forks().Process(target=killed_run, args=args)
     process.start()
     return process
 
@@ -100,16 +94,14 @@ def finish(process):
 
 
 def test_kills_leave_complete_checkpoints_and_a_bit_equal_run(tmp_path):
-    forks = multiprocessing.get_context("forkserver")  # torch is imported once
-    forks.set_forkserver_preload(PRELOAD)
     folder, never, draw = tmp_path / "run", (0, 0), random.Random(20)
-    assert finish(start(forks, None, tmp_path / "straight", never, STEPS)) == 0
+    assert finish(start(None, tmp_path / "straight", never, STEPS)) == 0
     expected = json.loads((tmp_path / "straight").read_text())
     in_saves = last = 0
     for kill in range(12):
         out = tmp_path / f"kill{kill}"
         if kill % 3 == 2:  # at any time
-            process = start(forks, folder, out, never, STEPS)
+            process = start(folder, out, never, STEPS)
             while not Path(f"{out}.alive").exists():
                 assert process.is_alive()
                 time.sleep(0.001)
@@ -117,7 +109,7 @@ def test_kills_leave_complete_checkpoints_and_a_bit_equal_run(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         else:
             rank = draw.choice([0, 0, 1])
-            process = start(forks, folder, out, (rank, draw.randint(1, 15 if rank else 90)), STEPS)
+            process = start(folder, out, (rank, draw.randint(1, 15 if rank else 90)), STEPS)
         assert finish(process) == -signal.SIGKILL
         in_saves += any(folder.glob(".step-*.tmp"))
         complete = sorted(folder.glob("step-*"))
@@ -127,7 +119,7 @@ def test_kills_leave_complete_checkpoints_and_a_bit_equal_run(tmp_path):
         last = max(steps, default=0)
     assert in_saves >= 6
     assert last >= 6
-    assert finish(start(forks, folder, tmp_path / "end", never, last + 3)) == 0
+    assert finish(start(folder, tmp_path / "end", never, last + 3)) == 0
     found = json.loads((tmp_path / "end").read_text())
     assert found == {str(step): expected[str(step)] for step in range(last, last + 4)}
     assert kept(folder) == [f"step-{last + 2:08d}", f"step-{last + 3:08d}"]
