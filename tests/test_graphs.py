@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
 from overlap_mtp.channel import channel_of
+from overlap_mtp.kernels.launch import Grid, Launch, Runner
 
 from cases import NUM_DEPTHS, WIRED, error_of
 from gpu_cases import TRANSPORTS, differences, packed, shards
@@ -72,33 +74,60 @@ def in_a_thread(function: Callable[[], object]) -> None:
     thread.join()
 
 
-def go_during_captures(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """The garbage collector takes rollers whenever it can: while the transport and while the caller captures.
+@contextlib.contextmanager
+def collecting_in_launches() -> Iterator[None]:
+    """The garbage collector runs in every kernel that is launched, so also while its launch is captured."""
+    compiled = Launch._compiled
+
+    def collecting(self: Launch, grid: Grid) -> Runner:
+        runner = compiled(self, grid)
+        return lambda stream: (gc.collect(), runner(stream))[1]
+
+    Launch._compiled = collecting
+    try:
+        yield
+    finally:
+        Launch._compiled = compiled
+
+
+def used_roller(group: dist.ProcessGroup, transport: str, is_closed: bool) -> list[object]:
+    """A roller and the rolls of an exchange of its, on a device that has done with them."""
+    layout = packed(group.size(), 0)
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
+    rolls = roller.start(shards(layout, group, 0), layout)
+    rolls.at(1)
+    torch.cuda.synchronize()
+    if is_closed:
+        roller.close()
+    return [roller, rolls]
+
+
+def go_during_captures(group: dist.ProcessGroup, transport: str, is_closed: bool) -> list[str]:
+    """The garbage collector takes rollers while the transport captures its launches, and while the caller captures.
 
     Once in the thread that captures, once in another one.
     """
     layout, rank = packed(group.size(), 0), group.rank()
     batch, wrong = shards(layout, group, 0), []
-    before = gc.get_threshold()
-    for turn in range(4):
+    for in_another in (False, True):
         roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
-        gc.set_threshold(1)
-        rolls = roller.start(batch, layout)
-        gc.set_threshold(*before)
-        wrong += [f"{turn}: {one}" for one in differences([rolls.at(1), rolls.at(2)], layout, rank, 0)]
-        other = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
-        other.start(batch, layout).at(1)
-        torch.cuda.synchronize()
+        gc.disable()
+        Cycle(used_roller(group, transport, is_closed))
+        with collecting_in_launches():
+            rolls = roller.start(batch, layout)
+        gc.enable()
+        wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, 0)
+        kept = used_roller(group, transport, is_closed)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             rolls = roller.start(batch, layout)
             rolled = [rolls.at(1), rolls.at(2)]
-            Cycle(other)
-            del other
-            gc.collect() if turn % 2 else in_a_thread(gc.collect)
+            Cycle(kept)
+            del kept
+            in_a_thread(gc.collect) if in_another else gc.collect()
         graph.replay()
         torch.cuda.synchronize()
-        wrong += [f"replay {turn}: {one}" for one in differences(rolled, layout, rank, 0)]
+        wrong += [f"replay: {one}" for one in differences(rolled, layout, rank, 0)]
         graph.reset()
         del graph, rolls, rolled
         Cycle(roller)
@@ -107,10 +136,11 @@ def go_during_captures(group: dist.ProcessGroup, transport: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport):
+def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport, is_closed):
     size = gpu_pool.world_size
-    assert gpu_pool.run(go_during_captures, size, transport) == [[]] * size
+    assert gpu_pool.run(go_during_captures, size, transport, is_closed) == [[]] * size
 
 
 def relayouts(group: dist.ProcessGroup) -> list[str]:

@@ -52,9 +52,11 @@ def open_transport(
         return HostTransport(channel, shape, cargo, traffic, overlapped)
 
     # Triton is compiled for a GPU only.
+    from overlap_mtp.transports.device import free_left
     from overlap_mtp.transports.process_group import ProcessGroupTransport
     from overlap_mtp.transports.symmetric import SymmetricTransport, allocate
 
+    free_left()  # here, where a wait holds up no step, and before more is allocated
     if name == "process_group" or channel.cp_size == 1:
         return ProcessGroupTransport(channel, shape, cargo, traffic, overlapped, length)
     transport: Transport | None = None

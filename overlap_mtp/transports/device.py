@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from abc import abstractmethod
@@ -34,6 +35,7 @@ class DeviceSlot(Slot):
     send_kernel: Launch  # pack, or put
     unroll_kernel: Launch  # unroll, or take
     retired: tuple[Launch, ...] = ()
+    shared: object = None  # what keeps the peers' memory mapped
     captured = False  # a CUDA graph reads it for as long as that lives
 
     def __init__(self, shape: PlanShape, cargo: Cargo) -> None:
@@ -41,6 +43,11 @@ class DeviceSlot(Slot):
         self.record = torch.zeros_like(self.given, device=cargo.device)
         self.override = torch.full_like(self.record, -1)
         self.forked, self.sent, self.landed = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
+
+    def unbind(self) -> None:
+        """Lets go what may not go during a capture: a dropped flight of a closed transport keeps its slot."""
+        del self.send_kernel, self.unroll_kernel
+        self.retired, self.shared = (), None
 
 
 class DeviceTransport(Transport):
@@ -62,7 +69,6 @@ class DeviceTransport(Transport):
     ) -> None:
         """`length`: tokens a rank of the first batch, for which launches are made ready."""
         super().__init__(channel, shape, cargo, traffic)
-        _free_left()  # here, where a wait holds up no step
         self._overlapped, self._length = overlapped, length
         self._index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         self._side = channel.side_stream(self.device)
@@ -179,7 +185,7 @@ class DeviceTransport(Transport):
 
     def close(self) -> None:
         self._closer()
-        _free_left()
+        free_left()
         self._free.clear()
         self._ready.clear()
         self._abandoned.clear()
@@ -275,20 +281,32 @@ class DeviceTransport(Transport):
 def _leave(slots: list[DeviceSlot]) -> None:
     """Leaves the slots of a transport that goes to whoever frees them next.
 
-    The garbage collector calls this, in any thread and in the middle of a capture, which a wait or a graph that goes
-    would break.
+    The garbage collector calls this, in any thread and in the middle of a capture, which a wait would break, and a
+    graph or symmetric memory that goes.
     """
     _left.extend(slots)
     slots.clear()
 
 
-def _free_left() -> None:
-    """Frees slots that were left, once the device no longer uses them: it may still be reading their pinned memory."""
-    if not _left or torch.cuda.is_current_stream_capturing():
+def free_left() -> None:
+    """Frees slots that were left, once the device no longer uses them: it may still be reading their pinned memory.
+
+    Waits, so for where no step is held up. Nothing may be captured in another thread.
+    """
+    if torch.cuda.is_current_stream_capturing():
         return
-    going = [_left.popleft() for _ in range(len(_left))]
-    for device in {slot.record.device for slot in going}:
-        torch.cuda.synchronize(device)
+    going: list[DeviceSlot] = []
+    with contextlib.suppress(IndexError):  # another thread may take them too
+        while True:
+            going.append(_left.popleft())
+    try:
+        for device in {slot.record.device for slot in going}:
+            torch.cuda.synchronize(device)
+    except Exception:
+        _left.extend(going)
+        raise
+    for slot in going:
+        slot.unbind()
 
 
 _left: deque[DeviceSlot] = deque()  # of transports that went

@@ -147,6 +147,12 @@ class SymmetricTransport(DeviceTransport):
         self._under_way.pop(flight.number, None)
         super().abandon(flight)
 
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            del self._memory, self._mapping  # here and now; a capture may be under way when the roller goes
+
     def _send(self, flight: Flight, stream: int) -> None:
         with self._send_span:
             flight.slot.send_kernel(stream, as_graph=not flight.slot.captured)
@@ -166,6 +172,7 @@ class SymmetricTransport(DeviceTransport):
         super()._recover(slot)
 
     def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
+        slot.shared = self._mapping
         constants = self._places.constants(timed=True)
         given = (slot.given, slot.override, slot.record, self.table, self.cargo_table)
         shared = (self._memory, self._epochs, self.trouble, self._patience)
