@@ -119,7 +119,7 @@ def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, di
     that are not in these two make two others.
     """
     groups = {}
-    for size in sorted({2, 3, 4, world_size} & set(range(2, world_size + 1))):
+    for size in sorted({2, 3, 4, world_size} & set(range(1, world_size + 1))):
         group = dist.new_group(list(range(size)), timeout=timeout)
         if rank < size:
             assert group is not None
@@ -129,6 +129,21 @@ def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, di
             for _ in range(2):
                 dist.new_group([rank], use_local_synchronization=True)
     return groups
+
+
+def run_on_forks(
+    function: Callable[..., None], ranks: int, _device: str, *arguments: Any, share_gpus: bool = False
+) -> None:
+    """What `launch.run_on_ranks` does on CPU, where each rank imports torch for itself: 3 s of a core."""
+    pool = RankPool(ranks)
+    try:
+        pool.run(_on_cpu, ranks, function, arguments, limit_s=600)
+    finally:
+        pool.close()
+
+
+def _on_cpu(_group: dist.ProcessGroup, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    function(torch.device("cpu"), *arguments)
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rank_pool import run_on_forks
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -19,7 +21,9 @@ RUNS = [(documents, f"tp {tp} cp {cp}") for documents in golden.DOCUMENTS for tp
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, golden.Values]]:
-    return golden.compute()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(golden, "run_on_ranks", run_on_forks)
+        return golden.compute()
 
 
 @pytest.mark.slow

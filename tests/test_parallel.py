@@ -19,7 +19,7 @@ from overlap_mtp.model.loss import token_mask
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.training import NonFiniteLossError, Recipe, StepReport, Trainer
 
-from rank_pool import RankPool, device_of
+from rank_pool import RankPool, device_of, run_on_forks
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -53,7 +53,8 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 @pytest.fixture(scope="module")
 def rows() -> dict[parity.Case, dict]:
     """Those of as many ranks in one launch."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parity, "run_on_ranks", run_on_forks)
         found = parity.measure(CASES, "cpu", Path(folder))["rows"]
     names = parity.Case.__dataclass_fields__
     return {parity.Case(**{name: row[name] for name in names}): row for row in found}
