@@ -224,6 +224,8 @@ def test_block_serves_a_model_that_is_not_ours():
 
     embedding, head = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)
     mtp = MultiTokenPrediction(8, 3, lambda depth: torch.nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="transport must be one of auto"):
+        MultiTokenPrediction(8, 3, lambda depth: torch.nn.Linear(8, 8), transport="pigeon")
     layout = SequenceLayout.dense(6, 1, "contiguous")
     ids = torch.arange(1, 7)[None]
     rolls = mtp.start({"input_ids": ids, "labels": ids}, layout)

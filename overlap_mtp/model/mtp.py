@@ -37,12 +37,15 @@ class MultiTokenPrediction(nn.Module):
         hidden = trunk(batch)
         for p in mtp(hidden, rolls, embedding, *layer_arguments):
             loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
+        ...
+        mtp.roller.close()                                 # at the end of all steps
 
     `make_layer(depth)` gives the layer of a depth, called as layer(hidden, *layer_arguments): it returns hidden
-    states, or a tuple of them and something of its own. `cp_group` are the ranks that share the sequence; None where
-    this rank holds all of it. `repeat_layer`: one set of parameters for all depths. `detach`: the losses of the depths
-    train this block alone, not what it is given. `derive_labels`: the batch has no labels, they are the ids that
-    follow, rolled one depth further in the same message.
+    states, or a tuple of them and something of its own. `cp_group` are the ranks that share the sequence; None
+    where this rank holds all of it. `schedule`, `transport` and `max_documents` are those of `make_roller`.
+    `repeat_layer`: one set of parameters for all depths. `detach`: the losses of the depths train this block alone,
+    not what it is given. `derive_labels`: the batch has no labels, they are the ids that follow, rolled one depth
+    further in the same message.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MultiTokenPrediction(nn.Module):
         *,
         cp_group: dist.ProcessGroup | None = None,
         schedule: str = "prefetch",
+        transport: str = "auto",
         max_documents: int = 128,
         norm_eps: float = 1e-5,
         repeat_layer: bool = False,
@@ -62,7 +66,7 @@ class MultiTokenPrediction(nn.Module):
         super().__init__()
         self.num_depths, self.detach, self.derive_labels = num_depths, detach, derive_labels
         self.roller: Roller = make_roller(
-            schedule, cp_group, num_depths + derive_labels, max_documents=max_documents
+            schedule, cp_group, num_depths + derive_labels, transport, max_documents
         )
         self.depths = nn.ModuleList(
             MTPDepth(hidden_size, make_layer(depth), norm_eps)
