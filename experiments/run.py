@@ -217,8 +217,7 @@ class Run:
             yield {n: layout.shard(t, parallel.cp_rank).to(self.device) for n, t in full.items()}, layout
 
     def _record(self, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         cost = self.meter.read()
         shares = [r / c if c else 0.0 for r, c in zip(self.right, self.counted, strict=True)]

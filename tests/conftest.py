@@ -15,17 +15,15 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """Eight gloo ranks; not for longer, since gloo's threads poll, a hundred times a second for every group."""
-    ranks = RankPool(8)
-    yield ranks
-    ranks.close()
+    with RankPool(8) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     """Four gloo ranks, for what needs a world of no more."""
-    four = RankPool(4)
-    yield four
-    four.close()
+    with RankPool(4) as four:
+        yield four
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +31,5 @@ def gpu_pool() -> Iterator[RankPool]:
     """One NCCL rank per GPU."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two or more GPUs")
-    ranks = RankPool(torch.cuda.device_count(), "nccl")
-    yield ranks
-    ranks.close()
+    with RankPool(torch.cuda.device_count(), "nccl") as ranks:
+        yield ranks

@@ -43,7 +43,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = forks() if self.backend == "gloo" else mp.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        self._folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self._folder.name, "store")
         self._pipes, self._processes = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -88,6 +89,13 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _rank_main(
@@ -135,11 +143,8 @@ def run_on_forks(
     function: Callable[..., None], ranks: int, _device: str, *arguments: Any, share_gpus: bool = False
 ) -> None:
     """What `launch.run_on_ranks` does on CPU, where each rank imports torch for itself: 3 s of a core."""
-    pool = RankPool(ranks)
-    try:
+    with RankPool(ranks) as pool:
         pool.run(_on_cpu, ranks, function, arguments, limit_s=600)
-    finally:
-        pool.close()
 
 
 def _on_cpu(_group: dist.ProcessGroup, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -32,9 +32,8 @@ SLACK_S = 6
 @pytest.fixture(scope="module")
 def short_pool() -> Iterator[RankPool]:
     """Three ranks on which each test makes a group of its own, which it may break."""
-    ranks = RankPool(3, timeout_s=30)
-    yield ranks
-    ranks.close()
+    with RankPool(3, timeout_s=30) as ranks:
+        yield ranks
 
 
 def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:

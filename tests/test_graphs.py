@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -74,20 +73,18 @@ def in_a_thread(function: Callable[[], object]) -> None:
     thread.join()
 
 
-@contextlib.contextmanager
-def collecting_in_launches() -> Iterator[None]:
-    """The garbage collector runs in every kernel that is launched, so also while its launch is captured."""
-    compiled = Launch._compiled
+compiled = Launch._compiled
 
-    def collecting(self: Launch, grid: Grid) -> Runner:
-        runner = compiled(self, grid)
-        return lambda stream: (gc.collect(), runner(stream))[1]
 
-    Launch._compiled = collecting
-    try:
-        yield
-    finally:
-        Launch._compiled = compiled
+def collecting(launch: Launch, grid: Grid) -> Runner:
+    """A kernel in whose launch the garbage collector runs, so also while that launch is captured."""
+    runner = compiled(launch, grid)
+
+    def run(stream: int | None) -> None:
+        gc.collect()
+        runner(stream)
+
+    return run
 
 
 def used_roller(group: dist.ProcessGroup, transport: str, is_closed: bool) -> list[object]:
@@ -113,7 +110,8 @@ def go_during_captures(group: dist.ProcessGroup, transport: str, is_closed: bool
         roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
         gc.disable()
         Cycle(used_roller(group, transport, is_closed))
-        with collecting_in_launches():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Launch, "_compiled", collecting)
             rolls = roller.start(batch, layout)
         gc.enable()
         wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, 0)

@@ -212,11 +212,8 @@ def data_parallel_errors(world: dist.ProcessGroup) -> float:
 
 
 def test_disjoint_cp_groups_under_data_parallelism():
-    pool = RankPool(4)
-    try:
+    with RankPool(4) as pool:
         assert max(pool.run(data_parallel_errors, 4)) <= 1e-10
-    finally:
-        pool.close()
 
 
 def test_block_serves_a_model_that_is_not_ours():

@@ -162,12 +162,9 @@ def test_rolls_are_exact_in_a_device_mesh_on_gpus(gpu_pool: RankPool):
 
 
 def test_rolls_are_exact_in_a_device_mesh():
-    pool = RankPool(2)
-    try:
-        layout = SequenceLayout.dense(16, 2)
+    layout = SequenceLayout.dense(16, 2)
+    with RankPool(2) as pool:
         assert pool.run(rolls_differ_in_a_default_group, 2, layout) == [[]] * 2
-    finally:
-        pool.close()
 
 
 @pytest.mark.multi_gpu
