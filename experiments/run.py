@@ -243,6 +243,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     """All steps of a run, from the start or from its last checkpoint."""
     watchdog.phase("setting up")
     run = Run(settings, device, watchdog.phase)
+    watchdog.follow(run.parallel.groups)
     if settings.resume:
         watchdog.phase("loading a checkpoint")
         run.load()

@@ -117,6 +117,11 @@ class Parallel:
         return self.shard_mesh.get_group()
 
     @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All that a step has collectives in, but for the rolls' own."""
+        return [self.data_group, self.cp_group, self.mesh["tp"].get_group()]
+
+    @property
     def dp_rank(self) -> int:
         return self.mesh.get_local_rank("dp")
 

@@ -14,7 +14,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -46,12 +47,18 @@ class Sign(NamedTuple):
     beat: int
     number: int  # of its phase: all ranks go through the same ones
     phase: str
+    calls: int = 0  # collectives that it has begun, in the groups that are followed
     state: str = "at work"  # or "lost" (its connection), "failed", "done"
     error: str = ""
 
     @property
     def is_running(self) -> bool:
         return self.state in ("at work", "lost")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it is."""
+        return self.number, self.calls
 
 
 class Watchdog:
@@ -60,12 +67,14 @@ class Watchdog:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
             dist.init_process_group(..., store=PrefixStore("groups", store))
+            watchdog.follow([dist.group.WORLD])      # and other groups in which no rank may be late
             for step in range(steps):
                 watchdog.phase(f"step {step}")   # on all ranks, in the same order
                 ...
 
     A rank is gone when nothing was heard of it for a quarter of the deadline; it has not arrived when this rank has
-    been in a later phase for nearly the deadline. This process then ends by `on_verdict`, in the watchdog's thread: by
+    been further, and stood still, for nearly the deadline: in a later phase, or in the same one with more collectives
+    begun. This process then ends by `on_verdict`, in the watchdog's thread: by
     default with one line on stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost
     connection, leaving waits until it is known for whom (half of the deadline at most) and raises PeerError from it;
     only where all others live is this rank itself to blame. Clocks of different hosts are never compared.
@@ -92,6 +101,8 @@ class Watchdog:
         self._store, self._on_verdict = PrefixStore("watchdog", store), on_verdict
         self._clock = 0.0  # seconds that this process has watched
         self._at = (0, "start", 0.0)  # the phase's number, its text, when it began
+        self._groups: list[weakref.ref[dist.ProcessGroup]] = []  # who holds one keeps it from ending
+        self._calls = (0, 0.0)  # collectives begun in these groups, when the last was
         self._state = ("at work", "")  # and the error
         self._gave_up = float("inf")  # when a collective was
         self._heard = {other: (Sign(-1, 0, "start"), 0.0) for other in range(world_size) if other != rank}
@@ -107,10 +118,24 @@ class Watchdog:
         """Says what this rank does from now on. Less than 1 µs."""
         self._at = (self._at[0] + 1, text, self._clock)
 
+    def follow(self, groups: Iterable[dist.ProcessGroup]) -> None:
+        """Counts the collectives that ranks begin in these groups from now on, to know who is behind within a phase.
+
+        For groups in which all ranks begin as many, and none is to be waited for as long as the deadline: not those
+        that checkpoints are saved over. On NCCL, where the host runs ahead of the device, it is the hosts' calls
+        that count. All ranks call it, at the same place.
+        """
+        self._groups = [weakref.ref(group) for group in groups]
+
+    def _count(self) -> int:
+        groups = [reference() for reference in self._groups]
+        # All backends know it; torch's stubs do not.
+        return sum(group._get_sequence_number_for_group() for group in groups if group is not None)  # type: ignore[attr-defined]
+
     @property
     def whereabouts(self) -> str:
         """Where this rank is, and where others were when they were last heard of: the furthest behind first."""
-        heard = sorted((sign.number, other, sign.phase) for other, (sign, _) in self._heard.items())
+        heard = sorted((sign.place, other, sign.phase) for other, (sign, _) in self._heard.items())
         others = [f'rank {other} in "{phase}"' for _, other, phase in heard[:8]]
         said = (
             f", {', '.join(others)}{', ...' if len(heard) > 8 else ''} when last heard of" if others else ""
@@ -174,7 +199,7 @@ class Watchdog:
     def _exchange(self, store: Store, beat: int) -> None:
         """Tells and reads: three requests once all have been heard of."""
         number, phase, _ = self._at
-        store.set(str(self.rank), json.dumps((beat, number, phase, *self._state)))
+        store.set(str(self.rank), json.dumps((beat, number, phase, self._calls[0], *self._state)))
         if self._what and not self._told.is_set():
             store.set("verdict", self._what)
         if store.check(["verdict"]):
@@ -194,6 +219,8 @@ class Watchdog:
             now = time.monotonic()
             self._clock += min(now - before, self.silence_s / 2)  # a process that was stopped has not watched
             before = now
+            if (calls := self._count()) != self._calls[0]:
+                self._calls = (calls, self._clock)
             self._what = self._what or self._find()
             if self._what:
                 self._conclude(self._what)
@@ -201,7 +228,8 @@ class Watchdog:
 
     def _find(self) -> str:
         """What is the matter, if anything: who is gone, before who failed, before who is late."""
-        state, (number, _, since) = self._state[0], self._at
+        state, (number, _, since), (calls, last) = self._state[0], self._at, self._calls
+        still_s = self._clock - max(since, last)
         for other, (sign, when) in self._heard.items():
             # As of the last answer: a store that says nothing says nothing of the others either.
             silent_s, limit_s = self._answered - when, self.silence_s if sign.beat > 0 else self.patience_s
@@ -217,17 +245,17 @@ class Watchdog:
         ):
             return self._of_store(silent_s)
         # The furthest behind: those between wait for it as well.
-        working = (
-            (sign.number, other) for other, (sign, _) in self._heard.items() if sign.state == "at work"
-        )
-        behind, other = min(working, default=(number + 1, -1))
-        is_late = state == "at work" and behind < number and self._clock - since > self.patience_s
+        working = ((sign.place, other) for other, (sign, _) in self._heard.items() if sign.state == "at work")
+        behind, other = min(working, default=((number + 1, 0), -1))
+        is_late = state == "at work" and behind < (number, calls) and still_s > self.patience_s
         # A collective was given up, and the other lives and noticed nothing: it never came to it.
         gave_up_s = self._clock - self._gave_up
-        is_absent = state == "lost" and behind <= number and gave_up_s > self.silence_s + 2 * self.interval_s
+        is_absent = (
+            state == "lost" and behind[0] <= number and gave_up_s > self.silence_s + 2 * self.interval_s
+        )
         if is_late or is_absent:
             phase = self._heard[other][0].phase
-            return f'rank {other} has not arrived after {self._clock - since:.0f} s: it is still in "{phase}"'
+            return f'rank {other} has not arrived after {still_s:.0f} s: it is still in "{phase}"'
         return ""
 
     def _of_store(self, silent_s: float) -> str:

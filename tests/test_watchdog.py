@@ -44,6 +44,7 @@ def program(scenario: str, odd: int, others: str) -> None:
 
     The `others` are then in their all-reduce ("reduce"), or, as in a kernel that spins, where no exception ever comes:
     in that step ("spin") or in the next one ("spin ahead"). "one works": rank 0 is in a receive, rank 1 is busy.
+    "wait": they wait in that step, and their collectives are followed, of which nobody gives one up in time.
     "join": before the steps, when the others are in init_process_group, which waits for the store.
     """
     rank, world_size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["BACKEND"]
@@ -61,8 +62,11 @@ def program(scenario: str, odd: int, others: str) -> None:
                 print("here", flush=True)
                 misdeed(scenario)
         groups = dist.PrefixStore("groups", store)
-        timeout = deadline * (0.4 if scenario == "sleeps" and backend == "gloo" else 10)
+        gives_up = scenario == "sleeps" and backend == "gloo" and others != "wait"
+        timeout = deadline * (0.4 if gives_up else 10)
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
+        if others == "wait":
+            watchdog.follow([dist.group.WORLD])
         for step in range(10):
             watchdog.phase(f"step {step}")
             if step == 3:
@@ -77,7 +81,8 @@ def program(scenario: str, odd: int, others: str) -> None:
                     time.sleep(EVER_S)
             dist.all_reduce(ones)
             if device.type == "cuda":
-                watchdog.phase(f"step {step}: waiting")
+                if others != "wait":
+                    watchdog.phase(f"step {step}: waiting")
                 torch.cuda.synchronize()
         dist.destroy_process_group()
 
@@ -199,9 +204,9 @@ def test_a_rank_that_lost_nobody_is_to_blame_itself(odd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", ["reduce", "spin ahead"])
+@pytest.mark.parametrize("others", ["reduce", "wait", "spin ahead"])
 def test_a_rank_that_never_arrives_is_named(others):
-    """In the phase that the others wait in (their collective is given up), or in an earlier one (nothing is)."""
+    """In the phase that the others wait in (a collective is given up, or followed), or in an earlier one."""
     found = run("sleeps", 1, others)
     phase = "step 4" if others == "spin ahead" else "step 3"
     assert_all_name(found, 1, "rank 1 has not arrived after ", phase)
@@ -252,10 +257,13 @@ def test_a_run_that_is_stopped_as_a_whole_goes_on():
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("scenario", ["is killed", "sleeps", "raises"])
-def test_on_nccl_too_the_rank_is_named(scenario):
+@pytest.mark.parametrize(
+    ("scenario", "others"),
+    [("is killed", "reduce"), ("sleeps", "reduce"), ("sleeps", "wait"), ("raises", "reduce")],
+)
+def test_on_nccl_too_the_rank_is_named(scenario, others):
     """Whose kernels spin for ever: no exception comes of a peer that is gone."""
-    status, said = run(scenario, 1, "reduce", world_size=2, backend="nccl")[0]
+    status, said = run(scenario, 1, others, world_size=2, backend="nccl")[0]
     assert status == EXIT_CODE, said
     expected = {
         "is killed": 'rank 1 is gone: no sign of it for 4 s, the last was in "step 3"',
@@ -300,6 +308,52 @@ def test_the_rank_that_is_furthest_behind_is_the_one_to_blame(watchdogs):
     wait_for(lambda: len(said) == 3)
     for rank in range(3):
         assert 'rank 2 has not arrived after 1 s: it is still in "phase 0"; rank' in said[rank]
+
+
+class Group:
+    """A process group, as far as a watchdog looks at it."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self.calls
+
+
+def test_within_a_phase_it_is_the_rank_with_the_fewest_collectives(watchdogs):
+    """Over all groups together: 9, 7 and 6. Rank 0 waits for rank 1, and both for rank 2."""
+    made, said = watchdogs(3)
+    groups = [[Group(5), Group(4)], [Group(2), Group(5)], [Group(5), Group(1)]]
+    for watchdog, theirs in zip(made, groups, strict=True):
+        watchdog.__enter__()
+        watchdog.phase("a step")
+        watchdog.follow(theirs)
+    wait_for(lambda: len(said) == 3)
+    for rank in range(3):
+        assert 'rank 2 has not arrived after 1 s: it is still in "a step"; rank' in said[rank]
+
+
+def test_ranks_that_go_on_or_are_all_as_far_are_left_in_peace(watchdogs):
+    """A rank that is behind is waited for only where this one stands still."""
+    made, said = watchdogs(2)
+    groups = [Group(0), Group(1)]
+    for watchdog, group in zip(made, groups, strict=True):
+        watchdog.__enter__()
+        watchdog.follow([group])
+    for calls in range(1, 9):
+        groups[0].calls, groups[1].calls = calls, calls + 1
+        time.sleep(0.25)
+    groups[0].calls += 1
+    time.sleep(1.5)
+    assert not said
+
+
+def test_a_group_that_is_followed_is_not_kept():
+    watchdog, group = Watchdog(dist.HashStore(), 0, 1), Group(3)
+    watchdog.follow([group])
+    assert watchdog._count() == 3
+    del group
+    assert watchdog._count() == 0
 
 
 def test_a_rank_that_never_says_anything_has_the_whole_deadline(watchdogs):
