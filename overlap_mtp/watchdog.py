@@ -126,10 +126,10 @@ class Watchdog:
         that count. All ranks call it, at the same place.
         """
         self._groups = [weakref.ref(group) for group in groups]
+        self._calls = (self._count(), self._clock)
 
     def _count(self) -> int:
         groups = [reference() for reference in self._groups]
-        # All backends know it; torch's stubs do not.
         return sum(group._get_sequence_number_for_group() for group in groups if group is not None)  # type: ignore[attr-defined]
 
     @property

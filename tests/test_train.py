@@ -45,9 +45,13 @@ COMMON = [
 
 
 def start(
-    out: Path, *arguments: str, before: Sequence[str] = (), ignoring_sigint: bool = False
+    out: Path,
+    *arguments: str,
+    before: Sequence[str] = (),
+    program: str = "experiments/train.py",
+    ignoring_sigint: bool = False,
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, *before, str(ROOT / "experiments/train.py"), "--out", str(out)]
+    command = [sys.executable, *before, str(ROOT / program), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
     return subprocess.Popen(
         [*command, *COMMON, *arguments],
@@ -282,6 +286,23 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
         where = r'ended by the launcher; rank 0 was in "(step|saving).*", rank 1 in "(step|saving)'
         assert re.search(where, said), said
         assert re.search(r"rank +: 1 ", said), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
+def test_a_rank_that_hangs_in_the_midst_of_a_step_is_named(tmp_path, device):
+    """And lives. The others are in the same phase: with experts they wait there for the device, NCCL's kernels spin."""
+    options = ["--device", device, "--ranks", "2", "--cp", "2", "--experts", "2", "--accumulate", "2"]
+    run = start(tmp_path, *options, "--deadline", "12", program="tests/hung_run.py")
+    while (line := run.stdout.readline()) != "here\n":
+        assert line, run.communicate()[0]
+    begin, ranks = time.monotonic(), ranks_of(run.pid)
+    said, _ = run.communicate(timeout=60)
+    assert time.monotonic() - begin < 12 + 4
+    assert run.returncode != 0
+    assert not any(is_alive(pid) for pid in ranks)
+    where = r'rank 1 has not arrived after \d+ s: it is still in "step 1, batches 0 to 1: microbatch 1"; rank 0 of 2'
+    assert re.search(where + ' was in "step 1, batches 0 to 1: microbatch 1"', said), said
 
 
 def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
