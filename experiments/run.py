@@ -133,11 +133,13 @@ class Run:
         )
         self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel, on_phase)
         self.stream = settings.stream()
+        saves = dist.new_group(timeout=2 * LONGEST_SAVE)  # the watchdog says more, and is faster
+        self.groups = [*self.parallel.groups, saves]
         self.checkpoints = Checkpoints(
             settings.out / "checkpoints",
             settings.keep,
             sizes=asdict(settings.sizes),
-            group=dist.new_group(timeout=LONGEST_SAVE),
+            group=saves,
         )
         self.identity = settings.identity
         self.meter = OverlapMeter(self.model.mtp.roller)
@@ -243,9 +245,9 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     """All steps of a run, from the start or from its last checkpoint."""
     watchdog.phase("setting up")
     run = Run(settings, device, watchdog.phase)
-    watchdog.follow(run.parallel.groups)
+    watchdog.follow(run.groups)
     if settings.resume:
-        watchdog.phase("loading a checkpoint")
+        watchdog.phase("loading a checkpoint", LONGEST_SAVE)
         run.load()
     writes = dist.get_rank() == 0
     log = StepLog(settings.out / LOG, run.steps_done) if writes else None
@@ -270,7 +272,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             if not console.is_terminal and run.steps_done % every == 0:
                 console.print(f"{run.steps_done}/{steps} {said(record)}")
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
-                watchdog.phase(f"saving step {run.steps_done}")
+                watchdog.phase(f"saving step {run.steps_done}", LONGEST_SAVE)
                 if log is not None:
                     log.sync()
                 run.save()

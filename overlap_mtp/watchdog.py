@@ -100,7 +100,8 @@ class Watchdog:
         self.patience_s = self.deadline_s - 6 * self.interval_s  # what is left is for telling the others
         self._store, self._on_verdict = PrefixStore("watchdog", store), on_verdict
         self._clock = 0.0  # seconds that this process has watched
-        self._at = (0, "start", 0.0)  # the phase's number, its text, when it began
+        # The phase's number, its text, when it began, and how long others may take to arrive in it.
+        self._at = (0, "start", 0.0, self.patience_s)
         self._groups: list[weakref.ref[dist.ProcessGroup]] = []  # who holds one keeps it from ending
         self._calls = (0, 0.0)  # collectives begun in these groups, when the last was
         self._state = ("at work", "")  # and the error
@@ -114,16 +115,19 @@ class Watchdog:
         self._talker = threading.Thread(target=self._talk, name="overlap_mtp signs", daemon=True)
         self._judge = threading.Thread(target=self._watch, name="overlap_mtp watchdog", daemon=True)
 
-    def phase(self, text: str) -> None:
-        """Says what this rank does from now on. Less than 1 µs."""
-        self._at = (self._at[0] + 1, text, self._clock)
+    def phase(self, text: str, allowed: timedelta = timedelta(0)) -> None:
+        """Says what this rank does from now on. Less than 1 µs.
+
+        `allowed`: how long a rank may rightly keep the others waiting in it, where that is more than the deadline.
+        """
+        patience_s = max(self.patience_s, allowed.total_seconds())
+        self._at = (self._at[0] + 1, text, self._clock, patience_s)
 
     def follow(self, groups: Iterable[dist.ProcessGroup]) -> None:
         """Counts the collectives that ranks begin in these groups from now on, to know who is behind within a phase.
 
-        For groups in which all ranks begin as many, and none is to be waited for as long as the deadline: not those
-        that checkpoints are saved over. On NCCL, where the host runs ahead of the device, it is the hosts' calls
-        that count. All ranks call it, at the same place.
+        For groups in which all ranks begin as many. On NCCL, where the host runs ahead of the device, it is the hosts'
+        calls that count. All ranks call it, at the same place.
         """
         self._groups = [weakref.ref(group) for group in groups]
         self._calls = (self._count(), self._clock)
@@ -198,7 +202,7 @@ class Watchdog:
 
     def _exchange(self, store: Store, beat: int) -> None:
         """Tells and reads: three requests once all have been heard of."""
-        number, phase, _ = self._at
+        number, phase, *_ = self._at
         store.set(str(self.rank), json.dumps((beat, number, phase, self._calls[0], *self._state)))
         if self._what and not self._told.is_set():
             store.set("verdict", self._what)
@@ -228,7 +232,7 @@ class Watchdog:
 
     def _find(self) -> str:
         """What is the matter, if anything: who is gone, before who failed, before who is late."""
-        state, (number, _, since), (calls, last) = self._state[0], self._at, self._calls
+        state, (number, _, since, patience_s), (calls, last) = self._state[0], self._at, self._calls
         still_s = self._clock - max(since, last)
         for other, (sign, when) in self._heard.items():
             # As of the last answer: a store that says nothing says nothing of the others either.
@@ -247,7 +251,7 @@ class Watchdog:
         # The furthest behind: those between wait for it as well.
         working = ((sign.place, other) for other, (sign, _) in self._heard.items() if sign.state == "at work")
         behind, other = min(working, default=((number + 1, 0), -1))
-        is_late = state == "at work" and behind < (number, calls) and still_s > self.patience_s
+        is_late = state == "at work" and behind < (number, calls) and still_s > patience_s
         # A collective was given up, and the other lives and noticed nothing: it never came to it.
         gave_up_s = self._clock - self._gave_up
         is_absent = (

@@ -348,6 +348,21 @@ def test_ranks_that_go_on_or_are_all_as_far_are_left_in_peace(watchdogs):
     assert not said
 
 
+def test_a_phase_may_allow_more_than_the_deadline(watchdogs):
+    made, said = watchdogs(2)
+    groups = [Group(1), Group(2)]
+    for watchdog, group in zip(made, groups, strict=True):
+        watchdog.__enter__()
+        watchdog.follow([group])
+        watchdog.phase("saving", timedelta(seconds=2))
+    time.sleep(1.6)
+    assert not said
+    wait_for(lambda: len(said) == 2)
+    assert all(
+        'rank 0 has not arrived after 2 s: it is still in "saving"; rank' in one for one in said.values()
+    )
+
+
 def test_a_group_that_is_followed_is_not_kept():
     watchdog, group = Watchdog(dist.HashStore(), 0, 1), Group(3)
     watchdog.follow([group])
