@@ -110,8 +110,7 @@ def _rank_main(
             _speak_when_ended(watchdog)
             watchdog.phase("joining the process group")
             groups = PrefixStore("groups", store)
-            # gloo gives a collective up, which is then looked into; of NCCL's kernels only the watchdog knows.
-            patience = deadline * (0.6 if backend == "gloo" else 2)
+            patience = 2 * deadline  # the watchdog is faster, and says who
             dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
             function(here, *arguments, watchdog)
             watchdog.phase("leaving the process group")

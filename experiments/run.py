@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +28,12 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.schedules.prepared import prepare
-from overlap_mtp.training import Microbatch, Recipe, StepReport, Trainer
-from overlap_mtp.watchdog import Watchdog
+from overlap_mtp.training import Microbatch, Recipe, StepReport, Trainer, shares
+from overlap_mtp.watchdog import Watchdog, collectives_begun
 
 SHORTEST_DEADLINE = timedelta(seconds=5)  # ranks that start say nothing for seconds
-LONGEST_SAVE = timedelta(hours=1)  # or load: a rank that dies meanwhile is found all the same
 LINES = 20  # of a run, where there is no terminal to show its progress
-LARGEST_CP = 8  # documents are padded so that runs of up to so many cp ranks see the same batches
+SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the same batches
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class RunSettings:
     save_every: int = 100
     keep: int = 3
     deadline: timedelta = timedelta(seconds=60)
+    save_deadline: timedelta = timedelta(
+        hours=1
+    )  # where all save or load; a rank that dies is found all the same
     seed: int = 0
 
     def check(self, world_size: int) -> None:
@@ -92,7 +95,12 @@ class RunSettings:
 
     @property
     def _multiple_of(self) -> int:
-        return 2 * max(LARGEST_CP, self.sizes.cp)
+        return math.lcm(2 * SHARED_BY, 2 * self.sizes.cp)
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """Of collectives: the watchdog is faster, and says who."""
+        return 2 * self.deadline
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,33 +121,35 @@ class RunSettings:
 class Run:
     """The model, its optimizer and its data on one rank, and how far they are."""
 
-    def __init__(self, settings: RunSettings, device: torch.device, on_phase: Callable[[str], None]) -> None:
-        self.settings, self.device = settings, device
-        self.parallel = Parallel.make(settings.sizes, device.type)
+    def __init__(
+        self,
+        settings: RunSettings,
+        device: torch.device,
+        parallel: Parallel,
+        savers: dist.ProcessGroup | None,
+        on_phase: Callable[[str], None],
+    ) -> None:
+        """`savers`: all ranks, for those that save and load."""
+        self.settings, self.device, self.parallel = settings, device, parallel
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(settings.deterministic)
         # Slow, and nothing here reads what was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:
             documents = max(128, settings.num_documents or 0)
-            model = GPT(settings.model, self.parallel.cp_group, settings.schedule, documents)
+            model = GPT(settings.model, parallel.cp_group, settings.schedule, documents)
         model.recompute_layers(settings.recompute)
         compute = torch.bfloat16 if device.type == "cuda" else None
-        self.model = parallelize(model, self.parallel, compute)
+        self.model = parallelize(model, parallel, compute)
         if settings.compiled:
             self.model.compile_layers()
         optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
-        self.trainer = Trainer(self.model, optimizer, settings.recipe, self.parallel, on_phase)
+        self.trainer = Trainer(self.model, optimizer, settings.recipe, parallel, on_phase)
         self.stream = settings.stream()
-        saves = dist.new_group(timeout=2 * LONGEST_SAVE)  # the watchdog says more, and is faster
-        self.groups = [*self.parallel.groups, saves]
         self.checkpoints = Checkpoints(
-            settings.out / "checkpoints",
-            settings.keep,
-            sizes=asdict(settings.sizes),
-            group=saves,
+            settings.out / "checkpoints", settings.keep, sizes=asdict(settings.sizes), group=savers
         )
         self.identity = settings.identity
         self.meter = OverlapMeter(self.model.mtp.roller)
@@ -222,16 +232,17 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         cost = self.meter.read()
-        shares = [r / c if c else 0.0 for r, c in zip(self.right, self.counted, strict=True)]
+        losses = [report.lm_loss, *report.mtp_losses]
+        known = [loss if count else None for loss, count in zip(losses, report.counted, strict=True)]
         return {
             "step": self.steps_done,
             "batches": self.batches_done,
             "loss": report.loss,
-            "lm_loss": report.lm_loss,
-            "mtp_losses": report.mtp_losses,
+            "lm_loss": known[0],
+            "mtp_losses": known[1:],
             "aux_loss": report.aux_loss,
             "acceptance": report.acceptance,
-            "cumulative_acceptance": shares[1:],
+            "cumulative_acceptance": shares(self.right, self.counted)[1:],
             "grad_norms": report.grad_norms,
             "learning_rate": rate,
             "tokens": report.tokens,
@@ -243,11 +254,19 @@ class Run:
 
 def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
     """All steps of a run, from the start or from its last checkpoint."""
+    # Making a group keeps all waiting, and is not counted: a phase each.
+    watchdog.phase("making the mesh")
+    parallel = Parallel.make(settings.sizes, device.type, settings.group_timeout)
+    watchdog.follow(*map(collectives_begun, parallel.groups))
+    watchdog.phase("making a group to save over")
+    savers = dist.new_group(timeout=max(settings.group_timeout, 2 * settings.save_deadline))
     watchdog.phase("setting up")
-    run = Run(settings, device, watchdog.phase)
-    watchdog.follow(run.groups)
+    watchdog.follow(collectives_begun(savers))
+    run = Run(settings, device, parallel, savers, watchdog.phase)
+    meter = run.meter
+    watchdog.follow(lambda: meter.begun)  # whose messages no group counts alike on all ranks
     if settings.resume:
-        watchdog.phase("loading a checkpoint", LONGEST_SAVE)
+        watchdog.phase("loading a checkpoint", settings.save_deadline)
         run.load()
     writes = dist.get_rank() == 0
     log = StepLog(settings.out / LOG, run.steps_done) if writes else None
@@ -272,7 +291,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             if not console.is_terminal and run.steps_done % every == 0:
                 console.print(f"{run.steps_done}/{steps} {said(record)}")
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
-                watchdog.phase(f"saving step {run.steps_done}", LONGEST_SAVE)
+                watchdog.phase(f"saving step {run.steps_done}", settings.save_deadline)
                 if log is not None:
                     log.sync()
                 run.save()
@@ -301,10 +320,14 @@ def progress_bar(console: Console) -> Progress:
 
 def said(record: dict[str, Any]) -> str:
     """A step in a line."""
-    parts = [f"LM {record['lm_loss']:.3f}", "MTP " + " ".join(f"{one:.3f}" for one in record["mtp_losses"])]
+
+    def all_of(values: list[float | None], form: str) -> str:
+        return " ".join("-" if value is None else format(value, form) for value in values)
+
+    parts = [f"LM {all_of([record['lm_loss']], '.3f')}", f"MTP {all_of(record['mtp_losses'], '.3f')}"]
     if record["aux_loss"] is not None:
         parts.append(f"aux {record['aux_loss']:.3f}")
-    parts.append("accepted " + " ".join(f"{one:.0%}" for one in record["acceptance"]))
+    parts.append(f"accepted {all_of(record['acceptance'], '.0%')}")
     parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     if record["exposed_us"] is not None:
         parts.append(f"exposed {record['exposed_us']:.0f} µs")

@@ -23,7 +23,6 @@ from launch import check_gpus, choose_device, run_on_ranks
 from run import RunSettings, train_on_rank
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from overlap_mtp.checkpoint import CheckpointError
 from overlap_mtp.model.config import PRESETS
 from overlap_mtp.parallel import Sizes
 from overlap_mtp.training import Recipe
@@ -79,6 +78,7 @@ def main(
     ] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 3,
     deadline: Annotated[float, typer.Option(help="Seconds that ranks wait for one another.")] = 60,
+    save_deadline: Annotated[float, typer.Option(help="... while all save or load a checkpoint.")] = 3600,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the documents.")] = 0,
 ) -> None:
     """Trains a GPT with multi-token prediction; `steps.jsonl` in --out says how it went."""
@@ -133,17 +133,16 @@ def main(
             save_every=save_every,
             keep=keep,
             deadline=timedelta(seconds=deadline),
+            save_deadline=timedelta(seconds=save_deadline),
             seed=seed,
         )
         settings.check(world)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise typer.BadParameter(str(error)) from None
     try:
         run_on_ranks(
             train_on_rank, world, device, settings, deadline=settings.deadline, share_gpus=share_gpus
         )
-    except CheckpointError as error:  # of this rank, under torchrun
-        raise typer.BadParameter(str(error)) from None
     except ProcessExitedException as error:  # the ranks that were left have said why
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -152,6 +151,12 @@ def main(
         if not said.startswith("overlap_mtp."):  # our own errors need no traceback
             raise
         typer.echo(said, err=True)
+        raise typer.Exit(1) from None
+    except Exception as error:  # of this rank, under torchrun
+        kind = type(error)
+        if not kind.__module__.startswith("overlap_mtp."):
+            raise
+        typer.echo(f"{kind.__module__}.{kind.__name__}: {error}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -183,6 +183,11 @@ class BatchStream:
                 f"seq_len must be > {unit} for documents in a {self.kind} layout with cp_size {self.cp_size}, got "
                 f"{self.seq_len}"
             )
+        if self.num_documents is not None and self.seq_len % unit:
+            raise ValueError(
+                f"seq_len must be a multiple of {unit}, which documents are padded to in a {self.kind} layout with "
+                f"cp_size {self.cp_size}, got {self.seq_len}"
+            )
         if self.num_documents is not None and not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
                 f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "

@@ -37,6 +37,7 @@ class OverlapMeter:
     def __init__(self, roller: Roller) -> None:
         self.roller = roller
         self.rolls: Rolls  # that were started last
+        self.begun = 0  # calls of `start` and `at` so far
         self._seconds = 0.0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._empty: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -76,6 +77,7 @@ class OverlapMeter:
         return event
 
     def _enter(self) -> tuple[torch.cuda.Event | None, float]:
+        self.begun += 1
         return self._now() if self._on_gpu else None, time.perf_counter()
 
     def _leave(self, before: tuple[torch.cuda.Event | None, float]) -> None:

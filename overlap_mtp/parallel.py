@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -94,13 +96,20 @@ class Parallel:
     sizes: Sizes
 
     @classmethod
-    def make(cls, sizes: Sizes, device_type: str) -> Parallel:
-        """Collective over all ranks. Raises ValueError where these are not sizes.world many."""
+    def make(cls, sizes: Sizes, device_type: str, timeout: timedelta | None = None) -> Parallel:
+        """Collective over all ranks. Raises ValueError where these are not sizes.world many.
+
+        `timeout`: of collectives over the mesh; by default torch's own, whatever the default group's is.
+        """
         sizes.check_world(dist.get_world_size())
         mesh = init_device_mesh(
             device_type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp")
         )
-        return cls(mesh, sizes)
+        parallel = cls(mesh, sizes)
+        if timeout is not None:
+            for group in parallel.groups:
+                _set_pg_timeout(timeout, group)
+        return parallel
 
     @cached_property
     def cp_group(self) -> dist.ProcessGroup:
@@ -143,8 +152,11 @@ def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | Non
         logging.getLogger(f"torch.distributed.tensor.{module}").setLevel(logging.ERROR)
     if parallel.sizes.tp > 1:
         _split_tensors(model, parallel.mesh["tp"])
+    # What a block is given is in the right dtype, or is a mask, whose sum must be the one that was counted.
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32 if compute_dtype else None,
+        cast_forward_inputs=False,
     )
     for block in (*model.layers, *model.mtp.depths, model):
         shard = fully_shard(block, mesh=parallel.shard_mesh, mp_policy=policy)

@@ -67,7 +67,7 @@ class StepReport:
     """What a step cost and learned; alike on all ranks.
 
     Losses are sums over all microbatches, dp and cp ranks over what they are sums of: LM and MTP losses over tokens
-    that count, the load-balancing loss over tokens of documents. `loss` is what was minimised.
+    that count (0 where none does), the load-balancing loss over tokens of documents. `loss` is what was minimised.
     """
 
     loss: float
@@ -80,9 +80,14 @@ class StepReport:
     counted: list[float]  # of so many
 
     @property
-    def acceptance(self) -> list[float]:
+    def acceptance(self) -> list[float | None]:
         """By depth: the share of its tokens that the depth would have drafted right."""
-        return [r / c if c else 0.0 for r, c in zip(self.right[1:], self.counted[1:], strict=True)]
+        return shares(self.right, self.counted)[1:]
+
+
+def shares(right: list[float], counted: list[float]) -> list[float | None]:
+    """Of what was counted, how much was right; None where nothing was: documents may be shorter than a depth."""
+    return [r / c if c else None for r, c in zip(right, counted, strict=True)]
 
 
 class NonFiniteLossError(RuntimeError):

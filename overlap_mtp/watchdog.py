@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +29,20 @@ EXIT_CODE = 70  # of a process that ends for another rank's sake
 # What gloo, NCCL and our exchanges say of a peer that did not come, and of one that could not be reached either.
 LATE = re.compile(r"timed? ?out|gave up waiting", re.I)
 LOST = re.compile(rf"{LATE.pattern}|gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.I)
+
+
+def collectives_begun(group: dist.ProcessGroup) -> Callable[[], int]:
+    """How many this rank has begun in a group, for `Watchdog.follow`. On NCCL it is the host's calls that count.
+
+    For groups in which all ranks begin as many: without isend and irecv, which gloo counts too.
+    """
+    reference = weakref.ref(group)  # who holds a group keeps it from ending
+
+    def count() -> int:
+        group = reference()
+        return 0 if group is None else group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+
+    return count
 
 
 def end_process(message: str) -> NoReturn:
@@ -47,7 +61,7 @@ class Sign(NamedTuple):
     beat: int
     number: int  # of its phase: all ranks go through the same ones
     phase: str
-    calls: int = 0  # collectives that it has begun, in the groups that are followed
+    progress: int = 0  # within the phase: the count of what is followed
     state: str = "at work"  # or "lost" (its connection), "failed", "done"
     error: str = ""
 
@@ -58,7 +72,7 @@ class Sign(NamedTuple):
     @property
     def place(self) -> tuple[int, int]:
         """How far it is."""
-        return self.number, self.calls
+        return self.number, self.progress
 
 
 class Watchdog:
@@ -67,14 +81,14 @@ class Watchdog:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
             dist.init_process_group(..., store=PrefixStore("groups", store))
-            watchdog.follow([dist.group.WORLD])      # and other groups in which no rank may be late
+            watchdog.follow(collectives_begun(dist.group.WORLD))
             for step in range(steps):
                 watchdog.phase(f"step {step}")   # on all ranks, in the same order
                 ...
 
     A rank is gone when nothing was heard of it for a quarter of the deadline; it has not arrived when this rank has
-    been further, and stood still, for nearly the deadline: in a later phase, or in the same one with more collectives
-    begun. This process then ends by `on_verdict`, in the watchdog's thread: by
+    been further, and stood still, for nearly the deadline: in a later phase, or in the same one with a higher count of
+    what is followed. This process then ends by `on_verdict`, in the watchdog's thread: by
     default with one line on stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost
     connection, leaving waits until it is known for whom (half of the deadline at most) and raises PeerError from it;
     only where all others live is this rank itself to blame. Clocks of different hosts are never compared.
@@ -102,8 +116,8 @@ class Watchdog:
         self._clock = 0.0  # seconds that this process has watched
         # The phase's number, its text, when it began, and how long others may take to arrive in it.
         self._at = (0, "start", 0.0, self.patience_s)
-        self._groups: list[weakref.ref[dist.ProcessGroup]] = []  # who holds one keeps it from ending
-        self._calls = (0, 0.0)  # collectives begun in these groups, when the last was
+        self._followed: list[Callable[[], int]] = []
+        self._count = (0, 0.0)  # of all that is followed, since when
         self._state = ("at work", "")  # and the error
         self._gave_up = float("inf")  # when a collective was
         self._heard = {other: (Sign(-1, 0, "start"), 0.0) for other in range(world_size) if other != rank}
@@ -123,18 +137,16 @@ class Watchdog:
         patience_s = max(self.patience_s, allowed.total_seconds())
         self._at = (self._at[0] + 1, text, self._clock, patience_s)
 
-    def follow(self, groups: Iterable[dist.ProcessGroup]) -> None:
-        """Counts the collectives that ranks begin in these groups from now on, to know who is behind within a phase.
+    def follow(self, *counts: Callable[[], int]) -> None:
+        """Adds counts of what all ranks do alike: who is behind within a phase is the rank that has done least.
 
-        For groups in which all ranks begin as many. On NCCL, where the host runs ahead of the device, it is the hosts'
-        calls that count. All ranks call it, at the same place.
+        They are asked for in other threads, now and every `interval_s`. All ranks call this at the same place.
         """
-        self._groups = [weakref.ref(group) for group in groups]
-        self._calls = (self._count(), self._clock)
+        self._followed += counts
+        self._count = (self._total(), self._clock)
 
-    def _count(self) -> int:
-        groups = [reference() for reference in self._groups]
-        return sum(group._get_sequence_number_for_group() for group in groups if group is not None)  # type: ignore[attr-defined]
+    def _total(self) -> int:
+        return sum(count() for count in self._followed)
 
     @property
     def whereabouts(self) -> str:
@@ -203,7 +215,7 @@ class Watchdog:
     def _exchange(self, store: Store, beat: int) -> None:
         """Tells and reads: three requests once all have been heard of."""
         number, phase, *_ = self._at
-        store.set(str(self.rank), json.dumps((beat, number, phase, self._calls[0], *self._state)))
+        store.set(str(self.rank), json.dumps((beat, number, phase, self._count[0], *self._state)))
         if self._what and not self._told.is_set():
             store.set("verdict", self._what)
         if store.check(["verdict"]):
@@ -223,8 +235,8 @@ class Watchdog:
             now = time.monotonic()
             self._clock += min(now - before, self.silence_s / 2)  # a process that was stopped has not watched
             before = now
-            if (calls := self._count()) != self._calls[0]:
-                self._calls = (calls, self._clock)
+            if (count := self._total()) != self._count[0]:
+                self._count = (count, self._clock)
             self._what = self._what or self._find()
             if self._what:
                 self._conclude(self._what)
@@ -232,7 +244,7 @@ class Watchdog:
 
     def _find(self) -> str:
         """What is the matter, if anything: who is gone, before who failed, before who is late."""
-        state, (number, _, since, patience_s), (calls, last) = self._state[0], self._at, self._calls
+        state, (number, _, since, patience_s), (count, last) = self._state[0], self._at, self._count
         still_s = self._clock - max(since, last)
         for other, (sign, when) in self._heard.items():
             # As of the last answer: a store that says nothing says nothing of the others either.
@@ -248,18 +260,24 @@ class Watchdog:
             and not self._may_be_closed()
         ):
             return self._of_store(silent_s)
-        # The furthest behind: those between wait for it as well.
-        working = ((sign.place, other) for other, (sign, _) in self._heard.items() if sign.state == "at work")
-        behind, other = min(working, default=((number + 1, 0), -1))
-        is_late = state == "at work" and behind < (number, calls) and still_s > patience_s
-        # A collective was given up, and the other lives and noticed nothing: it never came to it.
+        # The furthest behind: those between wait for them as well.
+        working = {other: sign for other, (sign, _) in self._heard.items() if sign.state == "at work"}
+        behind = min((sign.place for sign in working.values()), default=(number + 1, 0))
+        is_late = (
+            state == "at work"
+            and behind < (number, count)
+            # A phase that may take longer is for those that are in it.
+            and still_s > (patience_s if behind[0] == number else self.patience_s)
+        )
+        # A collective was given up, and the others live and noticed nothing: they never came to it.
         gave_up_s = self._clock - self._gave_up
         is_absent = (
             state == "lost" and behind[0] <= number and gave_up_s > self.silence_s + 2 * self.interval_s
         )
         if is_late or is_absent:
-            phase = self._heard[other][0].phase
-            return f'rank {other} has not arrived after {still_s:.0f} s: it is still in "{phase}"'
+            return _of_late(
+                [(other, sign) for other, sign in working.items() if sign.place == behind], still_s
+            )
         return ""
 
     def _of_store(self, silent_s: float) -> str:
@@ -286,6 +304,17 @@ class Watchdog:
             self._on_verdict(self._verdict)
 
 
+def _of_late(signs: list[tuple[int, Sign]], still_s: float) -> str:
+    """Of ranks that are equally far: which of them the others wait for is not known."""
+    names, phase = [str(other) for other, _ in signs], signs[0][1].phase
+    if len(names) == 1:
+        return f'rank {names[0]} has not arrived after {still_s:.0f} s: it is still in "{phase}"'
+    more = [f"{len(names) - 8} more"] if len(names) > 8 else []
+    return (
+        f'of ranks {", ".join(names[:8] + more)}, all in "{phase}", one has not arrived after {still_s:.0f} s'
+    )
+
+
 def _own_connection(store: Store) -> Store:
     """Another client of the same store: one that waits keeps the rest of its process from using it."""
     return store.clone() if hasattr(store, "clone") else store
@@ -296,7 +325,8 @@ def _says(error: BaseException, words: re.Pattern[str]) -> bool:
     seen: BaseException | None = error
     while seen is not None:
         is_of_torch = isinstance(seen, dist.DistError) and words is LOST
-        if is_of_torch or (isinstance(seen, RuntimeError) and words.search(str(seen))):
+        is_plain = isinstance(seen, RuntimeError) and not type(seen).__module__.startswith("overlap_mtp.")
+        if is_of_torch or (is_plain and words.search(str(seen))):  # a class of ours may name any path
             return True
         seen = seen.__cause__ or seen.__context__
     return False

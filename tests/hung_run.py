@@ -1,7 +1,8 @@
-"""experiments/train.py, but that rank 1 stops in a layer of its second microbatch, for ever; it lives."""
+"""experiments/train.py, but that rank 1 is late and then stops for ever, in what HANGS_IN names; it lives."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,21 +14,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 from train import main
 
-from overlap_mtp.model.gpt import DecoderLayer
+from overlap_mtp.model.gpt import GPT, DecoderLayer
 
-compute, calls = DecoderLayer._forward, 0
+# Seconds by call. A microbatch has four layers, two of them MTP, and three losses.
+OWNER, NAME, STOPS = {
+    "first layer": (DecoderLayer, "_forward", {1: 1000}),
+    "layer": (DecoderLayer, "_forward", {1: 5.5, 6: 1000}),
+    "loss": (GPT, "_loss_sum", {1: 5.5, 4: 1000}),
+}[os.environ["HANGS_IN"]]
+
+compute, calls = getattr(OWNER, NAME), 0
 
 
-def stop_at_last(self, *inputs):
+def stopping(self, *arguments):
     global calls
     calls += 1
-    if dist.get_rank() == 1 and calls > 5:  # of a microbatch's 4: 2 of the trunk, 2 depths
-        print("here", flush=True)
-        time.sleep(1000)
-    return compute(self, *inputs)
+    if calls in STOPS and dist.get_rank() == 1:
+        if STOPS[calls] > 100:
+            print("here", flush=True)
+        time.sleep(STOPS[calls])
+    return compute(self, *arguments)
 
 
-DecoderLayer._forward = stop_at_last  # also in the ranks, which import this file too
+setattr(OWNER, NAME, stopping)  # also in the ranks, which import this file too
 
 if __name__ == "__main__":
     typer.run(main)

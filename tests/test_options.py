@@ -167,6 +167,7 @@ def test_accepted_guesses_are_counted():
             labels, mask = (roll_reference(one, layout, depth) for one in (labels, mask))
         assert report.right[depth] == float(((labels == 0) * mask).sum()) > 0
         assert report.counted[depth] == float(mask.sum())
+    assert report.acceptance == [report.right[1] / report.counted[1], report.right[2] / report.counted[2]]
 
 
 def test_losses_are_normalised_by_token_or_by_batch():

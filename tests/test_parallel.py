@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from overlap_mtp import SequenceLayout, prepare
+from overlap_mtp.channel import _timeout_of
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import token_mask
@@ -283,6 +285,39 @@ def test_a_loss_that_is_not_finite_is_named_alike_on_all_ranks(pool: RankPool):
     for said, is_as_before in pool.run(not_finite, 8, Sizes(2, 2, 2)):
         assert said.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
         assert is_as_before
+
+
+def weighed_losses(world: dist.ProcessGroup) -> list[StepReport]:
+    """In bfloat16, of tokens that all weigh 1, then 0.3, which bfloat16 does not hold."""
+    parallel, reports = parity.mesh_of(Sizes(2, 2, 2), "cpu"), []
+    layout = parity.layout_of("packed", 2)
+    for weight in (1.0, 0.3):
+        torch.manual_seed(0)
+        model = GPT(replace(CONFIG, num_experts=4), parallel.cp_group)
+        parallelize(model, parallel, torch.bfloat16)
+        full = {name: tensor[:1] for name, tensor in parity.batch_of("packed", 1, 64).items()}
+        full["loss_mask"] = torch.full_like(full["loss_mask"], weight)
+        batch = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+        reports.append(trainer.step([(batch, layout)]))
+        model.mtp.roller.close()
+    return reports
+
+
+def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(pool: RankPool):
+    for ones, weighed in pool.run(weighed_losses, 8):
+        for name in ("loss", "lm_loss", "mtp_losses", "aux_loss"):
+            assert asdict(weighed)[name] == pytest.approx(asdict(ones)[name], rel=1e-6), name
+        assert weighed.acceptance == pytest.approx(ones.acceptance, rel=1e-6)
+
+
+def mesh_timeouts(world: dist.ProcessGroup) -> set[object]:
+    parallel = Parallel.make(Sizes(2, 2, 2), "cpu", timedelta(seconds=77))
+    return {_timeout_of(group, "cpu") for group in parallel.groups}
+
+
+def test_a_mesh_waits_as_long_as_it_is_told(pool: RankPool):
+    assert pool.run(mesh_timeouts, 8) == [{timedelta(seconds=77)}] * 8
 
 
 @pytest.mark.parametrize("documents", ["dense", "packed"])

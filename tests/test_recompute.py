@@ -29,10 +29,14 @@ def with_and_without(
     torch.manual_seed(0)
     model = GPT(replace(SMALL, num_experts=num_experts), group, schedule).double().to(device_of(group))
     model(local, layout)  # the agreement of the first exchange
-    found, traffic = [], model.mtp.roller.traffic
+    found, traffic, computed = [], model.mtp.roller.traffic, []
+    layers = [*model.layers, *(block.layer for block in model.mtp.depths)]
+    for number, layer in enumerate(layers):
+        layer.ffn.register_forward_pre_hook(lambda *_, number=number: computed.append(number))
     for recompute in (False, True):
         model.recompute_layers(recompute)
         model.zero_grad()
+        computed.clear()
         counts = [traffic.messages]  # of what leaves beside torch.distributed, over symmetric memory
         with counting(group) as forward:
             sums = model(local, layout)
@@ -45,6 +49,8 @@ def with_and_without(
             (backward.messages + backward.others, counts[2] - counts[1]),
         )
         found.append((sums.detach(), [p.grad for p in model.parameters()], *sent))
+        times = [computed.count(number) for number in range(len(layers))]
+        assert times == [1 + recompute] * len(layers), times
     model.mtp.roller.close()
     (sums, gradients, forward, backward), (again, gradients_again, forward_again, backward_again) = found
     wrong = [] if torch.equal(sums, again) else ["sums"]

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.rendezvous import connect
-from overlap_mtp.watchdog import EXIT_CODE, Watchdog
+from overlap_mtp.snapshot import CheckpointError
+from overlap_mtp.watchdog import EXIT_CODE, LOST, Watchdog, _says, collectives_begun
 
 PROGRAM = str(Path(__file__).resolve())
 DEADLINE_S = {"gloo": 8.0, "nccl": 16.0}  # a GPU's first calls hold Python's lock for seconds
@@ -66,7 +67,7 @@ def program(scenario: str, odd: int, others: str) -> None:
         timeout = deadline * (0.4 if gives_up else 10)
         dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
         if others == "wait":
-            watchdog.follow([dist.group.WORLD])
+            watchdog.follow(collectives_begun(dist.group.WORLD))
         for step in range(10):
             watchdog.phase(f"step {step}")
             if step == 3:
@@ -310,51 +311,49 @@ def test_the_rank_that_is_furthest_behind_is_the_one_to_blame(watchdogs):
         assert 'rank 2 has not arrived after 1 s: it is still in "phase 0"; rank' in said[rank]
 
 
-class Group:
-    """A process group, as far as a watchdog looks at it."""
-
-    def __init__(self, calls: int) -> None:
-        self.calls = calls
-
-    def _get_sequence_number_for_group(self) -> int:
-        return self.calls
-
-
-def test_within_a_phase_it_is_the_rank_with_the_fewest_collectives(watchdogs):
-    """Over all groups together: 9, 7 and 6. Rank 0 waits for rank 1, and both for rank 2."""
+def test_within_a_phase_it_is_the_rank_that_has_done_least(watchdogs):
+    """Of all that is followed together: 9, 7 and 6. Rank 0 waits for rank 1, and both for rank 2."""
     made, said = watchdogs(3)
-    groups = [[Group(5), Group(4)], [Group(2), Group(5)], [Group(5), Group(1)]]
-    for watchdog, theirs in zip(made, groups, strict=True):
+    for watchdog, counts in zip(made, [(5, 4), (2, 5), (5, 1)], strict=True):
         watchdog.__enter__()
         watchdog.phase("a step")
-        watchdog.follow(theirs)
+        watchdog.follow(*[partial(int, count) for count in counts])
     wait_for(lambda: len(said) == 3)
     for rank in range(3):
         assert 'rank 2 has not arrived after 1 s: it is still in "a step"; rank' in said[rank]
 
 
+def test_of_ranks_that_are_equally_far_all_are_named(watchdogs):
+    made, said = watchdogs(3)
+    for watchdog, count in zip(made, (1, 0, 0), strict=True):
+        watchdog.__enter__()
+        watchdog.follow(partial(int, count))
+    wait_for(lambda: len(said) == 3)
+    for rank in range(3):
+        assert 'of ranks 1, 2, all in "start", one has not arrived after 1 s; rank' in said[rank]
+
+
 def test_ranks_that_go_on_or_are_all_as_far_are_left_in_peace(watchdogs):
     """A rank that is behind is waited for only where this one stands still."""
     made, said = watchdogs(2)
-    groups = [Group(0), Group(1)]
-    for watchdog, group in zip(made, groups, strict=True):
+    done = [0, 1]
+    for rank, watchdog in enumerate(made):
         watchdog.__enter__()
-        watchdog.follow([group])
-    for calls in range(1, 9):
-        groups[0].calls, groups[1].calls = calls, calls + 1
+        watchdog.follow(partial(done.__getitem__, rank))
+    for count in range(1, 9):
+        done[:] = count, count + 1
         time.sleep(0.25)
-    groups[0].calls += 1
+    done[0] += 1
     time.sleep(1.5)
     assert not said
 
 
 def test_a_phase_may_allow_more_than_the_deadline(watchdogs):
     made, said = watchdogs(2)
-    groups = [Group(1), Group(2)]
-    for watchdog, group in zip(made, groups, strict=True):
+    for count, watchdog in enumerate(made):
         watchdog.__enter__()
-        watchdog.follow([group])
         watchdog.phase("saving", timedelta(seconds=2))
+        watchdog.follow(partial(int, count))
     time.sleep(1.6)
     assert not said
     wait_for(lambda: len(said) == 2)
@@ -363,12 +362,35 @@ def test_a_phase_may_allow_more_than_the_deadline(watchdogs):
     )
 
 
+def test_what_a_phase_allows_is_for_those_that_are_in_it(watchdogs):
+    made, said = watchdogs(2)
+    for watchdog in made:
+        watchdog.__enter__()
+        watchdog.phase("a step")
+    made[0].phase("saving", timedelta(seconds=1000))
+    wait_for(lambda: len(said) == 2)
+    assert 'rank 1 has not arrived after 1 s: it is still in "a step"; rank 0 of 2 was in "saving"' in said[0]
+
+
+class Group:
+    """A process group, as far as a watchdog looks at it."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return 3
+
+
 def test_a_group_that_is_followed_is_not_kept():
-    watchdog, group = Watchdog(dist.HashStore(), 0, 1), Group(3)
-    watchdog.follow([group])
-    assert watchdog._count() == 3
+    watchdog, group = Watchdog(dist.HashStore(), 0, 1), Group()
+    watchdog.follow(collectives_begun(group))
+    assert watchdog._total() == 3
     del group
-    assert watchdog._count() == 0
+    assert watchdog._total() == 0
+
+
+@pytest.mark.parametrize(("error", "is_lost"), [(RuntimeError, True), (CheckpointError, False)])
+def test_an_error_of_ours_may_name_any_path(error, is_lost):
+    """Also one that seems to speak of a connection."""
+    assert _says(error("out/nccl_timeout is being written"), LOST) is is_lost
 
 
 def test_a_rank_that_never_says_anything_has_the_whole_deadline(watchdogs):
