@@ -88,10 +88,10 @@ class Watchdog:
 
     A rank is gone when nothing was heard of it for a quarter of the deadline; it has not arrived when this rank has
     been further, and stood still, for nearly the deadline: in a later phase, or in the same one with a higher count of
-    what is followed. This process then ends by `on_verdict`, in the watchdog's thread: by
-    default with one line on stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost
-    connection, leaving waits until it is known for whom (half of the deadline at most) and raises PeerError from it;
-    only where all others live is this rank itself to blame. Clocks of different hosts are never compared.
+    what is followed. This process then ends by `on_verdict`, in the watchdog's thread: by default with one line on
+    stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost connection, leaving waits
+    until it is known for whom (half of the deadline at most) and raises PeerError from it; only where all others live
+    is this rank itself to blame. Clocks of different hosts are never compared.
     """
 
     def __init__(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,58 +19,22 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parent.parent
+from training_runs import ROOT, STEPS, after_steps, records, start, train
+
 sys.path.insert(0, str(ROOT / "experiments"))
 
-from run import RunSettings, progress_bar  # noqa: E402
-from run import said as said_of  # noqa: E402
-from train import main  # noqa: E402
+from run import RunSettings, progress_bar
+from run import said as said_of
+from train import main
 
-from overlap_mtp.data import TokenError  # noqa: E402
-from overlap_mtp.model.config import PRESETS  # noqa: E402
-from overlap_mtp.parallel import Sizes  # noqa: E402
-from overlap_mtp.training import NonFiniteLossError, Recipe  # noqa: E402
+from overlap_mtp.data import TokenError
+from overlap_mtp.model.config import PRESETS
+from overlap_mtp.parallel import Sizes
+from overlap_mtp.training import NonFiniteLossError, Recipe
 
-STEPS = 8
-COMMON = f"--device cpu --seq-len 256 --documents 3 --steps {STEPS} --save-every 2".split()
 # Of `straight`, and of what goes on from it: all that changes what is learned.
 OPTIONS = ["--experts=2", "--aux-loss-factor=0.02", "--depths=3", "--mtp-loss-factor=0.2", "--derive-labels"]
 OPTIONS += ["--detach-mtp", "--repeat-mtp-layer", "--normalisation=batch", "--clip=0.5"]
-
-
-def start(
-    out: Path,
-    *arguments: str,
-    before: Sequence[str] = (),
-    program: str = "experiments/train.py",
-    where: str = "",
-    ignoring_sigint: bool = False,
-) -> subprocess.Popen[str]:
-    command = [sys.executable, *before, str(ROOT / program), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400", "HANGS_IN": where}
-    return subprocess.Popen(
-        [*command, *COMMON, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring_sigint else None,
-    )
-
-
-def train(out: Path, *arguments: str, limit_s: float = 120) -> str:
-    run = start(out, *arguments)
-    said, _ = run.communicate(timeout=limit_s)
-    assert run.returncode == 0, said
-    return said
-
-
-def records(out: Path) -> list[dict]:
-    """What a run says of its steps that does not depend on the machine."""
-    timed = {"tokens_per_s", "exposed_us", "memory_gib"}
-    lines = (out / "steps.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -244,115 +205,6 @@ def test_what_cannot_go_on_is_said(straight, arguments, words):
     said = " ".join(said.replace("│", " ").split())
     assert all(one in said for one in words), said
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_ranks_end_with_their_launcher_and_one_run_writes_at_a_time(tmp_path):
-    """Also where a shell started it in the background, which has it ignore SIGINT."""
-    arguments = ["--cp", "2", "--documents", "2", "--steps", "5000"]
-    run = start(tmp_path, *arguments, ignoring_sigint=True)
-    ranks = after_steps(run, tmp_path, 3)
-    try:
-        os.killpg(run.pid, signal.SIGSTOP)
-        second = start(tmp_path, *arguments, "--resume")
-        said, _ = second.communicate(timeout=60)
-        assert second.returncode != 0
-        assert "is being written by another process: end that run, or take another folder" in said
-        assert "Traceback" not in said
-        os.killpg(run.pid, signal.SIGCONT)
-        run.kill()
-        deadline = time.monotonic() + 30
-        while any(is_alive(pid) for pid in ranks):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["train.py", "torchrun"])
-def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
-    """Whoever started the ranks; and none of them is left."""
-    started = [] if launcher == "train.py" else ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run = start(tmp_path, "--cp", "2", "--steps", "5000", "--deadline", "8", before=started)
-    ranks = after_steps(run, tmp_path, 3)
-    os.kill(ranks[1], signal.SIGKILL)
-    said, _ = run.communicate(timeout=20)
-    assert run.returncode != 0
-    assert not any(is_alive(pid) for pid in ranks)
-    if launcher == "train.py":
-        assert re.search(r'rank 1 is gone: no sign of it for \d+ s, the last was in "', said), said
-        assert re.search(r'rank 0 of 2 was in "(step|saving)', said), said
-        assert "Traceback" not in said.split("overlap_mtp: ")[0]
-    else:  # which names the rank, and ends the others at once
-        where = r'ended by the launcher; rank 0 was in "(step|saving).*", rank 1 in "(step|saving)'
-        assert re.search(where, said), said
-        assert re.search(r"rank +: 1 ", said), said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "where", "step"),
-    [
-        ("--device cpu --ranks 4 --dp 2 --cp 2", "first layer", 1),
-        ("--device cpu --ranks 2 --cp 2 --schedule merged", "loss", 2),
-        pytest.param("--device cuda --ranks 2 --cp 2", "first layer", 1, marks=pytest.mark.multi_gpu),
-        pytest.param("--device cuda --ranks 2 --cp 2 --experts 2", "layer", 2, marks=pytest.mark.multi_gpu),
-    ],
-)
-def test_a_rank_that_hangs_in_the_midst_of_a_step_is_named(tmp_path, arguments, where, step):
-    """And lives; before that it was late, but in time. The others are in the same phase: in an exchange, a collective
-    or, on GPUs, behind either."""
-    run = start(tmp_path, *arguments.split(), "--deadline", "8", program="tests/hung_run.py", where=where)
-    while (line := run.stdout.readline()) != "here\n":
-        assert line, run.communicate()[0]
-    begin, ranks = time.monotonic(), ranks_of(run.pid)
-    said, _ = run.communicate(timeout=60)
-    assert time.monotonic() - begin < 8 + 4
-    assert run.returncode != 0
-    assert not any(is_alive(pid) for pid in ranks)
-    found = re.findall(r"overlap_mtp: (.*); rank \d+ of", said)
-    assert len(found) == len(ranks)
-    for one in found:
-        assert re.match(
-            rf'rank 1 has not arrived after \d+ s: it is still in "step {step}, .*: microbatch 0"', one
-        ), said
-
-
-def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
-    """Its two ranks' processes, once they run and the log holds so many steps."""
-    log, deadline = out / "steps.jsonl", time.monotonic() + 90
-    while True:
-        assert run.poll() is None, run.communicate()[0]
-        assert time.monotonic() < deadline
-        ranks = ranks_of(run.pid)
-        if len(ranks) == 2 and log.exists() and len(log.read_text().splitlines()) >= steps:
-            return ranks
-        time.sleep(0.005)
-
-
-def is_alive(pid: int) -> bool:
-    """And not a zombie, which whoever adopted it is yet to bury."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def ranks_of(launcher: int) -> list[int]:
-    """The processes that it started, in the order of their ranks; not those that are yet to become something else."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    commands = {int(pid): command_of(int(pid)) for pid in children}
-    none = (b"", command_of(launcher))
-    return sorted(pid for pid, one in commands.items() if one not in none and b"resource_tracker" not in one)
-
-
-def command_of(pid: int) -> bytes:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
 
 
 def test_runs_of_one_identity_see_the_same_batches():
