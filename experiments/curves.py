@@ -144,7 +144,8 @@ def _table(found: dict[str, Losses]) -> str:
                 continue
             largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
             said = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
-            cells.append(f"{np.mean([losses[panel][step] for step in last]):.4f}{said}")
+            mean = np.mean([losses[panel][step] for step in last])
+            cells.append("-" if np.isnan(mean) else f"{mean:.4f}{said}")
         short = f" ({steps[run]} steps)" if steps[run] < max(steps.values()) else ""
         lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

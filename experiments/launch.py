@@ -45,8 +45,8 @@ def run_on_ranks(
     context = spawn(  # type: ignore[no-untyped-call]
         _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
     )
-    # Ranks that are left find out who is gone, and say so, before they are ended.
-    while not context.join(grace_period=deadline.total_seconds() if deadline else None):
+    # Ranks that are left find out who is gone, and say so, before they are ended; who is frozen is killed after that.
+    while not context.join(grace_period=deadline.total_seconds() / 2 if deadline else None):
         pass
 
 

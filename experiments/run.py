@@ -79,6 +79,10 @@ class RunSettings:
         has_log = (self.out / LOG).exists() and (self.out / LOG).stat().st_size
         if not self.resume and (has_log or Checkpoints(self.out / "checkpoints").latest()):
             raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out must be a folder, or a path for one: {error}") from None
 
     def stream(self) -> BatchStream:
         """Of batches of one sequence each, the same for every number of ranks."""
@@ -210,7 +214,7 @@ class Run:
         first, rate = self.batches_done, self.trainer.optimizer.param_groups[0]["lr"]
         microbatches = list(self._microbatches())
         self.batches_done += len(microbatches) * self.settings.sizes.dp
-        where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1}"
+        where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1} (from 0)"
         report = self.trainer.step(microbatches, self.meter, where, first)
         self.steps_done += 1
         self.right = [a + b for a, b in zip(self.right, report.right, strict=True)]
@@ -295,6 +299,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
                 if log is not None:
                     log.sync()
                 run.save()
+    watchdog.phase("drawing the losses")
     run.model.mtp.roller.close()
     if log is not None:
         log.close()

@@ -77,7 +77,10 @@ def main(
         int, typer.Option(help="Steps from one checkpoint to the next; 0: the last only.")
     ] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 3,
-    deadline: Annotated[float, typer.Option(help="Seconds that ranks wait for one another.")] = 60,
+    deadline: Annotated[
+        float,
+        typer.Option(help="Seconds that ranks wait for one another; a quarter of it for a sign of life."),
+    ] = 60,
     save_deadline: Annotated[float, typer.Option(help="... while all save or load a checkpoint.")] = 3600,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of the documents.")] = 0,
 ) -> None:
@@ -161,4 +164,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # Of the ranks: where rank 0 is gone, the others say so in a line, and need no stacks of torch's store.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     typer.run(main)

@@ -196,7 +196,7 @@ class BatchStream:
         if self.num_documents is not None and self.num_documents > len(self.corpus.documents):
             raise ValueError(
                 f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
-                f"got {self.num_documents}: give more data, as a folder of files"
+                f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"
             )
 
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:

@@ -31,7 +31,7 @@ def write_run(
     record = {"settings": SETTINGS | settings, "where": {"device": device}}
     (folder / "run.json").write_text(json.dumps(record | ({"identity": identity} if identity else {})))
     steps = [
-        {"step": step, "lm_loss": loss, "mtp_losses": [loss + 1], "aux_loss": None}
+        {"step": step, "lm_loss": loss, "mtp_losses": [loss + 1, None], "aux_loss": None}
         for step, loss in enumerate(losses, start=1)
     ]
     (folder / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -47,9 +47,9 @@ def test_means_and_differences_are_those_of_the_steps_that_all_have(tmp_path):
     table = draw_losses(runs, tmp_path / "out")
     assert table == (tmp_path / "out/losses.md").read_text()
     assert table.startswith("Means of steps 1 to 2, ")
-    assert "| `a` | 2.5000 | 3.5000 |" in table
-    assert "| `b` (2 steps) | 2.7500 (0.5) | 3.7500 (0.5) |" in table
-    assert "| `c` | 2.5000 (0, every bit) | 3.5000 (0, every bit) |" in table
+    assert "| `a` | 2.5000 | 3.5000 | - |" in table  # where no token counts
+    assert "| `b` (2 steps) | 2.7500 (0.5) | 3.7500 (0.5) | - |" in table
+    assert "| `c` | 2.5000 (0, every bit) | 3.5000 (0, every bit) | - |" in table
     assert "not of one kind" not in table
     assert (tmp_path / "out/losses.png").stat().st_size > 1000
 

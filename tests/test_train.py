@@ -261,6 +261,7 @@ def test_our_own_errors_need_no_traceback_under_torchrun(tmp_path, monkeypatch, 
         (["--preset", "huge"], "preset must be one of"),
         (["--compile", "--tp", "2"], "--compile and tp > 1 do not go together"),
         (["--curves", "nowhere"], "nowhere holds no steps.jsonl"),
+        (["--out", __file__], "out must be a folder, or a path for one"),
     ],
 )
 def test_settings_are_refused_before_a_rank_is_started(tmp_path, monkeypatch, arguments, words):
