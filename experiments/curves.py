@@ -35,21 +35,19 @@ def draw_losses(runs: list[Path], out: Path) -> str:
 def _losses(run: Path) -> Losses:
     if not (run / LOG).exists() or not (records := read_records(run / LOG)):
         raise ValueError(f"{run} holds no {LOG} with steps of a run")
-    named = {
-        record["step"]: {
-            "LM": record["lm_loss"],
-            **{f"MTP depth {k}": one for k, one in enumerate(record["mtp_losses"], 1)},
+    losses: Losses = {"LM": {record["step"]: _known(record["lm_loss"]) for record in records}}
+    for depth in range(len(records[0]["mtp_losses"])):
+        losses[f"MTP depth {depth + 1}"] = {
+            record["step"]: _known(record["mtp_losses"][depth]) for record in records
         }
-        for record in records
-    }
-    nothing = float("nan")  # counted in that step
-    losses: Losses = {
-        name: {step: nothing if one[name] is None else one[name] for step, one in named.items()}
-        for name in named[records[0]["step"]]
-    }
     if records[0]["aux_loss"] is not None:
         losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
     return losses
+
+
+def _known(loss: float | None) -> float:
+    """None, where no token counted, as matplotlib and numpy have it."""
+    return float("nan") if loss is None else loss
 
 
 def _unlike(runs: list[Path]) -> str:

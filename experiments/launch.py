@@ -110,13 +110,18 @@ def _rank_main(
             _speak_when_ended(watchdog)
             watchdog.phase("joining the process group")
             groups = PrefixStore("groups", store)
-            patience = 2 * deadline  # the watchdog is faster, and says who
+            patience = timeout_of_groups(deadline)
             dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
             function(here, *arguments, watchdog)
             watchdog.phase("leaving the process group")
             dist.destroy_process_group()
     except PeerError as error:  # whose traceback says nothing of the peer
         end_process(str(error))  # the groups' threads may still wait for it
+
+
+def timeout_of_groups(deadline: timedelta) -> timedelta:
+    """Of collectives among ranks that a watchdog looks after: it is faster, and says who."""
+    return 2 * deadline
 
 
 def take_gpu(local_rank: int) -> torch.device:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from curves import LOG, draw_losses
+from launch import timeout_of_groups
 from record import describe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.data import BatchStream, open_corpus
+from overlap_mtp.layout import length_unit
 from overlap_mtp.meter import OverlapMeter
 from overlap_mtp.metrics import StepLog
 from overlap_mtp.model.config import ModelConfig
@@ -56,13 +58,11 @@ class RunSettings:
     save_every: int = 100
     keep: int = 3
     deadline: timedelta = timedelta(seconds=60)
-    save_deadline: timedelta = timedelta(
-        hours=1
-    )  # where all save or load; a rank that dies is found all the same
+    save_deadline: timedelta = timedelta(hours=1)  # where all save or load; who dies is found all the same
     seed: int = 0
 
     def check(self, world_size: int) -> None:
-        """Raises ValueError where something is illegal, before any rank is started."""
+        """Raises ValueError where something is illegal, before any rank is started; else makes the run's folder."""
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
@@ -99,12 +99,7 @@ class RunSettings:
 
     @property
     def _multiple_of(self) -> int:
-        return math.lcm(2 * SHARED_BY, 2 * self.sizes.cp)
-
-    @property
-    def group_timeout(self) -> timedelta:
-        """Of collectives: the watchdog is faster, and says who."""
-        return 2 * self.deadline
+        return math.lcm(*(length_unit(cp, "zigzag") for cp in (SHARED_BY, self.sizes.cp)))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -260,10 +255,10 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     """All steps of a run, from the start or from its last checkpoint."""
     # Making a group keeps all waiting, and is not counted: a phase each.
     watchdog.phase("making the mesh")
-    parallel = Parallel.make(settings.sizes, device.type, settings.group_timeout)
+    parallel = Parallel.make(settings.sizes, device.type, timeout_of_groups(settings.deadline))
     watchdog.follow(*map(collectives_begun, parallel.groups))
     watchdog.phase("making a group to save over")
-    savers = dist.new_group(timeout=max(settings.group_timeout, 2 * settings.save_deadline))
+    savers = dist.new_group(timeout=timeout_of_groups(max(settings.deadline, settings.save_deadline)))
     watchdog.phase("setting up")
     watchdog.follow(collectives_begun(savers))
     run = Run(settings, device, parallel, savers, watchdog.phase)

@@ -177,23 +177,25 @@ class BatchStream:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
+        if self.num_documents is None:
+            return
         unit = self._unit
-        if self.num_documents is not None and self.seq_len <= unit:
+        if self.seq_len <= unit:
             raise ValueError(
                 f"seq_len must be > {unit} for documents in a {self.kind} layout with cp_size {self.cp_size}, got "
                 f"{self.seq_len}"
             )
-        if self.num_documents is not None and self.seq_len % unit:
+        if self.seq_len % unit:
             raise ValueError(
                 f"seq_len must be a multiple of {unit}, which documents are padded to in a {self.kind} layout with "
                 f"cp_size {self.cp_size}, got {self.seq_len}"
             )
-        if self.num_documents is not None and not 1 <= self.num_documents * unit < self.seq_len:
+        if not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
                 f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "
                 f"{self.kind} layout with cp_size {self.cp_size}, got {self.num_documents}"
             )
-        if self.num_documents is not None and self.num_documents > len(self.corpus.documents):
+        if self.num_documents > len(self.corpus.documents):
             raise ValueError(
                 f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
                 f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"

@@ -207,6 +207,13 @@ def test_what_cannot_go_on_is_said(straight, arguments, words):
     assert "Traceback" not in said
 
 
+def invoke(*arguments: str):
+    """train.py in this process."""
+    command = typer.Typer()
+    command.command()(main)
+    return CliRunner().invoke(command, list(arguments))
+
+
 def test_runs_of_one_identity_see_the_same_batches():
     """A checkpoint says what documents are padded to: cp 3 packs them otherwise, and cannot go on from cp 2."""
     found = []
@@ -232,9 +239,7 @@ def test_our_own_errors_need_no_traceback_under_torchrun(tmp_path, monkeypatch, 
         raise error
 
     monkeypatch.setattr("train.run_on_ranks", raise_it)
-    command = typer.Typer()
-    command.command()(main)
-    done = CliRunner().invoke(command, ["--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "8"])
+    done = invoke("--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "8")
     assert done.exit_code == 1
     assert done.output.strip() == f"{type(error).__module__}.{type(error).__name__}: {error}"
 
@@ -266,11 +271,7 @@ def test_our_own_errors_need_no_traceback_under_torchrun(tmp_path, monkeypatch, 
 )
 def test_settings_are_refused_before_a_rank_is_started(tmp_path, monkeypatch, arguments, words):
     monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: pytest.fail("ranks were started"))
-    command = typer.Typer()
-    command.command()(main)
-    done = CliRunner().invoke(
-        command, ["--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "8", *arguments]
-    )
+    done = invoke("--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "8", *arguments)
     assert done.exit_code == 2, done.output
     assert words in " ".join(done.output.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
@@ -278,9 +279,7 @@ def test_settings_are_refused_before_a_rank_is_started(tmp_path, monkeypatch, ar
 
 def test_no_gpu_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command = typer.Typer()
-    command.command()(main)
-    done = CliRunner().invoke(command, ["--out", str(tmp_path / "run"), "--device", "cuda"])
+    done = invoke("--out", str(tmp_path / "run"), "--device", "cuda")
     assert done.exit_code == 2, done.output
     assert "it has no GPU that torch can use" in " ".join(done.output.replace("│", " ").split())
 
@@ -299,8 +298,6 @@ def test_a_token_outside_of_the_vocabulary_is_said(tmp_path):
 def test_a_run_that_took_no_step_begins_again(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("train.run_on_ranks", lambda *_, **__: started.append(1))
-    command = typer.Typer()
-    command.command()(main)
     log, checkpoint = tmp_path / "steps.jsonl", tmp_path / "checkpoints/step-00000001"
     for prepare, code in (
         (lambda: log.write_text(""), 0),
@@ -308,7 +305,7 @@ def test_a_run_that_took_no_step_begins_again(tmp_path, monkeypatch):
         (lambda: (log.unlink(), checkpoint.mkdir(parents=True)), 2),  # the log was deleted
     ):
         prepare()
-        done = CliRunner().invoke(command, ["--out", str(tmp_path), "--device", "cpu"])
+        done = invoke("--out", str(tmp_path), "--device", "cpu")
         assert done.exit_code == code, done.output
     assert len(started) == 1
 

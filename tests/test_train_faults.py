@@ -70,8 +70,8 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
     ],
 )
 def test_a_rank_that_hangs_in_the_midst_of_a_step_is_named(tmp_path, arguments, where, step):
-    """And lives; before that it was late, but in time. The others are in the same phase: in an exchange, a collective
-    or, on GPUs, behind either."""
+    """And lives; in a second step, after it was late but in time in the first. The others are in the same phase: in an
+    exchange, a collective or, on GPUs, behind either."""
     run = start(tmp_path, *arguments.split(), "--deadline", "8", program="tests/hung_run.py", where=where)
     while (line := run.stdout.readline()) != "here\n":
         assert line, run.communicate()[0]
