@@ -19,19 +19,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import pictures
+from harness import plots as pictures
 import torch
 import torch.distributed as dist
 import typer
-from comparison import BASELINE, TIMING_ONLY, Comparison, Settings, open_stream
-from launch import choose_device, run_on_ranks
+from compare.comparison import BASELINE, TIMING_ONLY, Comparison, Settings, open_stream
+from harness.launch import choose_device, run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from overlap_mtp import SCHEDULES
+from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.model.config import PRESETS
-from overlap_mtp.transports import TRANSPORTS
 
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 CAPTION = (

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from overlap_mtp import SequenceLayout
-from overlap_mtp.plan import plan_shape
+from overlap_mtp.exchange.plan import plan_shape
 
 Array = npt.NDArray[np.float64]
 TENSORS = 4

@@ -18,11 +18,11 @@ import parity
 import torch
 import torch.distributed as dist
 import typer
-from launch import run_on_ranks
+from harness.launch import run_on_ranks
 
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.parallel import Sizes, parallelize
-from overlap_mtp.training import Recipe, Trainer
+from overlap_mtp.training.parallel import Sizes, parallelize
+from overlap_mtp.training.trainer import Recipe, Trainer
 
 FOLDER = Path(__file__).parent.parent / "tests/golden"
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2)]  # (tp, cp)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from comparison import BASELINE, TIMING_ONLY, metered, schedule_of
+from compare.comparison import BASELINE, TIMING_ONLY, metered, schedule_of
 from rich.console import Console
 from rich.table import Table
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from latency import MEGATRON, Point
-from latency_report import Row, find
+from latency.cases import MEGATRON, Point
+from latency.report import Row, find
 
 HOST_US = {"process_group": 80, "symmetric": 40}  # start and joins of a microbatch, D = 2
 GPU_US = {"process_group": 15, "symmetric": 7}  # one exchange, pack to unroll

@@ -24,17 +24,18 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from launch import check_gpus, choose_device, run_on_ranks
-from record import describe
+from harness.launch import check_gpus, choose_device, run_on_ranks
+from harness.environment import describe
 from rich.console import Console
 
-from overlap_mtp.checkpoint import Checkpoints
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.reference import loss_reference, roll_reference
-from overlap_mtp.training import Microbatch, Recipe, Trainer
+from overlap_mtp.model.reference import loss_reference
+from overlap_mtp.reference import roll_reference
+from overlap_mtp.training.checkpoint import Checkpoints
+from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.training.trainer import Microbatch, Recipe, Trainer
 
 SIZES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]  # (tp, cp)
 MOST_RANKS = 8

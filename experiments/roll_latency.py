@@ -22,16 +22,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import latency_report as report
+from latency import report as report
 import latency_targets
-import megatron_rolls
-import record
+from latency import megatron_rolls
+from harness import environment as record
 import torch
 import torch.distributed as dist
 import typer
-from bench import Bench
-from latency import EXCHANGING, MEGATRON, Configuration, Point, Way, new_layout
-from launch import run_on_ranks
+from latency.bench import Bench
+from latency.cases import EXCHANGING, MEGATRON, Configuration, Point, Way, new_layout
+from harness.launch import run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pictures
+from harness import plots as pictures
 from matplotlib import pyplot as plt
 from rich.table import Table
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import record
+from harness import environment as record
 import torch
 import torch.distributed as dist
 import typer
-from launch import run_on_ranks
+from harness.launch import run_on_ranks
 from rich.console import Console
 
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
-from overlap_mtp.channel import channel_of
-from overlap_mtp.schedules.base import Rolls
+from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.schedules.roller import Rolls
 
 NUM_DEPTHS = 3
 TOKENS = 64  # a rank: short chunks, so that tokens come from several peers

@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import pictures
+from harness import plots as pictures
 import torch
 import torch.distributed as dist
 import typer
 from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, metered_of, run_with_progress
-from comparison import Comparison, Settings
-from launch import run_on_ranks
+from compare.comparison import Comparison, Settings
+from harness.launch import run_on_ranks
 from rich.console import Console
 
 from overlap_mtp.model.config import PRESETS

@@ -18,14 +18,14 @@ from typing import Annotated
 
 import torch
 import typer
-from curves import draw_losses
-from launch import check_gpus, choose_device, run_on_ranks
-from run import RunSettings, train_on_rank
+from training.curves import draw_losses
+from harness.launch import check_gpus, choose_device, run_on_ranks
+from training.run import RunSettings, train_on_rank
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from overlap_mtp.model.config import PRESETS
-from overlap_mtp.parallel import Sizes
-from overlap_mtp.training import Recipe
+from overlap_mtp.training.parallel import Sizes
+from overlap_mtp.training.trainer import Recipe
 
 
 def main(

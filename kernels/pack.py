@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.cargo import Cargo
-from overlap_mtp.kernels.geometry import FINGERPRINT_AT, SEQ_LEN_AT, load_words, slot_of_row
+from overlap_mtp.exchange.plan import PlanShape
+from overlap_mtp.exchange.spec import Cargo
+from overlap_mtp.kernels.common import FINGERPRINT_AT, SEQ_LEN_AT, load_words, slot_of_row
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.plan import PlanShape
 
 
 @triton.jit

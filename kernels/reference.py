@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from overlap_mtp.plan import CU_SEQLENS, FINGERPRINT, HEADER, NUM_DOCUMENTS, SEQ_LEN, PlanShape
+from overlap_mtp.exchange.plan import CU_SEQLENS, FINGERPRINT, HEADER, NUM_DOCUMENTS, SEQ_LEN, PlanShape
 
 
 def pack(
@@ -19,7 +19,7 @@ def pack(
 ) -> None:
     """Gathers the tokens that peers need into the outgoing wire.
 
-    `tensors`: [B, L] each, viewed as integers of their own width; `record`: the batch's, int64 (overlap_mtp.plan);
+    `tensors`: [B, L] each, viewed as integers of their own width; `record`: the batch's, int64 (exchange.plan);
     `table`: PlanShape.table; `wire`: int64 [num_send_rows, len(tensors) * B], written whole.
     """
     unit, held, offset = table[: shape.routes_at].view(3, -1).long().unbind()

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.cargo import Cargo
-from overlap_mtp.kernels.geometry import (
+from overlap_mtp.exchange.plan import PlanShape
+from overlap_mtp.exchange.spec import Cargo
+from overlap_mtp.kernels.common import (
     CU_AT,
     FINGERPRINT_AT,
     SEQ_LEN_AT,
@@ -16,7 +17,6 @@ from overlap_mtp.kernels.geometry import (
 )
 from overlap_mtp.kernels.launch import Grid, Launch
 from overlap_mtp.kernels.pack import copy_words, width_constants
-from overlap_mtp.plan import PlanShape
 
 
 @triton.jit

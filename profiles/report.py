@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overlap_mtp.profiling import ProfileError, Report, read_profile, report_on
-from overlap_mtp.profiling.report import Row
+from overlap_mtp.profiling.overlap import Row
 
 WIDTH = 150  # of the tables where there is no terminal
 MOST_ROWS = 12  # shown of one schedule on one device
@@ -78,7 +78,7 @@ def write(report: Report, json_out: Path | None, picture: Path | None) -> None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     if picture is not None:
-        from overlap_mtp.profiling.picture import draw  # matplotlib takes a second to import
+        from overlap_mtp.profiling.plot import draw  # matplotlib takes a second to import
 
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(report.lanes, picture)

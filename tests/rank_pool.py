@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from overlap_mtp.channel import channel_of
+from overlap_mtp.exchange.group import channel_of
 
 # By the server that CPU ranks are forked from: a pool starts in a quarter of a second.
-IMPORTED_ONCE = [f"overlap_mtp.{name}" for name in ("checkpoint", "parallel", "training")] + ["hypothesis"]
+IMPORTED_ONCE = ["overlap_mtp.training.checkpoint", "overlap_mtp.training.trainer", "hypothesis"]
 
 
 def forks() -> ForkServerContext:

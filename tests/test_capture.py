@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from overlap_mtp.profiling import ProfileError, read_profile, report_on
-from overlap_mtp.profiling.slim import slim, without_folders
+from overlap_mtp.profiling.shrink import slim, without_folders
 
 from handmade import Process, Span, Work, kineto_document, write_kineto, write_nsys
 

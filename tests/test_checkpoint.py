@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.checkpoint import Checkpoints
+from overlap_mtp.training.checkpoint import Checkpoints
 
 from rank_pool import device_of
 from tiny_runs import BATCH, IDENTITY, Run, assert_all_say, assert_same, error_in, kept, of_sizes, on_ranks

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from overlap_mtp.checkpoint import Checkpoints, NoCheckpointError, _crc32_of, _marks
+from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError, _crc32_of, _marks
 
 from rank_pool import forks
 from tiny_runs import BATCH, HIDDEN, IDENTITY, Run, assert_all_say, assert_same, error_in, kept, of_sizes

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.checkpoint import Checkpoints
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.parallel import Sizes, parallelize
-from overlap_mtp.training import Recipe, Trainer
+from overlap_mtp.training.checkpoint import Checkpoints
+from overlap_mtp.training.parallel import Sizes, parallelize
+from overlap_mtp.training.trainer import Recipe, Trainer
 
 from rank_pool import RankPool
 from tiny_runs import assert_same, weights_and_moments, whole

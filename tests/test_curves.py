@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
-from curves import draw_losses
+from training.curves import draw_losses
 
 SETTINGS = {
     "model": {"hidden_size": 8},

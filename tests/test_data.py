@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from overlap_mtp.data import PIECE_TOKENS, BatchStream, open_corpus
 from overlap_mtp.layout import length_unit, pad_documents
+from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, open_corpus
 
 
 def stream_of(corpus, num_documents=None, **sizes) -> BatchStream:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.channel import channel_of
+from overlap_mtp.exchange.group import channel_of
 
 from cases import (
     EXCHANGING,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.channel import channel_of
+from overlap_mtp.exchange.group import channel_of
 from overlap_mtp.kernels.launch import Grid, Launch, Runner
 
 from cases import NUM_DEPTHS, WIRED, error_of

@@ -30,13 +30,13 @@ def compiled_size(launch) -> int:
 def launches(kind: str) -> list[object]:
     """Every kernel of an exchange, for a rank of three, all widths and several rows."""
     from overlap_mtp import SequenceLayout
-    from overlap_mtp.cargo import Cargo
+    from overlap_mtp.exchange.select import shapes_of
+    from overlap_mtp.exchange.spec import Cargo
+    from overlap_mtp.exchange.symmetric import SymmetricLayout
     from overlap_mtp.kernels.pack import pack
-    from overlap_mtp.kernels.put import put
-    from overlap_mtp.kernels.take import discard, take
+    from overlap_mtp.kernels.put_pack import put
     from overlap_mtp.kernels.unroll import unroll
-    from overlap_mtp.transports import shapes_of
-    from overlap_mtp.transports.symmetric import SymmetricLayout
+    from overlap_mtp.kernels.wait_unroll import discard, take
 
     layout = SequenceLayout.packed([0, 24, 48], 3, kind)
     shapes = shapes_of(layout, 2, 100)

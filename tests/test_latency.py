@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import latency_targets  # noqa: E402
 import paired  # noqa: E402
 import roll_latency  # noqa: E402
-from bench import Bench  # noqa: E402
-from latency import Case, Configuration, Point, Subject, Way, new_layout  # noqa: E402
+from latency.bench import Bench  # noqa: E402
+from latency.cases import Case, Configuration, Point, Subject, Way, new_layout  # noqa: E402
 
 SETTINGS = roll_latency.Settings(
     depths=(1, 2, 4, 8),
@@ -211,7 +211,7 @@ def test_one_failure_does_not_end_the_others(pool):
 
 
 def test_slow_configurations_sit_out_rounds_evenly():
-    from bench import _is_due
+    from latency.bench import _is_due
 
     subject = Subject(Configuration(Point(2, 2, 8, 64), Way("sync")), case=None, rounds=5)  # type: ignore[arg-type]
     due = [index for index in range(60) if _is_due(subject, index, 60)]
@@ -219,7 +219,7 @@ def test_slow_configurations_sit_out_rounds_evenly():
 
 
 def megatron_against_oracle(group):
-    import megatron_rolls
+    from latency import megatron_rolls
 
     found = {}
     for documents in (1, 4):

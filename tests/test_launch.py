@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
-import launch
+from harness import launch
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from overlap_mtp import SCHEDULES, Rolls, SequenceLayout, make_roller, pad_documents, prepare, roll_reference
-from overlap_mtp.cargo import fill_of
+from overlap_mtp.exchange.spec import fill_of
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, random_tensor, same_bits
@@ -275,8 +275,8 @@ def test_two_rollers_share_a_cp_group(pool: RankPool, first, second):
 def with_delays(group: dist.ProcessGroup, transport: str, function, *args):
     """Runs a function of this file over a transport, every exchange delayed on its stream, by up to 2 ms before
     and after it."""
-    from overlap_mtp.transports.process_group import ProcessGroupTransport
-    from overlap_mtp.transports.symmetric import SymmetricTransport
+    from overlap_mtp.exchange.nccl import ProcessGroupTransport
+    from overlap_mtp.exchange.symmetric import SymmetricTransport
 
     rng = random.Random(group.rank())
     kinds = (ProcessGroupTransport, SymmetricTransport)

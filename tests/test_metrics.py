@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from overlap_mtp.metrics import RunInProgressError, StepLog, read_records
+from overlap_mtp.training.step_log import RunInProgressError, StepLog, read_records
 
 
 def steps(path) -> list[int]:

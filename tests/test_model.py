@@ -12,9 +12,10 @@ from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine, count_tokens
-from overlap_mtp.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.reference import loss_reference, roll_reference
-from overlap_mtp.training import Recipe, Trainer, global_counts, reduce_gradients
+from overlap_mtp.model.reference import loss_reference
+from overlap_mtp.reference import roll_reference
+from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.training.trainer import Recipe, Trainer, global_counts, reduce_gradients
 
 from rank_pool import RankPool, device_of
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from overlap_mtp import SequenceLayout
-from overlap_mtp.data import BatchStream, open_corpus
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine
-from overlap_mtp.reference import loss_reference, roll_reference
-from overlap_mtp.training import NonFiniteLossError, Recipe, Trainer
+from overlap_mtp.model.reference import loss_reference
+from overlap_mtp.reference import roll_reference
+from overlap_mtp.training.data import BatchStream, open_corpus
+from overlap_mtp.training.trainer import NonFiniteLossError, Recipe, Trainer
 
 SMALL = ModelConfig(
     hidden_size=16, num_layers=2, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=24, vocab_size=31

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from overlap_mtp import make_roller
-from overlap_mtp.transports import Transport
+from overlap_mtp.exchange.select import Transport
 
 from cases import NUM_DEPTHS, WIRED, error_of, full_batch, local_to, packed, wrong_rolls
 from rank_pool import RankPool, device_of

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from overlap_mtp import SequenceLayout, prepare
-from overlap_mtp.channel import _timeout_of
+from overlap_mtp.exchange.group import _timeout_of
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import token_mask
-from overlap_mtp.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.training import NonFiniteLossError, Recipe, StepReport, Trainer
+from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.training.trainer import NonFiniteLossError, Recipe, StepReport, Trainer
 
 from rank_pool import RankPool, device_of, run_on_forks
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlap_mtp.cargo import Cargo
+from overlap_mtp.exchange.plan import PlanShape, new_record, plan_shape
+from overlap_mtp.exchange.spec import Cargo
 from overlap_mtp.kernels import pack as triton_pack
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels import unroll as triton_unroll
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.plan import PlanShape, new_record, plan_shape
 from overlap_mtp.reference import roll_reference
 
 from strategies import DTYPES, layouts, random_tensor, same_bits

@@ -293,7 +293,7 @@ def test_an_old_trace_with_other_categories_and_no_header(tmp_path):
 def test_the_picture_is_drawn_of_whatever_there_is(tmp_path, kind):
     from matplotlib import image
 
-    from overlap_mtp.profiling.picture import draw
+    from overlap_mtp.profiling.plot import draw
 
     foreign = [Work("ncclDevKernel_AllReduce", 1, 10, 30), Work("gemm", 2, 20, 40, stream=9)]
     process = rank(0) if kind == "ours" else Process(5, work=foreign[1:] if kind == "quiet" else foreign)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from overlap_mtp.rendezvous import PeerError, await_ranks
+from overlap_mtp.training.rendezvous import PeerError, await_ranks
 
 
 def meet(

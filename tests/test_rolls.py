@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
-from overlap_mtp.cargo import fill_of
+from overlap_mtp.exchange.spec import fill_of
 
 from rank_pool import RankPool, device_of
 from strategies import DTYPES, layouts, random_tensor, same_bits

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import make_roller
-from overlap_mtp.channel import channel_of
+from overlap_mtp.exchange.group import channel_of
 from overlap_mtp.kernels.launch import Launch
 
 from cases import EXCHANGING, NUM_DEPTHS, error_of

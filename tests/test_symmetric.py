@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import Batch, poisoned, poisoned_outputs, random_batch
 
-from overlap_mtp.cargo import Cargo
-from overlap_mtp.kernels.put import put
+from overlap_mtp.exchange.plan import PlanShape, new_record
+from overlap_mtp.exchange.select import shapes_of
+from overlap_mtp.exchange.spec import Cargo
+from overlap_mtp.exchange.symmetric import SymmetricLayout, peer_tables
+from overlap_mtp.kernels.put_pack import put
 from overlap_mtp.kernels.signals import WORDS as FLAG_WORDS
-from overlap_mtp.kernels.take import discard, take
 from overlap_mtp.kernels.unroll import unroll_grid
+from overlap_mtp.kernels.wait_unroll import discard, take
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.plan import PlanShape, new_record
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.transports import shapes_of
-from overlap_mtp.transports.symmetric import SymmetricLayout, peer_tables
 
 from strategies import layouts, same_bits
 

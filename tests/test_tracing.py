@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from overlap_mtp import SequenceLayout, make_roller, tracing
-from overlap_mtp.meter import OverlapMeter
+from overlap_mtp.schedules.timed import OverlapMeter
 from overlap_mtp.tracing import LABEL, BackwardSpan, span
 
 from cases import NUM_DEPTHS, error_of, full_batch, local_to, packed

@@ -23,14 +23,14 @@ from training_runs import ROOT, STEPS, after_steps, records, start, train
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
-from run import RunSettings, progress_bar
-from run import said as said_of
+from training.run import RunSettings, progress_bar
+from training.run import said as said_of
 from train import main
 
-from overlap_mtp.data import TokenError
 from overlap_mtp.model.config import PRESETS
-from overlap_mtp.parallel import Sizes
-from overlap_mtp.training import NonFiniteLossError, Recipe
+from overlap_mtp.training.data import TokenError
+from overlap_mtp.training.parallel import Sizes
+from overlap_mtp.training.trainer import NonFiniteLossError, Recipe
 
 # Of `straight`, and of what goes on from it: all that changes what is learned.
 OPTIONS = ["--experts=2", "--aux-loss-factor=0.02", "--depths=3", "--mtp-loss-factor=0.2", "--derive-labels"]

@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 
-from overlap_mtp.snapshot import CheckpointError
-from overlap_mtp.watchdog import LOST, Watchdog, _says, collectives_begun
+from overlap_mtp.training.snapshot import CheckpointError
+from overlap_mtp.training.watchdog import LOST, Watchdog, _says, collectives_begun
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.rendezvous import connect
-from overlap_mtp.watchdog import EXIT_CODE, Watchdog, collectives_begun
+from overlap_mtp.training.rendezvous import connect
+from overlap_mtp.training.watchdog import EXIT_CODE, Watchdog, collectives_begun
 
 PROGRAM = str(Path(__file__).resolve())
 DEADLINE_S = {"gloo": 8.0, "nccl": 16.0}  # a GPU's first calls hold Python's lock for seconds

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from overlap_mtp.checkpoint import CheckpointError, Checkpoints
+from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints
 
 VOCAB, HIDDEN, INNER, BATCH, LENGTH = 26, 12, 20, 8, 8  # 26 and 20 do not divide by every size
 IDENTITY = {"hidden_size": HIDDEN, "layers": [1, 2]}

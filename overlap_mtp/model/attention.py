@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
-from overlap_mtp.upload import upload
+from overlap_mtp.tensors import upload
 
 # torch 2.13 renames the collectives.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

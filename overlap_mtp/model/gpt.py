@@ -20,9 +20,9 @@ from overlap_mtp.model.moe import Load, MoE, balance_loss
 from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
 from overlap_mtp.model.recompute import recomputed
 from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import Rolls
+from overlap_mtp.schedules.roller import Rolls
+from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import BackwardSpan, span
-from overlap_mtp.upload import upload
 
 
 class SwiGLU(nn.Module):

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Shard
 
-from overlap_mtp.dtypes import sum_dtype
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.upload import upload
+from overlap_mtp.tensors import sum_dtype, upload
 
 
 def token_mask(

@@ -6,8 +6,8 @@ lanes.py     tells communication from compute;  peers.py who waited;  report.py 
 picture.py   draws it;  slim.py makes files small
 """
 
-from overlap_mtp.profiling.profile import Profile, ProfileError
-from overlap_mtp.profiling.reading import read_profile
-from overlap_mtp.profiling.report import Report, exposed_by_step, report_on
+from overlap_mtp.profiling.overlap import Report, exposed_by_step, report_on
+from overlap_mtp.profiling.read import read_profile
+from overlap_mtp.profiling.trace import Profile, ProfileError
 
 __all__ = ["Profile", "ProfileError", "Report", "exposed_by_step", "read_profile", "report_on"]

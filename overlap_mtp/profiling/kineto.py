@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.profile import (
+from overlap_mtp.profiling.trace import (
     LOST,
     UNKNOWN,
     Activities,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from overlap_mtp.profiling.intervals import Ints
-from overlap_mtp.profiling.profile import (
+from overlap_mtp.profiling.trace import (
     FOREVER,
     LOST,
     UNKNOWN,

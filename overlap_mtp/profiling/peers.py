@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from overlap_mtp.profiling.classify import Lane, Role
 from overlap_mtp.profiling.intervals import Ints
-from overlap_mtp.profiling.lanes import Lane, Role
 from overlap_mtp.profiling.nesting import NONE
-from overlap_mtp.profiling.profile import UNKNOWN
+from overlap_mtp.profiling.trace import UNKNOWN
 
 LOCAL_PART = "pack"  # of the exchange: it waits for nobody
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from overlap_mtp.channel import channel_of
-from overlap_mtp.schedules.base import Roller, Rolls
+from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.schedules.merged import MergedRoller
 from overlap_mtp.schedules.none import NoneRoller
 from overlap_mtp.schedules.overlap import OverlapRoller
+from overlap_mtp.schedules.packed import WiredRoller
 from overlap_mtp.schedules.prefetch import PrefetchRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
+from overlap_mtp.schedules.roller import Roller, Rolls
 from overlap_mtp.schedules.sync import SyncRoller
-from overlap_mtp.schedules.wired import WiredRoller
-from overlap_mtp.transports import TRANSPORTS
 
 _WIRED: dict[str, type[WiredRoller]] = {
     "merged": MergedRoller,

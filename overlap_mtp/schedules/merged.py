@@ -5,7 +5,7 @@ The MR's improvement (a) without (b): what merging alone brings. Each depth is t
 
 from __future__ import annotations
 
-from overlap_mtp.schedules.wired import WiredRoller
+from overlap_mtp.schedules.packed import WiredRoller
 
 
 class MergedRoller(WiredRoller):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.base import Batch, Roller, Rolls, detached
+from overlap_mtp.schedules.roller import Batch, Roller, Rolls, detached
 
 
 class NoneRoller(Roller):

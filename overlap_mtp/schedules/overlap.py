@@ -6,7 +6,7 @@ is the order that values need which are not known in advance, such as activation
 
 from __future__ import annotations
 
-from overlap_mtp.schedules.wired import WiredRoller
+from overlap_mtp.schedules.packed import WiredRoller
 
 
 class OverlapRoller(WiredRoller):

@@ -5,7 +5,7 @@ Every token that any depth needs is known when the batch arrives: send them all 
 
 from __future__ import annotations
 
-from overlap_mtp.schedules.wired import WiredRoller
+from overlap_mtp.schedules.packed import WiredRoller
 
 
 class PrefetchRoller(WiredRoller):

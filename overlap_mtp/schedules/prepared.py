@@ -10,10 +10,10 @@ import re
 
 import torch
 
-from overlap_mtp.cargo import fill_of
+from overlap_mtp.exchange.spec import fill_of
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.schedules.base import Batch, Roller, Rolls, detached
+from overlap_mtp.schedules.roller import Batch, Roller, Rolls, detached
 
 PREPARED = re.compile(r"_depth\d+$")
 

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.cargo import fill_of
-from overlap_mtp.channel import Channel, channel_of
-from overlap_mtp.dtypes import sum_dtype
+from overlap_mtp.exchange.group import Channel, channel_of
+from overlap_mtp.exchange.spec import fill_of
+from overlap_mtp.exchange.transport import Traffic
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
 from overlap_mtp.recent import Recent
-from overlap_mtp.schedules.base import Batch, ChainedRolls, Roller, Rolls, detached
+from overlap_mtp.schedules.roller import Batch, ChainedRolls, Roller, Rolls, detached
+from overlap_mtp.tensors import sum_dtype, upload
 from overlap_mtp.tracing import span
-from overlap_mtp.transports.base import Traffic
-from overlap_mtp.upload import upload
 
 NOWHERE = -1  # the holder of a token past its document's end
 

@@ -1,0 +1,196 @@
+"""What `roll_latency` found: a row for each configuration, tables, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import statistics as paired
+from harness import plots as pictures
+import torch.distributed as dist
+from latency.cases import Point, Subject
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+WIDTH = 150
+Row = dict[str, Any]
+CAPTION = (
+    "median host µs (on cold caches) | wall µs | GPU µs of a graph replay, each of all tensors and depths of a "
+    "microbatch, on the slowest rank"
+)
+
+
+def rows_of(subjects: list[Subject]) -> list[Row] | None:
+    """A row for each configuration, on rank 0. Collective: a roll takes as long as on its slowest rank."""
+    mine = [(s.host_us, s.wall_us, s.gpu_us, s.sent or (0, 0), s.differs, s.cold_us) for s in subjects]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank():
+        return None
+    return [_row(subject, [ranks[at] for ranks in everyone]) for at, subject in enumerate(subjects)]
+
+
+def _row(subject: Subject, by_rank: list[Any]) -> Row:
+    point, way = subject.configuration.point, subject.configuration.way
+    host, wall, gpu, sent, differs, cold = zip(*by_rank, strict=True)
+    row: Row = {
+        "schedule": way.schedule,
+        "transport": way.transport,
+        **asdict(point),
+        "failed": subject.failed,
+    }
+    if subject.failed is None:
+        row |= {
+            "rounds": len(host[0]),
+            "host_us": _summary(host),
+            "cold_us": _summary(cold),
+            "wall_us": _summary(wall),
+            "gpu_us": _summary(gpu) if gpu[0] and subject.graph_failed is None else None,
+            "graph_failed": subject.graph_failed,
+            "exchanges": 1 if way.schedule == "prefetch" else point.depths,
+            "messages": None if subject.sent is None else max(one[0] for one in sent),
+            "bytes": None if subject.sent is None else max(one[1] for one in sent),
+            "differing_slots": sum(one[0] for one in differs),
+            "differing_valid_slots": sum(one[1] for one in differs),
+        }
+    return row
+
+
+def _summary(by_rank: tuple[list[float], ...]) -> dict[str, float]:
+    samples = np.array(by_rank, np.float64).max(0)
+    estimate = paired.median(samples)
+    p10, p90 = np.percentile(samples, [10, 90])
+    named = {"median": estimate.value, "low": estimate.low, "high": estimate.high, "p10": p10, "p90": p90}
+    return {name: round(float(value), 2) for name, value in named.items()}
+
+
+def find(rows: list[Row], point: Point, schedule: str, transport: str) -> Row | None:
+    """The row of a configuration that ran."""
+    wanted = {**asdict(point), "schedule": schedule, "transport": transport, "failed": None}
+    return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def ways_in(rows: list[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["schedule"], row["transport"]) for row in rows))
+
+
+def tables_of(result: Row, lines: dict[str, list[Point]]) -> list[Table]:
+    """A table for each line of points, one of the targets, and one of what failed."""
+    rows, where = result["rows"], result["where"]
+    tables = []
+    for name, line in lines.items():
+        table = Table(title=f"{where['ranks']} x {where['device']}: {name}", caption=CAPTION)
+        table.add_column("schedule")
+        for point in line:
+            table.add_column(heading(point), justify="right", no_wrap=True)
+        for way in ways_in(rows):
+            cells = [_cell(find(rows, point, *way)) for point in line]
+            if any(cell != "-" for cell in cells):
+                table.add_row(" ".join(way).rstrip(), *cells)
+        tables.append(table)
+    if result["targets"]:
+        tables.append(_targets_table(result["targets"]))
+    wrong = [row for row in rows if row["failed"] or row["graph_failed"] or row["differing_slots"]]
+    if wrong:
+        tables.append(_notes_table(wrong))
+    return tables
+
+
+def heading(point: Point) -> str:
+    documents = "dense" if point.documents == 1 else f"{point.documents} docs"
+    return f"D={point.depths}, {documents}, {point.tokens}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    gpu = f" | {row['gpu_us']['median']:.1f}" if row["gpu_us"] else ""
+    host = f"{row['host_us']['median']:,.0f} ({row['cold_us']['median']:,.0f})"
+    return f"{host} | {row['wall_us']['median']:,.0f}{gpu}"
+
+
+def _targets_table(targets: list[Row]) -> Table:
+    table = Table(title="targets", caption="[95 % interval]; of ratios, the ends of both intervals")
+    for column in ("what", "limit", "measured", "met"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for one in targets:
+        measured = f"{one['value']:.4g} [{one['low']:.4g}, {one['high']:.4g}]"
+        sign = "<=" if one["at_most"] else ">="
+        table.add_row(one["what"], f"{sign} {one['limit']:g}", measured, "yes" if one["met"] else "NO")
+    return table
+
+
+def _notes_table(rows: list[Row]) -> Table:
+    table = Table(title="failed, or other bits than the oracle's")
+    for column in ("schedule", "point", "what"):
+        table.add_column(column)
+    for row in rows:
+        point = Point(row["cp_size"], row["depths"], row["documents"], row["tokens"])
+        if row["failed"]:
+            what = row["failed"]
+        elif row["graph_failed"]:
+            what = f"no graph: {row['graph_failed']}"
+        else:
+            valid = row["differing_valid_slots"]
+            what = f"{row['differing_slots']} slots differ, {valid} of them where the token ahead is valid"
+        table.add_row(f"{row['schedule']} {row['transport']}", f"cp {point.cp_size}, {heading(point)}", what)
+    return table
+
+
+def draw(result: Row, lines: dict[str, list[Point]], path: Path) -> Path:
+    """Host time against documents and against depths, and GPU time against depths where graphs ran."""
+    rows, where = result["rows"], result["where"]
+    by_depth = [name for name in lines if name.startswith("depths")]
+    panels: list[tuple[str, str, Callable[[Point], int]]] = [
+        (next(iter(lines)), "host_us", lambda point: point.documents)
+    ]
+    panels += [(name, "host_us", lambda point: point.depths) for name in by_depth[-1:]]
+    if any(row.get("gpu_us") for row in rows):
+        panels += [(name, "gpu_us", lambda point: point.depths) for name in by_depth[-1:]]
+    size = (5 * len(panels), 4.2)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, (name, quantity, of) in zip(all_axes[0], panels, strict=True):
+        for way in ways_in(rows):
+            found = [(of(point), find(rows, point, *way)) for point in lines[name]]
+            shown = [(x, row[quantity]) for x, row in found if row is not None and row[quantity]]
+            if shown:
+                _plot(axes, way, shown)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([of(point) for point in lines[name]], [str(of(point)) for point in lines[name]])
+        axes.set_xlabel("documents (1: dense)" if of(Point(0, 1, 2, 0)) == 2 else "depths D")
+        axes.set_ylabel(f"{'host' if quantity == 'host_us' else 'GPU'} µs of a microbatch's rolls")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+    all_axes[0][0].legend(handlelength=4, fontsize=7)
+    figure.suptitle(
+        f"{where['ranks']} x {where['device']}, {lines[next(iter(lines))][0].tokens} tokens a rank, "
+        f"median and 95 % interval, {where['date']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _plot(axes: Any, way: tuple[str, str], shown: list[tuple[int, dict[str, float]]]) -> None:
+    schedule, transport = way
+    medians = [one["median"] for _, one in shown]
+    errors = [
+        [one["median"] - one["low"] for _, one in shown],
+        [one["high"] - one["median"] for _, one in shown],
+    ]
+    axes.errorbar(
+        [x for x, _ in shown],
+        medians,
+        errors,
+        color=pictures.COLOURS.get(schedule, "#222222"),
+        linestyle="--" if transport in ("symmetric", "device") else "-",
+        marker="o",
+        markersize=3,
+        capsize=2,
+        label=f"{schedule} {transport}".rstrip(),
+    )

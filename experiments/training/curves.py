@@ -1,0 +1,149 @@
+"""Loss curves of runs, from their `steps.jsonl`: do they coincide?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overlap_mtp.training.step_log import read_records
+
+LOG = "steps.jsonl"
+LAST = 50  # steps that the table's means are over, of those that all runs have
+
+Losses = dict[str, dict[int, float]]  # by name, then by step
+
+
+def draw_losses(runs: list[Path], out: Path) -> str:
+    """Writes `losses.png` and `losses.md` into `out`; the table. Raises ValueError where a run has no steps.
+
+    A panel for each loss, a line for each run; where there are several, how far each is from the first below. The
+    table says where they were not to be alike.
+    """
+    found = {run.name: _losses(run) for run in runs}
+    if len(found) < len(runs):
+        raise ValueError("runs are told apart by the names of their folders: two are alike")
+    out.mkdir(parents=True, exist_ok=True)
+    _draw(found, out / "losses.png")
+    table = _table(found) + _unlike(runs)
+    (out / "losses.md").write_text(table)
+    return table
+
+
+def _losses(run: Path) -> Losses:
+    if not (run / LOG).exists() or not (records := read_records(run / LOG)):
+        raise ValueError(f"{run} holds no {LOG} with steps of a run")
+    losses: Losses = {"LM": {record["step"]: _known(record["lm_loss"]) for record in records}}
+    for depth in range(len(records[0]["mtp_losses"])):
+        losses[f"MTP depth {depth + 1}"] = {
+            record["step"]: _known(record["mtp_losses"][depth]) for record in records
+        }
+    if records[0]["aux_loss"] is not None:
+        losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
+    return losses
+
+
+def _known(loss: float | None) -> float:
+    """None, where no token counted, as matplotlib and numpy have it."""
+    return float("nan") if loss is None else loss
+
+
+def _unlike(runs: list[Path]) -> str:
+    """What losses depend on and what is not that of all runs: model, recipe, data, device."""
+    records = {
+        run.name: json.loads((run / "run.json").read_text()) for run in runs if (run / "run.json").exists()
+    }
+    values = {run: _kind(record) for run, record in records.items()}
+    names = dict.fromkeys(name for kind in values.values() for name in kind)
+    of_all = {name: {run: kind[name] for run, kind in values.items() if name in kind} for name in names}
+    lines = [
+        f"- {name}: {', '.join(f'{value} in `{run}`' for run, value in of_runs.items())}"
+        for name, of_runs in of_all.items()
+        if len({str(value) for value in of_runs.values()}) > 1
+    ]
+    return "\n".join(["", "These runs are not of one kind:", "", *lines, ""]) if lines else ""
+
+
+def _kind(record: dict[str, Any]) -> dict[str, Any]:
+    """A run's identity, what of it the records of older runs say in their settings, and the device."""
+    settings = record["settings"]
+    kind: dict[str, Any] = record.get("identity") or {
+        **settings["model"],
+        **{f"recipe.{name}": value for name, value in settings["recipe"].items() if name != "accumulate"},
+        "dp * accumulate": settings["sizes"]["dp"] * settings["recipe"]["accumulate"],
+        **{name: settings[name] for name in ("seq_len", "num_documents", "token_dtype", "seed")},
+    }
+    return kind | {"device": record["where"]["device"]}
+
+
+def _draw(found: dict[str, Losses], path: Path) -> None:
+    from matplotlib import pyplot as plt  # here: ranks that draw nothing start half a second sooner
+
+    panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
+    rows = 1 + (len(found) > 1)
+    figure, grid = plt.subplots(
+        rows,
+        len(panels),
+        figsize=(4 * len(panels), 3 * rows),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    first = next(iter(found.values()))
+    for column, panel in enumerate(panels):
+        for number, (name, losses) in enumerate(found.items()):
+            if panel not in losses:
+                continue
+            steps, values = list(losses[panel]), list(losses[panel].values())
+            # The first is a broad line below the others, which would hide it where they coincide.
+            style: dict[str, Any] = {"linewidth": 4, "alpha": 0.35} if number == 0 else {"linewidth": 1}
+            grid[0][column].plot(steps, values, label=name, **style)
+            if number and panel in first:
+                both, difference = _differences(losses[panel], first[panel])
+                grid[1][column].plot(both, difference, linewidth=0.8, color=f"C{number}")
+        grid[0][column].set_title(panel, fontsize=9)
+        grid[-1][column].set_xlabel("step")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=7)
+    grid[0][0].set_ylabel("loss")
+    if rows > 1:
+        grid[1][0].set_ylabel(f"difference to {next(iter(found))}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _differences(losses: dict[int, float], others: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Of the steps that both have."""
+    both = [step for step in losses if step in others]
+    return both, [losses[step] - others[step] for step in both]
+
+
+def _table(found: dict[str, Losses]) -> str:
+    name, first = next(iter(found.items()))
+    steps = {run: len(losses["LM"]) for run, losses in found.items()}
+    common = sorted(set.intersection(*(set(losses["LM"]) for losses in found.values())))
+    if not common:
+        raise ValueError("the runs have no step in common")
+    last = common[-LAST:]
+    lines = [
+        f"Means of steps {last[0]} to {last[-1]}, and in brackets the largest difference of a step to `{name}`:",
+        "",
+        f"| run | {' | '.join(first)} |",
+        "|---|" + "---|" * len(first),
+    ]
+    for run, losses in found.items():
+        cells = []
+        for panel, reference in first.items():
+            if panel not in losses:
+                cells.append("")
+                continue
+            largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
+            said = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
+            mean = np.mean([losses[panel][step] for step in last])
+            cells.append("-" if np.isnan(mean) else f"{mean:.4f}{said}")
+        short = f" ({steps[run]} steps)" if steps[run] < max(steps.values()) else ""
+        lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,101 @@
+"""What an exchange costs, from inside the process: no profiler, no other step to compare with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules.roller import Roller, Rolls
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the rolls since the last reading."""
+
+    host_us: float  # inside `start` and `at`
+    exposed_us: float | None  # for which they held up the compute stream; None on CPU and in captured graphs
+
+
+class OverlapMeter:
+    """A roller that says what its rolls cost, in use like the roller itself.
+
+        meter = OverlapMeter(roller)
+        rolls = meter.start(batch, layout) ... tokens = rolls.at(depth)
+        torch.cuda.synchronize(); cost = meter.read()
+
+    A CUDA event on the compute stream before and after each call: where the device is behind the host, the time
+    between the two is what the call keeps the stream from computing (waiting for a peer, exchanging, unrolling);
+    where it is ahead, they pass when the host comes by, so that the host's time in the call is counted as well. What
+    two events with nothing between them take is measured in each reading and taken off. Adds 2 µs of host time a
+    call.
+    """
+
+    def __init__(self, roller: Roller) -> None:
+        self.roller = roller
+        self.rolls: Rolls  # that were started last
+        self.begun = 0  # calls of `start` and `at` so far
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._empty: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spare: list[torch.cuda.Event] = []
+        self._on_gpu = False
+
+    def start(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        layout: SequenceLayout,
+        ready: torch.cuda.Event | None = None,
+    ) -> Rolls:
+        """As Roller.start."""
+        on_gpu = next(iter(batch.values())).is_cuda if batch else False
+        self._on_gpu = on_gpu and not torch.cuda.is_current_stream_capturing()
+        if self._on_gpu:
+            self._empty.append((self._now(), self._now()))
+        before = self._enter()
+        self.rolls = self.roller.start(batch, layout, ready)
+        self._leave(before)
+        return _MeteredRolls(self.rolls, self)
+
+    def read(self) -> Cost:
+        """The cost since the last reading. On CUDA the device must have finished the calls (synchronise before)."""
+        exposed = None
+        if self._spans:
+            empty = min((a.elapsed_time(b) for a, b in self._empty), default=0.0)
+            exposed = 1000 * sum(max(0.0, a.elapsed_time(b) - empty) for a, b in self._spans)
+        cost = Cost(1e6 * self._seconds, exposed)
+        self._spare += [event for pair in self._spans + self._empty for event in pair]
+        self._spans, self._empty, self._seconds = [], [], 0.0
+        return cost
+
+    def _now(self) -> torch.cuda.Event:
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _enter(self) -> tuple[torch.cuda.Event | None, float]:
+        self.begun += 1
+        return self._now() if self._on_gpu else None, time.perf_counter()
+
+    def _leave(self, before: tuple[torch.cuda.Event | None, float]) -> None:
+        event, begin = before
+        self._seconds += time.perf_counter() - begin
+        if event is not None:
+            self._spans.append((event, self._now()))
+
+
+class _MeteredRolls(Rolls):
+    def __init__(self, rolls: Rolls, meter: OverlapMeter) -> None:
+        self._rolls, self._meter = rolls, meter
+
+    def at(self, depth: int) -> dict[str, torch.Tensor]:
+        before = self._meter._enter()
+        tokens = self._rolls.at(depth)
+        self._meter._leave(before)
+        return tokens
+
+    def relayout(self, layout: SequenceLayout) -> None:
+        self._rolls.relayout(layout)
