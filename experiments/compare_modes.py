@@ -19,16 +19,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from harness import plots as pictures
 import torch
 import torch.distributed as dist
 import typer
-from compare.comparison import BASELINE, TIMING_ONLY, Comparison, Settings, open_stream
-from harness.launch import choose_device, run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compare.comparison import BASELINE, TIMING_ONLY, Comparison, Settings, open_stream
+from harness import plots
+from harness.launch import choose_device, run_on_ranks
 from overlap_mtp import SCHEDULES
 from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.model.config import PRESETS
@@ -161,7 +161,7 @@ def compare_on_rank(device: torch.device, settings: Settings, out: Path) -> None
     if result is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        paths = [out / "results.json", *pictures.draw(result, out)]
+        paths = [out / "results.json", *plots.draw(result, out)]
         console.print(table_of(result))
         console.print("wrote " + ", ".join(str(path) for path in paths), soft_wrap=True)
 
@@ -177,7 +177,7 @@ def run_with_progress(comparison: Comparison, console: Console) -> dict[str, Any
 def table_of(result: dict[str, Any]) -> Table:
     """The record as a table."""
     table = Table(
-        title=pictures.caption(result),
+        title=plots.caption(result),
         caption=CAPTION,
     )
     for heading in (

@@ -18,8 +18,8 @@ import parity
 import torch
 import torch.distributed as dist
 import typer
-from harness.launch import run_on_ranks
 
+from harness.launch import run_on_ranks
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.training.parallel import Sizes, parallelize
 from overlap_mtp.training.trainer import Recipe, Trainer

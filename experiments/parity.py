@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from harness.launch import check_gpus, choose_device, run_on_ranks
-from harness.environment import describe
 from rich.console import Console
 
+from harness.environment import describe
+from harness.launch import check_gpus, choose_device, run_on_ranks
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT

@@ -22,19 +22,17 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from latency import report as report
-import latency_targets
-from latency import megatron_rolls
-from harness import environment as record
 import torch
 import torch.distributed as dist
 import typer
-from latency.bench import Bench
-from latency.cases import EXCHANGING, MEGATRON, Configuration, Point, Way, new_layout
-from harness.launch import run_on_ranks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harness import environment
+from harness.launch import run_on_ranks
+from latency import megatron_rolls, report
+from latency.bench import Bench
+from latency.cases import EXCHANGING, MEGATRON, Configuration, Point, Way, new_layout
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
 
 WAYS = (*SCHEDULES, MEGATRON)
@@ -222,12 +220,11 @@ def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
         return
     result = {
         "experiment": "roll_latency",
-        "where": record.describe(device, dist.get_world_size()),
+        "where": environment.describe(device, dist.get_world_size()),
         "megatron_core": version,
         "skipped": missing,
         "settings": asdict(settings),
         "rows": rows,
-        "targets": latency_targets.targets_of(rows) if device.type == "cuda" else [],
     }
     lines = lines_through(settings, points[0].cp_size)
     for size in dict.fromkeys(point.cp_size for point in points[1:] if point.cp_size != points[0].cp_size):

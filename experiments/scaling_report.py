@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness import plots as pictures
 from matplotlib import pyplot as plt
 from rich.table import Table
+
+from harness import plots
 
 WIDTH = 150
 LEAST_SHARE = 1e-5  # below it, a share is drawn at the bottom, and said to be
@@ -114,7 +115,7 @@ def _panel(axes: Any, lines: list[dict[str, Any]], recorded: int) -> None:
         axes.plot(
             line["cp_sizes"],
             [max(share, LEAST_SHARE) for share in line["shares"]],
-            color=pictures.COLOURS[line["schedule"]],
+            color=plots.COLOURS[line["schedule"]],
             linestyle="--" if line["schedule"] == "overlap" else "-",  # often on another's line
             marker="o",
             markersize=6 if line["schedule"] == "overlap" else 3,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from harness import environment as record
 import torch
 import torch.distributed as dist
 import typer
-from harness.launch import run_on_ranks
 from rich.console import Console
 
+from harness import environment
+from harness.launch import run_on_ranks
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import channel_of
 from overlap_mtp.schedules.roller import Rolls
@@ -147,7 +147,11 @@ def soak_on_rank(device: torch.device, exchanges: int, transports: list[str], ou
         dist.all_reduce(total)
         runs.append({**run, "wrong_words": int(total)})
     if dist.get_rank() == 0:
-        result = {"experiment": "soak", "where": record.describe(device, dist.get_world_size()), "runs": runs}
+        result = {
+            "experiment": "soak",
+            "where": environment.describe(device, dist.get_world_size()),
+            "runs": runs,
+        }
         out.mkdir(parents=True, exist_ok=True)
         (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
         Console().print(runs)

@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from harness import plots as pictures
 import torch
 import torch.distributed as dist
 import typer
 from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, metered_of, run_with_progress
-from compare.comparison import Comparison, Settings
-from harness.launch import run_on_ranks
 from rich.console import Console
 
+from compare.comparison import Comparison, Settings
+from harness import plots
+from harness.launch import run_on_ranks
 from overlap_mtp.model.config import PRESETS
 
 DIRECTIONS = {"train": False, "forward": True}
@@ -102,7 +102,7 @@ def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: P
         if result is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-            pictures.draw(result, out, f"{name}-")
+            plots.draw(result, out, f"{name}-")
             results[name] = result
             (out / "summary.md").write_text(markdown_of(results))
             console.print(markdown_of({name: result}), soft_wrap=True)

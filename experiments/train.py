@@ -18,14 +18,14 @@ from typing import Annotated
 
 import torch
 import typer
-from training.curves import draw_losses
-from harness.launch import check_gpus, choose_device, run_on_ranks
-from training.run import RunSettings, train_on_rank
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from harness.launch import check_gpus, choose_device, run_on_ranks
 from overlap_mtp.model.config import PRESETS
 from overlap_mtp.training.parallel import Sizes
 from overlap_mtp.training.trainer import Recipe
+from training.curves import draw_losses
+from training.run import RunSettings, train_on_rank
 
 
 def main(

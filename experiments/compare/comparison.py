@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import statistics as paired
-from harness import environment as record
 import torch
 import torch.distributed as dist
-from harness.profiler import recording
-from compare.steps import CapturedStep, EagerStep
 
+from compare.steps import CapturedStep, EagerStep
+from harness import environment, statistics
+from harness.profiler import recording
 from overlap_mtp import SequenceLayout, make_roller, prepare
 from overlap_mtp.layout import Kind
 from overlap_mtp.model.config import ModelConfig
@@ -78,9 +77,9 @@ def transport_of(mode: str, settings: Settings) -> str:
     return mode.partition(":")[2] or settings.transport
 
 
-def metered(samples: paired.Times, seed: int) -> dict[str, float] | None:
+def metered(samples: statistics.Times, seed: int) -> dict[str, float] | None:
     """The median of what the meter read, where it could."""
-    return None if np.isnan(samples).any() else asdict(paired.median(samples, seed))
+    return None if np.isnan(samples).any() else asdict(statistics.median(samples, seed))
 
 
 @dataclass
@@ -230,7 +229,7 @@ class Comparison:
         table = {mode: np.array([ranks[mode] for ranks in everyone], dtype=np.float64) for mode in steps}
         times = {mode: table[mode][:, :, 0].max(0) for mode in steps}
         sync = "sync" if "sync" in steps else None
-        compared = paired.compare(times, BASELINE, sync, self.settings.seed)
+        compared = statistics.compare(times, BASELINE, sync, self.settings.seed)
         rows = {}
         for mode in steps:
             rows[mode] = {
@@ -252,7 +251,7 @@ class Comparison:
         settings["profile"] = None
         return {
             "experiment": "compare_modes",
-            "where": record.describe(self.device, self.ranks),
+            "where": environment.describe(self.device, self.ranks),
             "transport": {mode: step.meter.roller.transport for mode, step in self.steps.items()},
             "settings": settings,
             "rows": rows,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from latency.cases import EXCHANGING, Case, Configuration, Point, Subject, new_layout
 
 WARM_UPS = 3

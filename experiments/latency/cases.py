@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latency import megatron_rolls
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from latency import megatron_rolls
 from overlap_mtp import SequenceLayout, make_roller, prepare, roll_reference
 from overlap_mtp.schedules.roller import Rolls
 

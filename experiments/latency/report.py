@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import statistics as paired
-from harness import plots as pictures
 import torch.distributed as dist
-from latency.cases import Point, Subject
 from matplotlib import pyplot as plt
 from rich.table import Table
+
+from harness import plots, statistics
+from latency.cases import Point, Subject
 
 WIDTH = 150
 Row = dict[str, Any]
@@ -61,7 +61,7 @@ def _row(subject: Subject, by_rank: list[Any]) -> Row:
 
 def _summary(by_rank: tuple[list[float], ...]) -> dict[str, float]:
     samples = np.array(by_rank, np.float64).max(0)
-    estimate = paired.median(samples)
+    estimate = statistics.median(samples)
     p10, p90 = np.percentile(samples, [10, 90])
     named = {"median": estimate.value, "low": estimate.low, "high": estimate.high, "p10": p10, "p90": p90}
     return {name: round(float(value), 2) for name, value in named.items()}
@@ -78,7 +78,7 @@ def ways_in(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def tables_of(result: Row, lines: dict[str, list[Point]]) -> list[Table]:
-    """A table for each line of points, one of the targets, and one of what failed."""
+    """A table for each line of points, one of what failed."""
     rows, where = result["rows"], result["where"]
     tables = []
     for name, line in lines.items():
@@ -91,8 +91,6 @@ def tables_of(result: Row, lines: dict[str, list[Point]]) -> list[Table]:
             if any(cell != "-" for cell in cells):
                 table.add_row(" ".join(way).rstrip(), *cells)
         tables.append(table)
-    if result["targets"]:
-        tables.append(_targets_table(result["targets"]))
     wrong = [row for row in rows if row["failed"] or row["graph_failed"] or row["differing_slots"]]
     if wrong:
         tables.append(_notes_table(wrong))
@@ -110,17 +108,6 @@ def _cell(row: Row | None) -> str:
     gpu = f" | {row['gpu_us']['median']:.1f}" if row["gpu_us"] else ""
     host = f"{row['host_us']['median']:,.0f} ({row['cold_us']['median']:,.0f})"
     return f"{host} | {row['wall_us']['median']:,.0f}{gpu}"
-
-
-def _targets_table(targets: list[Row]) -> Table:
-    table = Table(title="targets", caption="[95 % interval]; of ratios, the ends of both intervals")
-    for column in ("what", "limit", "measured", "met"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for one in targets:
-        measured = f"{one['value']:.4g} [{one['low']:.4g}, {one['high']:.4g}]"
-        sign = "<=" if one["at_most"] else ">="
-        table.add_row(one["what"], f"{sign} {one['limit']:g}", measured, "yes" if one["met"] else "NO")
-    return table
 
 
 def _notes_table(rows: list[Row]) -> Table:
@@ -187,7 +174,7 @@ def _plot(axes: Any, way: tuple[str, str], shown: list[tuple[int, dict[str, floa
         [x for x, _ in shown],
         medians,
         errors,
-        color=pictures.COLOURS.get(schedule, "#222222"),
+        color=plots.COLOURS.get(schedule, "#222222"),
         linestyle="--" if transport in ("symmetric", "device") else "-",
         marker="o",
         markersize=3,

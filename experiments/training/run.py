@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from training.curves import LOG, draw_losses
-from harness.launch import timeout_of_groups
-from harness.environment import describe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.environment import describe
+from harness.launch import timeout_of_groups
 from overlap_mtp.layout import length_unit
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
@@ -32,6 +31,7 @@ from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
 from overlap_mtp.training.step_log import StepLog
 from overlap_mtp.training.trainer import Microbatch, Recipe, StepReport, Trainer, shares
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
+from training.curves import LOG, draw_losses
 
 SHORTEST_DEADLINE = timedelta(seconds=5)  # ranks that start say nothing for seconds
 LINES = 20  # of a run, where there is no terminal to show its progress

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import parity
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,10 +23,7 @@ from overlap_mtp.training.trainer import NonFiniteLossError, Recipe, StepReport,
 
 from rank_pool import RankPool, device_of, run_on_forks
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import parity  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=1, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64

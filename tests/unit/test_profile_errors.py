@@ -16,7 +16,7 @@ from overlap_mtp.profiling import ProfileError, read_profile, report_on
 
 from handmade import NsysWriter, Process, Span, Work, kineto_document, write_kineto, write_nsys
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORK = [Work("ncclDevKernel_AllReduce", 1, 20, 40), Work("gemm", 2, 30, 60, stream=9)]
 PROCESS = Process(77, [Span("step prefetch r0", 0, 50), Span("send-recv r0", 0.5, 1.5)], WORK)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import golden
 import pytest
 
 from rank_pool import run_on_forks
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import golden  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 TOLERANCE = 1e-9
 RUNS = [(documents, f"tp {tp} cp {cp}") for documents in golden.DOCUMENTS for tp, cp in golden.SIZES]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import parity
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,10 +18,6 @@ from overlap_mtp.training.trainer import Recipe, Trainer
 
 from rank_pool import RankPool
 from tiny_runs import assert_same, weights_and_moments, whole
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import parity
 
 CONFIG = replace(parity.CONFIG, num_experts=4)
 ROWS = 2  # of a step, shared out over the dp ranks

@@ -12,7 +12,7 @@ from torch import nn
 
 from rank_pool import RankPool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOCAB, HIDDEN = 40, 8
 
 

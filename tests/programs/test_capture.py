@@ -19,7 +19,7 @@ from overlap_mtp.profiling.shrink import slim, without_folders
 
 from handmade import Process, Span, Work, kineto_document, write_kineto, write_nsys
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CAPTURE = ROOT / "profiles" / "capture.sh"
 SECRETS = (b"secret-host", b"/home", b"someone", b"TOKEN", b"EXPORT_COMMAND", b"other project")
 SPANS = [

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scaling_model
 import torch
 import typer
+from cost_model import SCHEDULES, Alone, Costs, Load, Measured, Step, count, fit, nnls
+from step_records import measured_in, read_records, transport_in
 
 from overlap_mtp import SequenceLayout, make_roller
 
 from rank_pool import device_of
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+ROOT = Path(__file__).parents[2]
 
-import scaling_model  # noqa: E402
-from cost_model import SCHEDULES, Alone, Costs, Load, Measured, Step, count, fit, nnls  # noqa: E402
-from step_records import measured_in, read_records, transport_in  # noqa: E402
-
-GOLDEN = Path(__file__).parent / "golden" / "2xH200.json"  # 12 comparisons of 2026-11-22, without their times
+GOLDEN = (
+    Path(__file__).parents[1] / "golden" / "2xH200.json"
+)  # 12 comparisons of 2026-11-22, without their times
 NAMES = ("input_ids", "labels", "position_ids", "loss_mask")
 COSTS = Costs(
     host_exchange_us=300,

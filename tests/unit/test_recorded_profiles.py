@@ -12,7 +12,7 @@ import pytest
 
 from overlap_mtp.profiling import Report, nsys, read_profile, report_on
 
-FOLDER = Path(__file__).parent.parent / "profiles"
+FOLDER = Path(__file__).parents[2] / "profiles"
 EXPORTS = sorted(FOLDER.glob("*.sqlite.gz"))
 TRACES = sorted({path.parent for path in FOLDER.glob("*/rank*.json.gz")})
 RECORDED = {path.name: [path] for path in EXPORTS} | {

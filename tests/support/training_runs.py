@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 8
 COMMON = f"--device cpu --seq-len 256 --documents 3 --steps {STEPS} --save-every 2".split()
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -17,20 +16,17 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from typer.testing import CliRunner
-
-from training_runs import ROOT, STEPS, after_steps, records, start, train
-
-sys.path.insert(0, str(ROOT / "experiments"))
-
-from training.run import RunSettings, progress_bar
-from training.run import said as said_of
 from train import main
+from typer.testing import CliRunner
 
 from overlap_mtp.model.config import PRESETS
 from overlap_mtp.training.data import TokenError
 from overlap_mtp.training.parallel import Sizes
 from overlap_mtp.training.trainer import NonFiniteLossError, Recipe
+from training.run import RunSettings, progress_bar
+from training.run import said as said_of
+
+from training_runs import STEPS, after_steps, records, start, train
 
 # Of `straight`, and of what goes on from it: all that changes what is learned.
 OPTIONS = ["--experts=2", "--aux-loss-factor=0.02", "--depths=3", "--mtp-loss-factor=0.2", "--derive-labels"]

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
 import typer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
 from train import main
 
 from overlap_mtp.model.gpt import GPT, DecoderLayer

@@ -9,16 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_modes
 import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+from harness import statistics
 
-import compare_modes  # noqa: E402
-import paired  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 SCHEDULES = ["sync", "merged", "overlap", "prefetch", "prepared"]
 
@@ -31,7 +30,7 @@ def test_comparison_finds_known_differences():
         "sync": shared + 2 + rng.normal(0, 0.1, 200),
         "prefetch": shared + 0.1 + rng.normal(0, 0.1, 200),
     }
-    compared = paired.compare(times, "prepared", "sync")
+    compared = statistics.compare(times, "prepared", "sync")
     sync, prefetch = compared["sync"], compared["prefetch"]
     assert sync.exposed_us.low < 2000 < sync.exposed_us.high
     assert prefetch.exposed_us.low < 100 < prefetch.exposed_us.high
@@ -46,7 +45,9 @@ def test_comparison_finds_known_differences():
 
 def test_a_worse_schedule_has_negative_efficiency():
     base = np.full(20, 10.0)
-    compared = paired.compare({"prepared": base, "sync": base + 1, "overlap": base + 3}, "prepared", "sync")
+    compared = statistics.compare(
+        {"prepared": base, "sync": base + 1, "overlap": base + 3}, "prepared", "sync"
+    )
     assert compared["overlap"].efficiency is not None
     assert compared["overlap"].efficiency.value == pytest.approx(-2)
 
@@ -59,7 +60,7 @@ def test_there_is_no_efficiency_where_sync_exposes_no_more_than_noise():
         "sync": base + rng.normal(0.01, 1, 60),
         "prefetch": base + rng.normal(0, 1, 60),
     }
-    assert paired.compare(times, "prepared", "sync")["prefetch"].efficiency is None
+    assert statistics.compare(times, "prepared", "sync")["prefetch"].efficiency is None
 
 
 def run_compare(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from handmade import MACHINE, TABLES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = 1_000_000
 PROCESSES = 2
 PER_STEP = 2000
