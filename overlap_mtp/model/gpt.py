@@ -15,7 +15,7 @@ from torch.func import functional_call
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
-from overlap_mtp.model.loss import Guesses, accepted_sum, count_tokens, masked_loss_sum, token_mask
+from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
 from overlap_mtp.model.moe import Load, MoE, balance_loss
 from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
 from overlap_mtp.model.recompute import recomputed
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         batch: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         roller: Starts | None = None,
-        guesses: Guesses | None = None,
+        guesses: DraftAcceptance | None = None,
     ) -> torch.Tensor:
         """Loss sums [num_sums] over this rank's valid tokens: LM, MTP depth 1, 2, ..., load balancing of experts.
 
@@ -227,7 +227,7 @@ class GPT(nn.Module):
         tokens: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         depth: int,
-        guesses: Guesses | None,
+        guesses: DraftAcceptance | None,
     ) -> torch.Tensor:
         labels, derived = tokens["labels"], self.config.derive_labels
         with span("loss", depth=depth):

@@ -50,7 +50,7 @@ def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
     return torch.where(mask != 0, losses.view_as(labels) * mask, 0).sum()
 
 
-class Guesses:
+class DraftAcceptance:
     """Where a forward pass leaves what it guessed right. No list: FSDP2 hands copies of containers on."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT, Starts
-from overlap_mtp.model.loss import Guesses, combine
+from overlap_mtp.model.loss import DraftAcceptance, combine
 from overlap_mtp.training.parallel import Parallel, Sizes, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
@@ -141,7 +141,7 @@ class Trainer:
             self._on_phase(f"{where}: microbatch {number}")
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
-            guesses = Guesses()
+            guesses = DraftAcceptance()
             with split_loss(self.parallel):
                 mine = self.model(batch, layout, roller, guesses)
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
