@@ -16,7 +16,7 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
-from overlap_mtp.model.moe import Load, MoE, balance_loss
+from overlap_mtp.model.moe import RouterStats, MoE, balance_loss
 from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
 from overlap_mtp.model.recompute import recomputed
 from overlap_mtp.recent import Recent
@@ -52,13 +52,13 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None = None
-    ) -> tuple[torch.Tensor, Load | None]:
+    ) -> tuple[torch.Tensor, RouterStats | None]:
         """`before_ffn` is recorded right before the feed-forward layer, whose matrix products are long kernels."""
         return recomputed(self._forward, self.recompute)(x, inputs, before_ffn)
 
     def _forward(
         self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None
-    ) -> tuple[torch.Tensor, Load | None]:
+    ) -> tuple[torch.Tensor, RouterStats | None]:
         x = x + self.attention(self.attention_norm(x), inputs.rope, inputs.plan)
         normed, load = self.ffn_norm(x), None
         if before_ffn is not None:
@@ -164,7 +164,7 @@ class GPT(nn.Module):
         if ids.is_cuda:
             ready = self._ready = self._ready or torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        loads: list[Load | None] = []
+        loads: list[RouterStats | None] = []
         with span("trunk"):
             hidden = backward.ends(self.embedding(ids))
             turns = rope(position_ids, self.config, hidden.dtype)

@@ -21,7 +21,7 @@ from overlap_mtp.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Load:
+class RouterStats:
     """What the experts of one layer were given of this rank's valid tokens."""
 
     counts: torch.Tensor  # [E], tokens by expert
@@ -45,7 +45,7 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
         self.mesh: DeviceMesh | None = None
 
-    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, Load]:
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, RouterStats]:
         """x [B, L, hidden] -> the same, and the load; `valid` [L]: tokens that count in it.
 
         Under tensor parallelism L is this rank's part of the sequence, of x and of `valid` alike.
@@ -72,11 +72,11 @@ class MoE(nn.Module):
             out.index_add_(0, token, inner @ downs[expert].T * weights[token, place, None])
         return out.view_as(x)
 
-    def _load(self, probabilities: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) -> Load:
+    def _load(self, probabilities: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) -> RouterStats:
         weight = valid.to(probabilities.dtype)[:, None]
         counts = F.one_hot(chosen, probabilities.shape[-1]).sum(-2) * weight
         total = (probabilities * weight).flatten(0, -2).sum(0)
-        return Load(counts.flatten(0, -2).sum(0).detach(), self._shared(total))
+        return RouterStats(counts.flatten(0, -2).sum(0).detach(), self._shared(total))
 
     def _local(self, parameter: torch.Tensor, gradient: Partial | None = None) -> torch.Tensor:
         """This rank's part of a parameter. `gradient`: how its gradients on the tp ranks relate, if not as it does."""
@@ -113,7 +113,7 @@ class MoE(nn.Module):
 
 
 def balance_loss(
-    loads: list[Load], num_tokens: int, config: ModelConfig, groups: list[dist.ProcessGroup]
+    loads: list[RouterStats], num_tokens: int, config: ModelConfig, groups: list[dist.ProcessGroup]
 ) -> torch.Tensor:
     """This cp rank's term of T times the load-balancing loss, the mean over layers: to be divided by tokens.
 
