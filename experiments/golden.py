@@ -21,8 +21,8 @@ import typer
 
 from harness.launch import run_on_ranks
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.training.parallel import Sizes, parallelize
-from overlap_mtp.training.trainer import Recipe, Trainer
+from overlap_mtp.training.parallel import ParallelDims, parallelize
+from overlap_mtp.training.trainer import TrainConfig, Trainer
 
 FOLDER = Path(__file__).parent.parent / "tests/golden"
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2)]  # (tp, cp)
@@ -38,13 +38,13 @@ def path_of(documents: str) -> Path:
     return FOLDER / f"losses-{documents}.json"
 
 
-def train(sizes: Sizes, documents: str) -> Values:
+def train(sizes: ParallelDims, documents: str) -> Values:
     """The losses and gradient norms of a run. Collective."""
     parallel = parity.mesh_of(sizes, "cpu")
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    trainer = Trainer(model, optimizer, Recipe(STEPS, warmup_steps=5), parallel)
+    trainer = Trainer(model, optimizer, TrainConfig(STEPS, warmup_steps=5), parallel)
     layout = parity.layout_of(documents, sizes.cp)
     full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
     values: Values = {}
@@ -67,7 +67,7 @@ def train_on_rank(device: torch.device, sizes: list[tuple[int, int]], out: Path)
     found = {}
     for tp, cp in sizes:
         for documents in DOCUMENTS:
-            found[f"{documents} tp {tp} cp {cp}"] = train(Sizes(1, cp, tp), documents)
+            found[f"{documents} tp {tp} cp {cp}"] = train(ParallelDims(1, cp, tp), documents)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
 

@@ -34,8 +34,8 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.reference import loss_reference
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.training.checkpoint import Checkpoints
-from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.training.trainer import Microbatch, Recipe, Trainer
+from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
+from overlap_mtp.training.trainer import Microbatch, TrainConfig, Trainer
 
 SIZES = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]  # (tp, cp)
 MOST_RANKS = 8
@@ -119,7 +119,7 @@ def config_of(case: Case, device: torch.device) -> ModelConfig:
 
 
 def share_out(
-    full: dict[str, torch.Tensor], layout: SequenceLayout, parallel: Parallel, device: torch.device
+    full: dict[str, torch.Tensor], layout: SequenceLayout, parallel: ParallelMesh, device: torch.device
 ) -> list[Microbatch]:
     """This rank's microbatches of a full batch: dp ranks take a row each, then the next."""
     shards = {name: layout.shard(tensor, parallel.cp_rank).to(device) for name, tensor in full.items()}
@@ -128,9 +128,9 @@ def share_out(
 
 
 @cache
-def mesh_of(sizes: Sizes, device_type: str) -> Parallel:
+def mesh_of(sizes: ParallelDims, device_type: str) -> ParallelMesh:
     """One for all models of a process: each holds communicators, whose threads poll (gloo) or memory (NCCL)."""
-    return Parallel.make(sizes, device_type)
+    return ParallelMesh.make(sizes, device_type)
 
 
 def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None = None) -> GPT:
@@ -143,10 +143,10 @@ def optimizer_of(model: GPT) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, Any]:
+def step(case: Case, model: GPT, parallel: ParallelMesh, folder: Path) -> dict[str, Any]:
     """Loads the checkpoint, takes one step; its loss and gradients, whole."""
     optimizer = optimizer_of(model)
-    recipe = Recipe(steps=1, clip_norm=NEVER, accumulate=case.dp // parallel.sizes.dp)
+    recipe = TrainConfig(steps=1, clip_norm=NEVER, accumulate=case.dp // parallel.sizes.dp)
     trainer = Trainer(model, optimizer, recipe, parallel)
     checkpoints_of(case, folder).load(model, optimizer, trainer.scheduler, {"experts": case.num_experts})
     model.recompute_layers(case.recompute)
@@ -166,12 +166,12 @@ def step(case: Case, model: GPT, parallel: Parallel, folder: Path) -> dict[str, 
 def one_process(case: Case, device: torch.device, folder: Path) -> dict[str, Any]:
     """The yardstick: the oracle on CPU, the same model on one GPU."""
     if device.type == "cuda":
-        parallel = mesh_of(Sizes(), "cuda")
+        parallel = mesh_of(ParallelDims(), "cuda")
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
         return step(replace(case, cp=1), model, parallel, folder)
     model = new_model(case, device)
     optimizer = optimizer_of(model)
-    scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
+    scheduler = Trainer(model, optimizer, TrainConfig(steps=1)).scheduler
     checkpoints_of(case, folder).load(model, optimizer, scheduler, {"experts": case.num_experts})
     model.double()
     batch = batch_of(case.documents, case.dp, model.config.vocab_size)
@@ -201,7 +201,7 @@ def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> No
             torch.manual_seed(0)
             model = new_model(case, device)
             optimizer = optimizer_of(model)
-            scheduler = Trainer(model, optimizer, Recipe(steps=1)).scheduler
+            scheduler = Trainer(model, optimizer, TrainConfig(steps=1)).scheduler
             checkpoints.save(0, model, optimizer, scheduler, {}, {"experts": case.num_experts})
         path = yardstick_path(case, folder)
         if not path.exists():
@@ -211,7 +211,7 @@ def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> No
 def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, record: Path) -> None:
     rows = []
     for case in cases:
-        parallel = mesh_of(Sizes(case.dp, case.cp, case.tp), device.type)
+        parallel = mesh_of(ParallelDims(case.dp, case.cp, case.tp), device.type)
         model = parallelize(new_model(case, device, parallel.cp_group), parallel, compute_dtype(case))
         found = step(case, model, parallel, folder)
         model.mtp.roller.close()

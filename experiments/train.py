@@ -22,8 +22,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from harness.launch import check_gpus, choose_device, run_on_ranks
 from overlap_mtp.model.config import PRESETS
-from overlap_mtp.training.parallel import Sizes
-from overlap_mtp.training.trainer import Recipe
+from overlap_mtp.training.parallel import ParallelDims
+from overlap_mtp.training.trainer import TrainConfig
 from training.curves import draw_losses
 from training.run import RunSettings, train_on_rank
 
@@ -97,7 +97,7 @@ def main(
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         device = choose_device(device)
-        sizes = Sizes(dp, 1, tp)
+        sizes = ParallelDims(dp, 1, tp)
         known = int(os.environ.get("WORLD_SIZE", 0)) or ranks or sizes.world * (cp or 0)
         world = known or (torch.cuda.device_count() if device == "cuda" else 2 * sizes.world)
         check_gpus(world, device, share_gpus)
@@ -114,7 +114,7 @@ def main(
         )
         settings = RunSettings(
             model=config,
-            recipe=Recipe(
+            recipe=TrainConfig(
                 steps=steps,
                 learning_rate=learning_rate,
                 warmup_steps=min(20, steps) if warmup is None else warmup,

@@ -27,9 +27,9 @@ from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import OverlapMeter
 from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.training.data import BatchStream, open_corpus
-from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
+from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
 from overlap_mtp.training.step_log import StepLog
-from overlap_mtp.training.trainer import Microbatch, Recipe, StepReport, Trainer, shares
+from overlap_mtp.training.trainer import Microbatch, StepReport, TrainConfig, Trainer, shares
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
 from training.curves import LOG, draw_losses
 
@@ -43,8 +43,8 @@ class RunSettings:
     """All that a run is made of."""
 
     model: ModelConfig
-    recipe: Recipe
-    sizes: Sizes
+    recipe: TrainConfig
+    sizes: ParallelDims
     schedule: str
     seq_len: int
     num_documents: int | None  # None: dense
@@ -124,7 +124,7 @@ class Run:
         self,
         settings: RunSettings,
         device: torch.device,
-        parallel: Parallel,
+        parallel: ParallelMesh,
         savers: dist.ProcessGroup | None,
         on_phase: Callable[[str], None],
     ) -> None:
@@ -255,7 +255,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     """All steps of a run, from the start or from its last checkpoint."""
     # Making a group keeps all waiting, and is not counted: a phase each.
     watchdog.phase("making the mesh")
-    parallel = Parallel.make(settings.sizes, device.type, timeout_of_groups(settings.deadline))
+    parallel = ParallelMesh.make(settings.sizes, device.type, timeout_of_groups(settings.deadline))
     watchdog.follow(*map(collectives_begun, parallel.groups))
     watchdog.phase("making a group to save over")
     savers = dist.new_group(timeout=timeout_of_groups(max(settings.deadline, settings.save_deadline)))

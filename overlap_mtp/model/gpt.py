@@ -16,7 +16,7 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
-from overlap_mtp.model.moe import RouterStats, MoE, balance_loss
+from overlap_mtp.model.moe import MoE, RouterStats, balance_loss
 from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
 from overlap_mtp.model.recompute import recomputed
 from overlap_mtp.recent import Recent

@@ -38,7 +38,7 @@ from overlap_mtp.model.moe import MoE
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParallelDims:
     """How many ranks share what: data, sequence (context), tensors."""
 
     dp: int = 1
@@ -89,14 +89,14 @@ def _divides(what: str, value: int, name: str, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelMesh:
     """The mesh, and the groups of this rank that others ask for."""
 
     mesh: DeviceMesh  # (dp, cp, tp)
-    sizes: Sizes
+    sizes: ParallelDims
 
     @classmethod
-    def make(cls, sizes: Sizes, device_type: str, timeout: timedelta | None = None) -> Parallel:
+    def make(cls, sizes: ParallelDims, device_type: str, timeout: timedelta | None = None) -> ParallelMesh:
         """Collective over all ranks. Raises ValueError where these are not sizes.world many.
 
         `timeout`: of collectives over the mesh; by default torch's own, whatever the default group's is.
@@ -139,7 +139,7 @@ class Parallel:
         return self.mesh.get_local_rank("cp")
 
 
-def parallelize(model: GPT, parallel: Parallel, compute_dtype: torch.dtype | None = None) -> GPT:
+def parallelize(model: GPT, parallel: ParallelMesh, compute_dtype: torch.dtype | None = None) -> GPT:
     """Spreads the model, alike on all ranks before, over the mesh; in place.
 
     `compute_dtype`: what parameters are cast to for forward and backward, while they and their gradients stay as they
@@ -214,7 +214,7 @@ class SplitExperts(ParallelStyle):
 
 
 @contextmanager
-def split_loss(parallel: Parallel | None) -> Iterator[None]:
+def split_loss(parallel: ParallelMesh | None) -> Iterator[None]:
     """Forward and backward run in it: the loss over a vocabulary that is split over tp ranks."""
     with loss_parallel() if parallel is not None and parallel.sizes.tp > 1 else nullcontext():
         yield

@@ -16,14 +16,14 @@ from torch.nn.utils import clip_grad_norm_
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT, Starts
 from overlap_mtp.model.loss import DraftAcceptance, combine
-from overlap_mtp.training.parallel import Parallel, Sizes, split_loss
+from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
 Normalisation = Literal["token", "batch"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """How a run learns."""
 
     steps: int
@@ -105,8 +105,8 @@ class Trainer:
         self,
         model: GPT,
         optimizer: torch.optim.Optimizer,
-        recipe: Recipe,
-        parallel: Parallel | None = None,
+        recipe: TrainConfig,
+        parallel: ParallelMesh | None = None,
         on_phase: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model, self.optimizer, self.recipe, self.parallel = model, optimizer, recipe, parallel
@@ -157,7 +157,7 @@ class Trainer:
         return self._report(totals, hits, counts, norms, tokens)
 
     def _check_sizes(self, layout: SequenceLayout) -> None:
-        sizes = self.parallel.sizes if self.parallel is not None else Sizes()
+        sizes = self.parallel.sizes if self.parallel is not None else ParallelDims()
         if layout.cp_size != sizes.cp:
             raise ValueError(
                 f"the layout's cp_size must be the mesh's cp: {layout.cp_size} is not {sizes.cp}"

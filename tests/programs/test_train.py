@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from overlap_mtp.model.config import PRESETS
 from overlap_mtp.training.data import TokenError
-from overlap_mtp.training.parallel import Sizes
-from overlap_mtp.training.trainer import NonFiniteLossError, Recipe
+from overlap_mtp.training.parallel import ParallelDims
+from overlap_mtp.training.trainer import NonFiniteLossError, TrainConfig
 from training.run import RunSettings, progress_bar
 from training.run import said as said_of
 
@@ -215,7 +215,13 @@ def test_runs_of_one_identity_see_the_same_batches():
     found = []
     for cp in (1, 2, 4, 8, 3):
         settings = RunSettings(
-            PRESETS["tiny"].model, Recipe(steps=1), Sizes(cp=cp), "prefetch", 768, 3, Path("nowhere")
+            PRESETS["tiny"].model,
+            TrainConfig(steps=1),
+            ParallelDims(cp=cp),
+            "prefetch",
+            768,
+            3,
+            Path("nowhere"),
         )
         batch, layout = settings.stream().batch(1)
         found.append((settings.identity, layout.cu_seqlens.tolist(), layout.valid_lengths.tolist(), batch))

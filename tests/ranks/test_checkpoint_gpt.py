@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.training.checkpoint import Checkpoints
-from overlap_mtp.training.parallel import Sizes, parallelize
-from overlap_mtp.training.trainer import Recipe, Trainer
+from overlap_mtp.training.parallel import ParallelDims, parallelize
+from overlap_mtp.training.trainer import TrainConfig, Trainer
 
 from rank_pool import RankPool
 from tiny_runs import assert_same, weights_and_moments, whole
@@ -22,21 +22,21 @@ from tiny_runs import assert_same, weights_and_moments, whole
 CONFIG = replace(parity.CONFIG, num_experts=4)
 ROWS = 2  # of a step, shared out over the dp ranks
 LOADED_AT = {
-    Sizes(2, 1, 2): [Sizes(2, 1, 2), Sizes(1, 2, 2), Sizes(1, 1, 4)],
-    Sizes(1, 2, 2): [Sizes(1, 2, 2), Sizes(2, 2, 1), Sizes(2, 1, 2)],
-    Sizes(2, 2, 1): [Sizes(2, 2, 1), Sizes(1, 1, 4), Sizes(1, 4, 1)],
+    ParallelDims(2, 1, 2): [ParallelDims(2, 1, 2), ParallelDims(1, 2, 2), ParallelDims(1, 1, 4)],
+    ParallelDims(1, 2, 2): [ParallelDims(1, 2, 2), ParallelDims(2, 2, 1), ParallelDims(2, 1, 2)],
+    ParallelDims(2, 2, 1): [ParallelDims(2, 2, 1), ParallelDims(1, 1, 4), ParallelDims(1, 4, 1)],
 }  # by sizes saved at
 
 
 class Run:
     """Two steps and two more, in float64, packed."""
 
-    def __init__(self, sizes: Sizes, folder: Path, seed: int) -> None:
+    def __init__(self, sizes: ParallelDims, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         parallel = parity.mesh_of(sizes, "cpu")
         self.model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
         optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
-        recipe = Recipe(4, 1e-2, warmup_steps=2, accumulate=ROWS // sizes.dp)
+        recipe = TrainConfig(4, 1e-2, warmup_steps=2, accumulate=ROWS // sizes.dp)
         self.trainer = Trainer(self.model, optimizer, recipe, parallel)
         layout = parity.layout_of("packed", sizes.cp)
         full = parity.batch_of("packed", ROWS, CONFIG.vocab_size)
@@ -57,14 +57,14 @@ class Run:
         return {name: whole(value) for name, value in found.items()}
 
 
-def save_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tuple[list[float], dict]:
+def save_and_go_on(_group: dist.ProcessGroup, sizes: ParallelDims, folder: Path) -> tuple[list[float], dict]:
     run = Run(sizes, folder, seed=0)
     run.train()
     run.checkpoints.save(2, *run.parts, {}, {"model": "GPT"})
     return run.train(), run.end()
 
 
-def load_and_go_on(_group: dist.ProcessGroup, sizes: Sizes, folder: Path) -> tuple[list[float], dict]:
+def load_and_go_on(_group: dist.ProcessGroup, sizes: ParallelDims, folder: Path) -> tuple[list[float], dict]:
     run = Run(sizes, folder, seed=1)
     run.train()  # what is there must go
     run.checkpoints.load(*run.parts, {"model": "GPT"})

@@ -14,8 +14,8 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine, count_tokens
 from overlap_mtp.model.reference import loss_reference
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.training.trainer import Recipe, Trainer, global_counts, reduce_gradients
+from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
+from overlap_mtp.training.trainer import TrainConfig, Trainer, global_counts, reduce_gradients
 
 from rank_pool import RankPool, device_of
 
@@ -156,9 +156,9 @@ def test_counts_equal_the_rolled_masks(cp_size, documents):
 
 
 @cache
-def pairs_of_ranks() -> Parallel:
+def pairs_of_ranks() -> ParallelMesh:
     """Made once: the threads of gloo's groups poll as long as the process lives."""
-    return Parallel.make(Sizes(dp=4, cp=2), "cpu")
+    return ParallelMesh.make(ParallelDims(dp=4, cp=2), "cpu")
 
 
 def accumulated_step(world: dist.ProcessGroup, schedule: str) -> tuple[float, list[torch.Tensor]]:
@@ -172,7 +172,7 @@ def accumulated_step(world: dist.ProcessGroup, schedule: str) -> tuple[float, li
         microbatches.append(({n: layout.shard(t, parallel.cp_rank) for n, t in given.items()}, layout))
     model = parallelize(make_model(torch.float64, parallel.cp_group, schedule), parallel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recipe = Recipe(steps=1, accumulate=len(microbatches))
+    recipe = TrainConfig(steps=1, accumulate=len(microbatches))
     loss = Trainer(model, optimizer, recipe, parallel).step(microbatches).loss
     return loss, [p.full_tensor().detach() for p in model.parameters()]
 

@@ -14,7 +14,7 @@ from overlap_mtp.model.loss import combine
 from overlap_mtp.model.reference import loss_reference
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.training.data import BatchStream, open_corpus
-from overlap_mtp.training.trainer import NonFiniteLossError, Recipe, Trainer
+from overlap_mtp.training.trainer import NonFiniteLossError, TrainConfig, Trainer
 
 SMALL = ModelConfig(
     hidden_size=16, num_layers=2, num_depths=2, num_heads=4, num_kv_heads=2, ffn_size=24, vocab_size=31
@@ -136,7 +136,7 @@ def test_detached_heads_are_clipped_by_themselves():
     batch, norms = batch_of(layout, config), {}
     for factor in (1e6, 1.0):
         model = model_of(replace(config, mtp_loss_factor=factor))
-        report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1)).step(
+        report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1)).step(
             [(batch, layout)]
         )
         norms[factor] = report.grad_norms
@@ -160,7 +160,9 @@ def test_accepted_guesses_are_counted():
     batch["labels"] = torch.where(torch.arange(layout.seq_len) % 3 == 0, 0, batch["labels"])
     with torch.no_grad():
         model.head.weight.zero_()  # all logits are alike: the first is taken
-    report = Trainer(model, torch.optim.SGD(model.parameters(), 0.0), Recipe(steps=1)).step([(batch, layout)])
+    report = Trainer(model, torch.optim.SGD(model.parameters(), 0.0), TrainConfig(steps=1)).step(
+        [(batch, layout)]
+    )
     for depth in (0, 1, 2):
         labels, mask = (batch[name] for name in ("labels", "loss_mask"))
         mask = torch.where(torch.from_numpy(layout.valid(0)), mask, 0)
@@ -178,11 +180,13 @@ def test_losses_are_normalised_by_token_or_by_batch():
     alone = []
     for part in parts:
         model = model_of(config)
-        alone.append(Trainer(model, torch.optim.SGD(model.parameters(), 0.0), Recipe(steps=1)).step([part]))
+        alone.append(
+            Trainer(model, torch.optim.SGD(model.parameters(), 0.0), TrainConfig(steps=1)).step([part])
+        )
     found = {}
     for normalisation in ("token", "batch"):
         model = model_of(config)
-        recipe = Recipe(steps=1, accumulate=2, normalisation=normalisation)
+        recipe = TrainConfig(steps=1, accumulate=2, normalisation=normalisation)
         found[normalisation] = Trainer(model, torch.optim.SGD(model.parameters(), 0.0), recipe).step(parts)
     assert found["batch"].loss == pytest.approx((alone[0].loss + alone[1].loss) / 2)
     by_token = found["token"]
@@ -232,7 +236,7 @@ def test_training_on_a_pack_is_training_on_its_documents():
     found = []
     for microbatches in ([(full, layout)], pieces):
         model = model_of(config)
-        recipe = Recipe(1, accumulate=len(microbatches))
+        recipe = TrainConfig(1, accumulate=len(microbatches))
         report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), recipe).step(microbatches)
         found.append((report, [p.grad for p in model.parameters()]))
     (together, gradients), (alone, other_gradients) = found
@@ -247,7 +251,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     layout, model = LAYOUTS["dense"], model_of(SMALL)
     before = [p.detach().clone() for p in model.parameters()]
     model.embedding.weight.register_hook(lambda gradient: gradient * float("nan"))
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1))
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1))
     with pytest.raises(NonFiniteLossError, match="step 7: the norm of the model's gradients is nan"):
         trainer.step([(batch_of(layout, SMALL), layout)], where="step 7")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -255,7 +259,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
 
 def test_a_step_takes_as_many_microbatches_as_its_recipe_says():
     model, layout = model_of(SMALL), LAYOUTS["dense"]
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1, accumulate=2))
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1, accumulate=2))
     with pytest.raises(ValueError, match="accumulate = 2 microbatches, got 1"):
         trainer.step([(batch_of(layout, SMALL), layout)])
 
@@ -266,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
     bad = {**good, "loss_mask": good["loss_mask"].clone()}
     bad["loss_mask"][0, 5] = float("inf")
     before = [p.detach().clone() for p in model.parameters()]
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(steps=1, accumulate=2))
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1, accumulate=2))
     with pytest.raises(
         NonFiniteLossError, match=r"step 3: the LM loss of batch 5 \(microbatch 1 of dp rank 0\) is (nan|inf)"
     ):
@@ -291,7 +295,7 @@ def test_illegal_configurations_say_what_disagrees(change, words):
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine():
-    recipe = Recipe(steps=100, warmup_steps=10, final_fraction=0.1)
+    recipe = TrainConfig(steps=100, warmup_steps=10, final_fraction=0.1)
     rates = [recipe.schedule(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1

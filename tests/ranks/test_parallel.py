@@ -18,8 +18,8 @@ from overlap_mtp.exchange.group import _timeout_of
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import token_mask
-from overlap_mtp.training.parallel import Parallel, Sizes, parallelize
-from overlap_mtp.training.trainer import NonFiniteLossError, Recipe, StepReport, Trainer
+from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
+from overlap_mtp.training.trainer import NonFiniteLossError, StepReport, TrainConfig, Trainer
 
 from rank_pool import RankPool, device_of, run_on_forks
 
@@ -104,18 +104,24 @@ def test_the_matrix_is_that_of_the_merge_request():
 @pytest.mark.parametrize(
     ("sizes", "change", "seq_len", "world", "words"),
     [
-        (Sizes(2, 2, 2), {}, 64, 4, r"dp \* cp \* tp must be the number of ranks: 2 \* 2 \* 2 = 8, got 4"),
-        (Sizes(1, 3, 1), {}, 64, 3, r"seq_len must be a multiple of 2 \* cp = 6, got 64"),
         (
-            Sizes(1, 2, 4),
+            ParallelDims(2, 2, 2),
+            {},
+            64,
+            4,
+            r"dp \* cp \* tp must be the number of ranks: 2 \* 2 \* 2 = 8, got 4",
+        ),
+        (ParallelDims(1, 3, 1), {}, 64, 3, r"seq_len must be a multiple of 2 \* cp = 6, got 64"),
+        (
+            ParallelDims(1, 2, 4),
             {"num_kv_heads": 4},
             20,
             8,
             r"seq_len / cp must be a multiple of tp = 4, got 10",
         ),
-        (Sizes(1, 1, 4), {}, 64, 4, "num_kv_heads must be a multiple of tp = 4, got 2"),
-        (Sizes(1, 1, 2), {"ffn_size": 33}, 64, 2, "ffn_size must be a multiple of tp = 2, got 33"),
-        (Sizes(1, 1, 2), {"vocab_size": 65}, 64, 2, "vocab_size must be a multiple of tp = 2, got 65"),
+        (ParallelDims(1, 1, 4), {}, 64, 4, "num_kv_heads must be a multiple of tp = 4, got 2"),
+        (ParallelDims(1, 1, 2), {"ffn_size": 33}, 64, 2, "ffn_size must be a multiple of tp = 2, got 33"),
+        (ParallelDims(1, 1, 2), {"vocab_size": 65}, 64, 2, "vocab_size must be a multiple of tp = 2, got 65"),
     ],
 )
 def test_sizes_that_disagree_are_named(sizes, change, seq_len, world, words):
@@ -123,28 +129,37 @@ def test_sizes_that_disagree_are_named(sizes, change, seq_len, world, words):
         sizes.check(replace(CONFIG, **change), seq_len, "zigzag", world)
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(1, 8, 1), Sizes(2, 2, 2), Sizes(1, 4, 2), Sizes(4, 1, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ParallelDims(),
+        ParallelDims(1, 8, 1),
+        ParallelDims(2, 2, 2),
+        ParallelDims(1, 4, 2),
+        ParallelDims(4, 1, 2),
+    ],
+)
 def test_context_parallelism_with_mtp_is_legal(sizes):
     sizes.check(CONFIG, 64, "zigzag", sizes.world)
 
 
 def test_sizes_below_one_are_refused():
     with pytest.raises(ValueError, match="cp must be >= 1, got 0"):
-        Sizes(cp=0)
+        ParallelDims(cp=0)
 
 
 def refusals(world: dist.ProcessGroup) -> list[str]:
-    """What a mesh, a model and a step say of sizes that do not fit, where nobody has asked Sizes.check before."""
+    """What a mesh, a model and a step say of sizes that do not fit, where nobody has asked ParallelDims.check before."""
     said = []
     with pytest.raises(ValueError, match="tp") as refused:
-        Parallel.make(Sizes(1, 2, 2), "cpu")
+        ParallelMesh.make(ParallelDims(1, 2, 2), "cpu")
     said.append(str(refused.value))
-    parallel = parity.mesh_of(Sizes(1, 2, 4), "cpu")
+    parallel = parity.mesh_of(ParallelDims(1, 2, 4), "cpu")
     with pytest.raises(ValueError, match="tp") as refused:
         parallelize(GPT(replace(parity.CONFIG, num_kv_heads=2), parallel.cp_group), parallel)
     said.append(str(refused.value))
     model = parallelize(GPT(parity.CONFIG, parallel.cp_group), parallel)
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
     for layout in (SequenceLayout.dense(20, 2), SequenceLayout.dense(64, 4)):
         with pytest.raises(ValueError, match="cp") as refused:
             trainer.step([({}, layout)])
@@ -174,7 +189,7 @@ class Setting:
 
 
 def step(
-    world: dist.ProcessGroup | None, sizes: Sizes | None, setting: Setting
+    world: dist.ProcessGroup | None, sizes: ParallelDims | None, setting: Setting
 ) -> tuple[StepReport, dict[str, torch.Tensor]]:
     """One step on four sequences with unequal numbers of valid tokens, the last with none, shared out over dp ranks.
 
@@ -200,7 +215,7 @@ def step(
             full = prepare(full, layout, setting.config.depths_rolled)
         batches.append(({n: layout.shard(t, model.cp_rank) for n, t in full.items()}, layout))
     mine = batches[dp_rank::dp]
-    recipe = Recipe(1, clip_norm=parity.NEVER, accumulate=len(mine), normalisation=setting.normalisation)
+    recipe = TrainConfig(1, clip_norm=parity.NEVER, accumulate=len(mine), normalisation=setting.normalisation)
     report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), recipe, parallel).step(mine)
     model.mtp.roller.close()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -216,7 +231,7 @@ def assert_alike(
         assert float((found[1][name] - gradient).norm() / gradient.norm()) <= 1e-10, name
 
 
-@pytest.mark.parametrize("sizes", [Sizes(2, 2, 2), Sizes(4, 1, 2), Sizes(1, 8, 1)])
+@pytest.mark.parametrize("sizes", [ParallelDims(2, 2, 2), ParallelDims(4, 1, 2), ParallelDims(1, 8, 1)])
 def test_what_is_logged_is_counted_once(pool: RankPool, sizes):
     """Sums over sums of tokens, over dp, cp, tp and accumulated microbatches: what one process would log."""
     setting = Setting(replace(CONFIG, num_experts=4, detach_mtp=True))
@@ -238,11 +253,11 @@ ALL_AT_ONCE = replace(CONFIG, num_depths=3, num_experts=4, repeat_mtp_layer=True
 )
 def test_all_options_at_once_are_those_of_one_process(pool: RankPool, setting):
     expected = step(None, None, setting)
-    for found in pool.run(step, 8, Sizes(2, 2, 2), setting):
+    for found in pool.run(step, 8, ParallelDims(2, 2, 2), setting):
         assert_alike(found, expected)
 
 
-def differences_of_variants(world: dist.ProcessGroup, sizes: Sizes) -> list[str]:
+def differences_of_variants(world: dist.ProcessGroup, sizes: ParallelDims) -> list[str]:
     """Of steps that are to give the same bits: by any schedule, and recomputed."""
     plain = Setting(replace(CONFIG, num_experts=4))
     report, gradients = step(world, sizes, plain)
@@ -258,15 +273,15 @@ def differences_of_variants(world: dist.ProcessGroup, sizes: Sizes) -> list[str]
 
 @pytest.mark.slow
 def test_schedules_and_recomputing_give_the_same_bits(pool: RankPool):
-    assert pool.run(differences_of_variants, 8, Sizes(2, 2, 2)) == [[]] * 8
+    assert pool.run(differences_of_variants, 8, ParallelDims(2, 2, 2)) == [[]] * 8
 
 
-def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
+def not_finite(world: dist.ProcessGroup, sizes: ParallelDims) -> tuple[str, bool]:
     """What is said of a step whose batch 7 is bad, on one cp rank alone; and whether the weights are as before."""
     parallel = parity.mesh_of(sizes, "cpu")
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1, accumulate=2), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1, accumulate=2), parallel)
     layout, full = parity.layout_of("packed", sizes.cp), parity.batch_of("packed", 4, CONFIG.vocab_size)
     full["loss_mask"][3, 100] = float("inf")
     mine = parity.share_out(full, layout, parallel, device_of(world))
@@ -279,14 +294,14 @@ def not_finite(world: dist.ProcessGroup, sizes: Sizes) -> tuple[str, bool]:
 
 
 def test_a_loss_that_is_not_finite_is_named_alike_on_all_ranks(pool: RankPool):
-    for said, is_as_before in pool.run(not_finite, 8, Sizes(2, 2, 2)):
+    for said, is_as_before in pool.run(not_finite, 8, ParallelDims(2, 2, 2)):
         assert said.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
         assert is_as_before
 
 
 def weighed_losses(world: dist.ProcessGroup) -> list[StepReport]:
     """In bfloat16, of tokens that all weigh 1, then 0.3, which bfloat16 does not hold."""
-    parallel, reports = parity.mesh_of(Sizes(2, 2, 2), "cpu"), []
+    parallel, reports = parity.mesh_of(ParallelDims(2, 2, 2), "cpu"), []
     layout = parity.layout_of("packed", 2)
     for weight in (1.0, 0.3):
         torch.manual_seed(0)
@@ -295,7 +310,7 @@ def weighed_losses(world: dist.ProcessGroup) -> list[StepReport]:
         full = {name: tensor[:1] for name, tensor in parity.batch_of("packed", 1, 64).items()}
         full["loss_mask"] = torch.full_like(full["loss_mask"], weight)
         batch = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
-        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
         reports.append(trainer.step([(batch, layout)]))
         model.mtp.roller.close()
     return reports
@@ -309,7 +324,7 @@ def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(pool: RankPool):
 
 
 def mesh_timeouts(world: dist.ProcessGroup) -> set[object]:
-    parallel = Parallel.make(Sizes(2, 2, 2), "cpu", timedelta(seconds=77))
+    parallel = ParallelMesh.make(ParallelDims(2, 2, 2), "cpu", timedelta(seconds=77))
     return {_timeout_of(group, "cpu") for group in parallel.groups}
 
 
@@ -332,7 +347,9 @@ def test_other_numbers_of_tokens_count_on_each_rank(documents, cp):
     assert len(set(counts.sum(0).tolist())) == 4, counts
 
 
-def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute: bool) -> dict[str, float]:
+def with_and_without_compiling(
+    world: dist.ProcessGroup, sizes: ParallelDims, recompute: bool
+) -> dict[str, float]:
     """Relative errors of a step's loss and gradients, of compiled layers to those that are not."""
     case = parity.Case(sizes.tp, sizes.cp, sizes.dp, "packed", recompute, "float32", 4)
     device, layout = device_of(world), parity.layout_of("packed", sizes.cp)
@@ -348,7 +365,7 @@ def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute
             model.compile_layers()
         full = parity.batch_of("packed", 1, model.config.vocab_size)
         batch = {name: layout.shard(tensor, model.cp_rank).to(device) for name, tensor in full.items()}
-        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Recipe(1), parallel)
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
         loss = trainer.step([(batch, layout)]).loss
         model.mtp.roller.close()
         found.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
@@ -361,13 +378,15 @@ def with_and_without_compiling(world: dist.ProcessGroup, sizes: Sizes, recompute
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_train_alike_on_gpus(gpu_pool: RankPool, recompute):
     size = gpu_pool.world_size
-    for found in gpu_pool.run(with_and_without_compiling, size, Sizes(1, size, 1), recompute, limit_s=240):
+    for found in gpu_pool.run(
+        with_and_without_compiling, size, ParallelDims(1, size, 1), recompute, limit_s=240
+    ):
         assert max(found.values()) <= parity.TOLERANCE["float32"], found
         assert max(found.values()) > 0  # it was compiled: it rounds otherwise
 
 
 def refused(world: dist.ProcessGroup) -> None:
-    parallel = parity.mesh_of(Sizes(1, 2, 4), "cpu")
+    parallel = parity.mesh_of(ParallelDims(1, 2, 4), "cpu")
     model = parallelize(GPT(parity.CONFIG, parallel.cp_group), parallel)
     with pytest.raises(ValueError, match="compiled layers and tp > 1 do not go together"):
         model.compile_layers()
