@@ -149,7 +149,7 @@ def test_sizes_below_one_are_refused():
 
 
 def refusals(world: dist.ProcessGroup) -> list[str]:
-    """What a mesh, a model and a step say of sizes that do not fit, where nobody has asked ParallelDims.check before."""
+    """What a mesh, a model and a step say of sizes that do not fit if nobody called ParallelDims.check before."""
     said = []
     with pytest.raises(ValueError, match="tp") as refused:
         ParallelMesh.make(ParallelDims(1, 2, 2), "cpu")
