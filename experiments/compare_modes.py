@@ -35,7 +35,7 @@ from overlap_mtp.model.config import PRESETS
 
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 CAPTION = (
-    "median [95 % interval]; exposed = step - prepared step; metered: the same by CUDA events, on one rank's "
+    "median [95 % interval]; exposed = step - prepared step; stall_estimate: the same by CUDA events, on one rank's "
     "stream; messages and KB of all ranks together"
 )
 WIDTH = 190  # of the table where there is no terminal
@@ -184,8 +184,8 @@ def table_of(result: dict[str, Any]) -> Table:
         "schedule",
         "step ms (p10-p90)",
         "/ prepared",
-        "exposed µs",
-        "metered µs",
+        "step delta µs",
+        "stall_estimate µs",
         "efficiency",
         "tokens/s",
     ):
@@ -193,14 +193,14 @@ def table_of(result: dict[str, Any]) -> Table:
     for heading in ("host µs", "messages", "KB", "loss", "same rolls, loss"):
         table.add_column(heading, justify="right")
     for mode, row in result["rows"].items():
-        ratio, exposed = row["ratio"], row["exposed_us"]
+        ratio, exposed = row["ratio"], row["step_delta_us"]
         same = f"{_yes(row['rolls_equal'])}, {_yes(row['loss_equal'])}"
         table.add_row(
             mode,
             f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
             f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
             f"{exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}]",
-            metered_of(row),
+            stall_of(row),
             efficiency_of(mode, row),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['host_us']:.0f}",
@@ -212,9 +212,9 @@ def table_of(result: dict[str, Any]) -> Table:
     return table
 
 
-def metered_of(row: dict[str, Any]) -> str:
+def stall_of(row: dict[str, Any]) -> str:
     """What CUDA events say that the rolls held up the compute stream, where there are any."""
-    one = row["metered_us"]
+    one = row["stall_us"]
     return "-" if one is None else f"{one['value']:.0f} [{one['low']:.0f}, {one['high']:.0f}]"
 
 

@@ -98,7 +98,7 @@ class Costs:
         costs = (self.roll_us, self.message_us, self.packed_message_us, self.kilobyte_us)
         return float(np.dot(device_terms(load), costs))
 
-    def exposed_us(self, load: Load, step: Step) -> float:
+    def step_delta_us(self, load: Load, step: Step) -> float:
         """What a step gets longer by: on the device, or on the host where that is what the device waits for."""
         return max(self._unhidden_us(load, step), self.host_us(load) - slack_us(step))
 
@@ -114,7 +114,7 @@ class Costs:
 
     def share(self, load: Load, step: Step) -> float:
         """Of the step, what the exchange takes."""
-        exposed = self.exposed_us(load, step)
+        exposed = self.step_delta_us(load, step)
         return exposed / (step.floor_us + exposed)
 
 
@@ -154,7 +154,7 @@ class Measured:
     run: str
     load: Load
     step: Step
-    exposed_us: float
+    step_delta_us: float
     low_us: float
     high_us: float
     host_us: float  # more than `prepared` has
@@ -163,7 +163,7 @@ class Measured:
     @property
     def doubt_us(self) -> float:
         """What it may be off by: half its interval, or a tenth of itself, which is what the model hopes for."""
-        return max((self.high_us - self.low_us) / 2, abs(self.exposed_us) / 10, 1.0)
+        return max((self.high_us - self.low_us) / 2, abs(self.step_delta_us) / 10, 1.0)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _fit_device(blocking: list[Measured], alone: list[Alone]) -> Array:
     terms += [[0.0, 0.0, one.messages, one.bytes / 1000] for one in alone]
     if not terms:
         return np.zeros(4)
-    values = [one.exposed_us for one in blocking] + [one.gpu_us or 0.0 for one in alone]
+    values = [one.step_delta_us for one in blocking] + [one.gpu_us or 0.0 for one in alone]
     doubts = [one.doubt_us for one in blocking] + [one.doubt_us for one in alone]
     return nnls(np.array(terms, np.float64), np.array(values), np.array(doubts))
 

@@ -101,19 +101,19 @@ def link_of(folders: list[Path], fit_documents: set[int], transport: str, preset
 
 def check(one: Measured, costs: Costs) -> dict[str, Any]:
     """What the model says of a measured step, beside what was measured."""
-    predicted = costs.exposed_us(one.load, one.step)
-    error = predicted - one.exposed_us
+    predicted = costs.step_delta_us(one.load, one.step)
+    error = predicted - one.step_delta_us
     certain = one.low_us > 0  # where nothing was found to be exposed, there is nothing to be relative to
     return {
         "run": one.run,
         "schedule": one.load.schedule,
         "set": "held out" if one.held_out else "fit",
-        "exposed_us": one.exposed_us,
+        "step_delta_us": one.step_delta_us,
         "low_us": one.low_us,
         "high_us": one.high_us,
         "predicted_us": predicted,
-        "relative_error": error / one.exposed_us if certain else None,
-        "error_of_step": error / (one.step.floor_us + one.exposed_us),
+        "relative_error": error / one.step_delta_us if certain else None,
+        "error_of_step": error / (one.step.floor_us + one.step_delta_us),
         "within_interval": one.low_us <= predicted <= one.high_us,
         "host_us": one.host_us,
         "predicted_host_us": costs.host_us(one.load),

@@ -53,7 +53,7 @@ def _checks_table(name: str, link: dict[str, Any]) -> Table:
             one["run"],
             one["schedule"],
             one["set"],
-            f"{one['exposed_us']:,.0f} [{one['low_us']:,.0f}, {one['high_us']:,.0f}]",
+            f"{one['step_delta_us']:,.0f} [{one['low_us']:,.0f}, {one['high_us']:,.0f}]",
             f"{one['predicted_us']:,.0f}",
             "-" if relative is None else f"{relative:+.0%}",
             f"{one['error_of_step']:+.2%}",

@@ -73,7 +73,7 @@ def measured_in(records: dict[str, Record], fit_documents: set[int], transport: 
         for mode, ran_over in _transports(record).items():
             schedule = mode.partition(":")[0]  # "prefetch:process_group" names a transport too
             if schedule in SCHEDULES and (schedule == "sync" or ran_over == transport):
-                exposed = record["rows"][mode]["exposed_us"]
+                exposed = record["rows"][mode]["step_delta_us"]
                 measured.append(
                     Measured(
                         name,

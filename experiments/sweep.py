@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, metered_of, run_with_progress
+from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, run_with_progress, stall_of
 from rich.console import Console
 
 from compare.comparison import Comparison, Settings
@@ -110,18 +110,25 @@ def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: P
 
 def markdown_of(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table with a line for each schedule of each comparison."""
-    columns = ["run", "schedule", "step ms", "/ prepared [95 %]", "exposed µs [95 %]", "metered µs [95 %]"]
+    columns = [
+        "run",
+        "schedule",
+        "step ms",
+        "/ prepared [95 %]",
+        "step delta µs [95 %]",
+        "stall_estimate µs [95 %]",
+    ]
     columns += ["efficiency", "host µs", "sent", "same"]
     lines = [f"| {' | '.join(columns)} |", "|" + len(columns) * "---|"]
     for name, result in results.items():
         for mode, row in result["rows"].items():
-            ratio, exposed = row["ratio"], row["exposed_us"]
+            ratio, exposed = row["ratio"], row["step_delta_us"]
             same = row["rolls_equal"] and row["loss_equal"]
             lines.append(
                 f"| {name} | {mode} | {row['median_ms']:.2f} "
                 f"| {ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] "
                 f"| {exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}] "
-                f"| {metered_of(row)} | {efficiency_of(mode, row)} "
+                f"| {stall_of(row)} | {efficiency_of(mode, row)} "
                 f"| {row['host_us']:.0f} | {row['messages_per_step']:.0f} "
                 f"| {'-' if mode == 'none' else 'yes' if same else 'NO'} |"
             )

@@ -77,8 +77,8 @@ def transport_of(mode: str, settings: Settings) -> str:
     return mode.partition(":")[2] or settings.transport
 
 
-def metered(samples: statistics.Times, seed: int) -> dict[str, float] | None:
-    """The median of what the meter read, where it could."""
+def stall_estimate(samples: statistics.Times, seed: int) -> dict[str, float] | None:
+    """The median of what the timed read, where it could."""
     return None if np.isnan(samples).any() else asdict(statistics.median(samples, seed))
 
 
@@ -182,7 +182,7 @@ class Comparison:
 
     def _step(self, mode: str, feed: Feed, named: bool) -> Step:
         step = self.steps[mode]
-        traffic = step.meter.roller.traffic
+        traffic = step.timed.roller.traffic
         before = replace(traffic)
         self.optimizer.zero_grad()
         anew = replace(feed.layout, _positions={})  # each schedule finds the batch's layout new
@@ -199,7 +199,7 @@ class Comparison:
             for depth in range(1, self.settings.model.num_depths + 1)
             for name, wanted in feed.expected.at(depth).items()
         )
-        cost, sent = step.meter.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
+        cost, sent = step.timed.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
         return Step(ms, cost, *sent, loss.clone(), equal)
 
     def _meet(self) -> None:
@@ -217,7 +217,7 @@ class Comparison:
             dist.all_reduce(one, group=self.group)
         mine = {
             mode: [
-                (s.ms, s.cost.host_us, s.messages, s.bytes, s.rolls_equal, _number(s.cost.exposed_us))
+                (s.ms, s.cost.host_us, s.messages, s.bytes, s.rolls_equal, _number(s.cost.stall_us))
                 for s in steps[mode]
             ]
             for mode in steps
@@ -239,7 +239,7 @@ class Comparison:
                 / compared[mode].median_ms
                 * 1000,
                 "host_us": float(np.median(table[mode][:, :, 1].max(0))),
-                "metered_us": metered(table[mode][:, :, 5].max(0), self.settings.seed),
+                "stall_us": stall_estimate(table[mode][:, :, 5].max(0), self.settings.seed),
                 "messages_per_step": float(table[mode][:, :, 2].sum(0).mean()),
                 "bytes_per_step": float(table[mode][:, :, 3].sum(0).mean()),
                 "loss": float(losses[mode][-1]),
@@ -252,7 +252,7 @@ class Comparison:
         return {
             "experiment": "compare_modes",
             "where": environment.describe(self.device, self.ranks),
-            "transport": {mode: step.meter.roller.transport for mode, step in self.steps.items()},
+            "transport": {mode: step.timed.roller.transport for mode, step in self.steps.items()},
             "settings": settings,
             "rows": rows,
             "times_ms": {mode: [round(float(t), 4) for t in times[mode]] for mode in times},

@@ -10,7 +10,7 @@ from overlap_mtp import SequenceLayout
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine
 from overlap_mtp.schedules.roller import Roller, Rolls
-from overlap_mtp.schedules.timed import OverlapMeter
+from overlap_mtp.schedules.timed import TimedRoller
 
 Batch = dict[str, torch.Tensor]
 WARM_UPS = 3  # eager steps before a capture, as torch's documentation of CUDA graphs asks for
@@ -21,14 +21,14 @@ class EagerStep:
 
     def __init__(self, model: GPT, roller: Roller, forward_only: bool) -> None:
         self.model = model
-        self.meter = OverlapMeter(roller)
+        self.timed = TimedRoller(roller)
         self.forward_only = forward_only
         self._input: tuple[Batch, SequenceLayout, torch.Tensor]
 
     @property
     def rolls(self) -> Rolls:
         """Of the last step."""
-        return self.meter.rolls
+        return self.timed.rolls
 
     def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         """Gives the next step its input; what a data loader would do, outside of the step."""
@@ -38,13 +38,13 @@ class EagerStep:
         """The loss of a step, detached; gradients are left in the parameters."""
         batch, layout, counts = self._input
         with torch.set_grad_enabled(not self.forward_only):
-            loss = combine(self.model(batch, layout, self.meter), counts, self.model.config.mtp_loss_factor)
+            loss = combine(self.model(batch, layout, self.timed), counts, self.model.config.mtp_loss_factor)
             if not self.forward_only:
                 loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def close(self) -> None:
-        self.meter.roller.close()
+        self.timed.roller.close()
 
 
 class CapturedStep(EagerStep):
@@ -70,7 +70,7 @@ class CapturedStep(EagerStep):
     def run(self) -> torch.Tensor:
         assert self._graph is not None
         self._graph.replay()
-        self.meter.roller.check()
+        self.timed.roller.check()
         for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
         return self._loss

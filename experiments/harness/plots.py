@@ -48,10 +48,10 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
 
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
     shown = [mode for mode in modes if mode != "prepared"]
-    values = [rows[mode]["exposed_us"]["value"] for mode in shown]
+    values = [rows[mode]["step_delta_us"]["value"] for mode in shown]
     interval = [
-        [rows[mode]["exposed_us"]["value"] - rows[mode]["exposed_us"]["low"] for mode in shown],
-        [rows[mode]["exposed_us"]["high"] - rows[mode]["exposed_us"]["value"] for mode in shown],
+        [rows[mode]["step_delta_us"]["value"] - rows[mode]["step_delta_us"]["low"] for mode in shown],
+        [rows[mode]["step_delta_us"]["high"] - rows[mode]["step_delta_us"]["value"] for mode in shown],
     ]
     bars = axes.bar(shown, values, color=[colour_of(mode) for mode in shown], yerr=interval, capsize=4)
     axes.bar_label(bars, [f"{value:,.0f} µs" for value in values], padding=4, fontsize=9)

@@ -38,7 +38,7 @@ class Comparison:
     median_ms: float
     p10_ms: float
     p90_ms: float
-    exposed_us: Estimate  # median paired difference
+    step_delta_us: Estimate  # median paired difference
     ratio: Estimate  # 1 + that over the baseline's median
     efficiency: Estimate | None  # 1 - exposed / exposed of sync (Flux, arXiv 2406.06858)
 

@@ -24,7 +24,7 @@ from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.schedules.prepared import prepare
-from overlap_mtp.schedules.timed import OverlapMeter
+from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.training.data import BatchStream, open_corpus
 from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
@@ -151,7 +151,7 @@ class Run:
             settings.out / "checkpoints", settings.keep, sizes=asdict(settings.sizes), group=savers
         )
         self.identity = settings.identity
-        self.meter = OverlapMeter(self.model.mtp.roller)
+        self.timed = TimedRoller(self.model.mtp.roller)
         self.steps_done = 0
         self.batches_done = 0  # of all dp ranks: where the next step's data begins
         depths = settings.model.num_depths
@@ -210,7 +210,7 @@ class Run:
         microbatches = list(self._microbatches())
         self.batches_done += len(microbatches) * self.settings.sizes.dp
         where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1} (from 0)"
-        report = self.trainer.step(microbatches, self.meter, where, first)
+        report = self.trainer.step(microbatches, self.timed, where, first)
         self.steps_done += 1
         self.right = [a + b for a, b in zip(self.right, report.right, strict=True)]
         self.counted = [a + b for a, b in zip(self.counted, report.counted, strict=True)]
@@ -230,7 +230,7 @@ class Run:
     def _record(self, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        cost = self.meter.read()
+        cost = self.timed.read()
         losses = [report.lm_loss, *report.mtp_losses]
         known = [loss if count else None for loss, count in zip(losses, report.counted, strict=True)]
         return {
@@ -246,7 +246,7 @@ class Run:
             "learning_rate": rate,
             "tokens": report.tokens,
             "tokens_per_s": round(report.tokens / seconds, 1),
-            "exposed_us": cost.exposed_us,
+            "stall_us": cost.stall_us,
             "memory_gib": peak_memory(self.device) / 2**30,
         }
 
@@ -262,8 +262,8 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     watchdog.phase("setting up")
     watchdog.follow(collectives_begun(savers))
     run = Run(settings, device, parallel, savers, watchdog.phase)
-    meter = run.meter
-    watchdog.follow(lambda: meter.begun)  # whose messages no group counts alike on all ranks
+    timed = run.timed
+    watchdog.follow(lambda: timed.begun)  # whose messages no group counts alike on all ranks
     if settings.resume:
         watchdog.phase("loading a checkpoint", settings.save_deadline)
         run.load()
@@ -329,7 +329,7 @@ def said(record: dict[str, Any]) -> str:
         parts.append(f"aux {record['aux_loss']:.3f}")
     parts.append(f"accepted {all_of(record['acceptance'], '.0%')}")
     parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
-    if record["exposed_us"] is not None:
-        parts.append(f"exposed {record['exposed_us']:.0f} µs")
+    if record["stall_us"] is not None:
+        parts.append(f"stall {record['stall_us']:.0f} µs")
     parts.append(f"{record['memory_gib']:.1f} GiB")
     return ", ".join(parts)

@@ -17,15 +17,15 @@ class Cost:
     """Of the rolls since the last reading."""
 
     host_us: float  # inside `start` and `at`
-    exposed_us: float | None  # for which they held up the compute stream; None on CPU and in captured graphs
+    stall_us: float | None  # for which they held up the compute stream; None on CPU and in captured graphs
 
 
-class OverlapMeter:
+class TimedRoller:
     """A roller that says what its rolls cost, in use like the roller itself.
 
-        meter = OverlapMeter(roller)
-        rolls = meter.start(batch, layout) ... tokens = rolls.at(depth)
-        torch.cuda.synchronize(); cost = meter.read()
+        timed = TimedRoller(roller)
+        rolls = timed.start(batch, layout) ... tokens = rolls.at(depth)
+        torch.cuda.synchronize(); cost = timed.read()
 
     A CUDA event on the compute stream before and after each call: where the device is behind the host, the time
     between the two is what the call keeps the stream from computing (waiting for a peer, exchanging, unrolling);
@@ -58,7 +58,7 @@ class OverlapMeter:
         before = self._enter()
         self.rolls = self.roller.start(batch, layout, ready)
         self._leave(before)
-        return _MeteredRolls(self.rolls, self)
+        return TimedRolls(self.rolls, self)
 
     def read(self) -> Cost:
         """The cost since the last reading. On CUDA the device must have finished the calls (synchronise before)."""
@@ -87,14 +87,14 @@ class OverlapMeter:
             self._spans.append((event, self._now()))
 
 
-class _MeteredRolls(Rolls):
-    def __init__(self, rolls: Rolls, meter: OverlapMeter) -> None:
-        self._rolls, self._meter = rolls, meter
+class TimedRolls(Rolls):
+    def __init__(self, rolls: Rolls, timed: TimedRoller) -> None:
+        self._rolls, self._timed = rolls, timed
 
     def at(self, depth: int) -> dict[str, torch.Tensor]:
-        before = self._meter._enter()
+        before = self._timed._enter()
         tokens = self._rolls.at(depth)
-        self._meter._leave(before)
+        self._timed._leave(before)
         return tokens
 
     def relayout(self, layout: SequenceLayout) -> None:

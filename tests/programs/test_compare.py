@@ -32,15 +32,15 @@ def test_comparison_finds_known_differences():
     }
     compared = statistics.compare(times, "prepared", "sync")
     sync, prefetch = compared["sync"], compared["prefetch"]
-    assert sync.exposed_us.low < 2000 < sync.exposed_us.high
-    assert prefetch.exposed_us.low < 100 < prefetch.exposed_us.high
-    assert sync.exposed_us.high - sync.exposed_us.low < 100  # the pairing removes the drifts
+    assert sync.step_delta_us.low < 2000 < sync.step_delta_us.high
+    assert prefetch.step_delta_us.low < 100 < prefetch.step_delta_us.high
+    assert sync.step_delta_us.high - sync.step_delta_us.low < 100  # the pairing removes the drifts
     assert sync.ratio.value == pytest.approx(1.02, abs=0.002)
     assert sync.ratio.low < sync.ratio.value < sync.ratio.high
     assert prefetch.efficiency is not None
     assert prefetch.efficiency.value == pytest.approx(0.95, abs=0.02)
     assert prefetch.efficiency.low < 0.95 < prefetch.efficiency.high
-    assert compared["prepared"].exposed_us.value == 0
+    assert compared["prepared"].step_delta_us.value == 0
 
 
 def test_a_worse_schedule_has_negative_efficiency():

@@ -124,7 +124,7 @@ def measured_with(costs: Costs, held_out: set[int]) -> list[Measured]:
         for documents in (1, 8, 32):
             for schedule in SCHEDULES:
                 load = Load(schedule, 2, 2, documents)
-                exposed = costs.exposed_us(load, step)
+                exposed = costs.step_delta_us(load, step)
                 interval = exposed - 20, exposed + 20
                 measured.append(
                     Measured(
@@ -168,27 +168,27 @@ def test_what_was_held_out_is_predicted():
     for one in measured:
         if one.load.schedule != "sync" and one.load.documents == 32:
             continue  # without roll_latency nothing says what a document's plan costs
-        assert costs.exposed_us(one.load, one.step) == pytest.approx(one.exposed_us, rel=0.05, abs=10)
+        assert costs.step_delta_us(one.load, one.step) == pytest.approx(one.step_delta_us, rel=0.05, abs=10)
     with pytest.raises(ValueError, match="no comparison to fit to"):
         fit([replace(one, held_out=True) for one in measured], [])
 
 
 def test_what_is_hidden_and_what_is_not():
     slow = replace(COSTS, packed_message_us=3_000, kilobyte_us=0)
-    exposed = {s: slow.exposed_us(Load(s, 2, 2, 8), LONG) for s in SCHEDULES}
+    exposed = {s: slow.step_delta_us(Load(s, 2, 2, 8), LONG) for s in SCHEDULES}
     assert exposed["merged"] == 6_000
     assert exposed["overlap"] == exposed["prefetch"] == 0
     slower = replace(slow, packed_message_us=20_000)
-    assert slower.exposed_us(Load("prefetch", 2, 2, 8), LONG) == 20_000 - 0.4 * 30_000
-    assert slower.exposed_us(Load("overlap", 2, 2, 8), LONG) == pytest.approx(
+    assert slower.step_delta_us(Load("prefetch", 2, 2, 8), LONG) == 20_000 - 0.4 * 30_000
+    assert slower.step_delta_us(Load("overlap", 2, 2, 8), LONG) == pytest.approx(
         2 * 20_000 - (0.4 + 0.2) * 30_000
     )
     # Where the host bounds the step, its time is what shows; where it does not, it is hidden up to the slack.
     load = Load("prefetch", 2, 2, 8)
-    assert COSTS.exposed_us(load, SHORT) == COSTS.host_us(load) == 300 + 200 + 2 * 8
-    assert COSTS.exposed_us(load, LONG) == 0
+    assert COSTS.step_delta_us(load, SHORT) == COSTS.host_us(load) == 300 + 200 + 2 * 8
+    assert COSTS.step_delta_us(load, LONG) == 0
     sync = Load("sync", 2, 2, 32)
-    assert COSTS.exposed_us(sync, LONG) == COSTS.host_us(sync) - 0.8 * (30_000 - 9_000)
+    assert COSTS.step_delta_us(sync, LONG) == COSTS.host_us(sync) - 0.8 * (30_000 - 9_000)
     assert 0 < COSTS.share(sync, LONG) < COSTS.share(sync, SHORT) < 1
 
 
@@ -199,10 +199,10 @@ def test_recorded_runs_that_were_held_out_are_predicted(records):
     assert len(held_out) == 4 * len(SCHEDULES)
     costs = fit(measured, [])
     for one in held_out:
-        predicted = costs.exposed_us(one.load, one.step)
+        predicted = costs.step_delta_us(one.load, one.step)
         if one.load.schedule == "sync":
-            assert predicted == pytest.approx(one.exposed_us, rel=0.25)
-        assert abs(predicted - one.exposed_us) < 0.1 * (one.step.floor_us + one.exposed_us)
+            assert predicted == pytest.approx(one.step_delta_us, rel=0.25)
+        assert abs(predicted - one.step_delta_us) < 0.1 * (one.step.floor_us + one.step_delta_us)
 
 
 def test_modes_that_ran_over_another_transport_are_left_out(records):
@@ -269,7 +269,7 @@ def test_scaling_model_end_to_end(records, tmp_path, capsys):
     slower = json.loads(GOLDEN.read_text())
     for record in slower.values():
         for row in record["rows"].values():
-            row["exposed_us"] = {key: 3 * value for key, value in row["exposed_us"].items()}
+            row["step_delta_us"] = {key: 3 * value for key, value in row["step_delta_us"].items()}
     write(tmp_path / "slow", {**slower, "roll_latency": fake_latency(record["where"])})
     out = tmp_path / "out"
     scaling_model.main([records], [tmp_path / "slow"], out=out)

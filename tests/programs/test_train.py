@@ -81,7 +81,7 @@ def test_the_progress_bar_shows_steps_and_the_last_one():
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=200)
     record = {"lm_loss": 2.5, "mtp_losses": [3.5, 4.5], "aux_loss": 1.25, "acceptance": [0.5, 0.25]}
-    record |= {"tokens_per_s": 12345.6, "exposed_us": 7.4, "memory_gib": 1.5}
+    record |= {"tokens_per_s": 12345.6, "stall_us": 7.4, "memory_gib": 1.5}
     with progress_bar(console) as progress:
         task = progress.add_task("", total=8)
         progress.update(task, completed=3, description=said_of(record))
@@ -144,7 +144,7 @@ def test_compiled_and_recomputed_layers_train_on_gpus(tmp_path):
     assert compiled == pytest.approx(plain, rel=3e-2)
     assert plain[-1] < plain[0]
     assert runs[1][-1]["memory_gib"] < runs[0][-1]["memory_gib"]
-    assert all(step["exposed_us"] >= 0 for steps in runs for step in steps)
+    assert all(step["stall_us"] >= 0 for steps in runs for step in steps)
 
 
 @pytest.mark.slow

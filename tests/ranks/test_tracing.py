@@ -1,4 +1,4 @@
-"""Ranges for profilers, and the meter: what they say, and that they change nothing."""
+"""Ranges for profilers, and the timed: what they say, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from overlap_mtp import SequenceLayout, make_roller, tracing
-from overlap_mtp.schedules.timed import OverlapMeter
+from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.tracing import LABEL, BackwardSpan, span
 
 from cases import NUM_DEPTHS, error_of, full_batch, local_to, packed
@@ -68,15 +68,15 @@ def test_a_metered_roller_rolls_the_same_and_knows_its_cost(schedule):
     layout = SequenceLayout.dense(8, 1)
     batch = full_batch(layout)
     plain = make_roller(schedule, None, NUM_DEPTHS).start(batch, layout)
-    meter = OverlapMeter(make_roller(schedule, None, NUM_DEPTHS))
-    rolls = meter.start(batch, layout)
+    timed = TimedRoller(make_roller(schedule, None, NUM_DEPTHS))
+    rolls = timed.start(batch, layout)
     for depth in range(1, NUM_DEPTHS + 1):
-        metered = rolls.at(depth)
-        assert all(torch.equal(metered[name], tensor) for name, tensor in plain.at(depth).items())
-    cost = meter.read()
+        stall_estimate = rolls.at(depth)
+        assert all(torch.equal(stall_estimate[name], tensor) for name, tensor in plain.at(depth).items())
+    cost = timed.read()
     assert 0 < cost.host_us < 1e6
-    assert cost.exposed_us is None  # no device to hold up
-    assert meter.read().host_us == 0
+    assert cost.stall_us is None  # no device to hold up
+    assert timed.read().host_us == 0
 
 
 def ask_for_symmetric(group) -> str:

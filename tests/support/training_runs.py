@@ -47,7 +47,7 @@ def train(out: Path, *arguments: str, limit_s: float = 120) -> str:
 
 def records(out: Path) -> list[dict]:
     """What a run says of its steps that does not depend on the machine."""
-    timed = {"tokens_per_s", "exposed_us", "memory_gib"}
+    timed = {"tokens_per_s", "stall_us", "memory_gib"}
     lines = (out / "steps.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 
