@@ -161,34 +161,34 @@ class Measured:
     held_out: bool
 
     @property
-    def doubt_us(self) -> float:
+    def stderr_us(self) -> float:
         """What it may be off by: half its interval, or a tenth of itself, which is what the model hopes for."""
         return max((self.high_us - self.low_us) / 2, abs(self.step_delta_us) / 10, 1.0)
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A microbatch's packed exchanges alone, from `roll_latency`."""
+class IsolatedExchange:
+    """A microbatch's packed exchanges isolated, from `roll_latency`."""
 
     load: Load
     messages: int
     bytes: int
     host_us: float
     gpu_us: float | None
-    doubt_us: float  # of the GPU time
+    stderr_us: float  # of the GPU time
 
 
-def fit(steps: list[Measured], alone: list[Alone]) -> Costs:
+def fit(steps: list[Measured], isolated: list[IsolatedExchange]) -> Costs:
     """Costs that explain the steps that are not held out. Raises ValueError where there are none.
 
-    What a document costs the host comes from exchanges alone, all else of the host from host times in steps: in a
-    loop of nothing else they are shorter. Device costs come from GPU times of exchanges alone, and from what
+    What a document costs the host comes from exchanges isolated, all else of the host from host times in steps: in a
+    loop of nothing else they are shorter. Device costs come from GPU times of exchanges isolated, and from what
     blocking schedules expose where the device hides their host time.
     """
     used = [one for one in steps if not one.held_out]
     if not used:
         raise ValueError("no comparison to fit to: see --fit-documents")
-    document_us = _document_us(alone)
+    document_us = _document_us(isolated)
     values = np.array([one.host_us - document_us * documents_planned(one.load) for one in used])
     doubts = np.array([max(one.host_us, 1.0) for one in used])  # relative errors
     host = nnls(np.array([host_terms(one.load) for one in used], np.float64), values, doubts)
@@ -199,26 +199,26 @@ def fit(steps: list[Measured], alone: list[Alone]) -> Costs:
         and np.dot(host_terms(one.load), host) + document_us * documents_planned(one.load)
         <= slack_us(one.step)
     ]
-    device = _fit_device(at_slack, [one for one in alone if one.gpu_us is not None])
+    device = _fit_device(at_slack, [one for one in isolated if one.gpu_us is not None])
     exchange, plan, roll, message = (float(cost) for cost in host)
     return Costs(exchange, plan, document_us, roll, message, *(float(cost) for cost in device))
 
 
-def _document_us(alone: list[Alone]) -> float:
-    if not alone:
+def _document_us(isolated: list[IsolatedExchange]) -> float:
+    if not isolated:
         return 0.0
-    terms = [[*host_terms(one.load)[:2], documents_planned(one.load)] for one in alone]
-    values = np.array([one.host_us for one in alone])
+    terms = [[*host_terms(one.load)[:2], documents_planned(one.load)] for one in isolated]
+    values = np.array([one.host_us for one in isolated])
     return float(nnls(np.array(terms, np.float64), values, values)[2])
 
 
-def _fit_device(blocking: list[Measured], alone: list[Alone]) -> Array:
+def _fit_device(blocking: list[Measured], isolated: list[IsolatedExchange]) -> Array:
     terms = [device_terms(one.load) for one in blocking]
-    terms += [[0.0, 0.0, one.messages, one.bytes / 1000] for one in alone]
+    terms += [[0.0, 0.0, one.messages, one.bytes / 1000] for one in isolated]
     if not terms:
         return np.zeros(4)
-    values = [one.step_delta_us for one in blocking] + [one.gpu_us or 0.0 for one in alone]
-    doubts = [one.doubt_us for one in blocking] + [one.doubt_us for one in alone]
+    values = [one.step_delta_us for one in blocking] + [one.gpu_us or 0.0 for one in isolated]
+    doubts = [one.stderr_us for one in blocking] + [one.stderr_us for one in isolated]
     return nnls(np.array(terms, np.float64), np.array(values), np.array(doubts))
 
 

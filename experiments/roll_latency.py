@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 experiments/roll_latency.py --cp-sizes 4,2
     python experiments/roll_latency.py --device cpu --tokens 64 --documents 1,8 --rounds 5
 
-Rolls alone, without a model: four tensors of batch size 1, in interleaved rounds in random order, a new packing
+Rolls isolated, without a model: four tensors of batch size 1, in interleaved rounds in random order, a new packing
 each. Host time is that inside `start` and all `at`, in a row of repetitions (`host_us`) and at once behind another
 configuration, on cold caches (`cold_us`); wall time is from an idle device to an idle device, plan and
 upload of the packing included; GPU time is that of a CUDA graph of the same calls. Where megatron-core is installed
@@ -32,7 +32,7 @@ from harness import environment
 from harness.launch import run_on_ranks
 from latency import megatron_rolls, report
 from latency.bench import Bench
-from latency.cases import EXCHANGING, MEGATRON, Configuration, Point, Way, new_layout
+from latency.cases import EXCHANGING, MEGATRON, Configuration, Method, Workload, new_layout
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
 
 WAYS = (*SCHEDULES, MEGATRON)
@@ -65,7 +65,7 @@ def main(
     schedules: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(WAYS),
     transports: Annotated[str, typer.Option(help="Comma-separated.")] = "process_group,symmetric",
     cross: Annotated[
-        bool, typer.Option("--cross", help="Every combination, not lines through one point.")
+        bool, typer.Option("--cross", help="Every combination, not lines through one workload.")
     ] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="Default: all GPUs, else 2 CPU ranks.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
@@ -113,21 +113,26 @@ def check(settings: Settings, world: int) -> None:
     for size in settings.cp_sizes:
         if world % size:
             raise ValueError(f"cp-sizes must divide the number of ranks {world}, got {size}")
-    for point in points_of(settings, world):
-        new_layout(point, (0,))
+    for workload in workloads_of(settings, world):
+        new_layout(workload, (0,))
 
 
-def lines_through(settings: Settings, cp_size: int) -> dict[str, list[Point]]:
-    """Points by line: each line varies one thing and holds the others at the base point."""
+def lines_through(settings: Settings, cp_size: int) -> dict[str, list[Workload]]:
+    """Points by line: each line varies one thing and holds the others at the base workload."""
     depths = _nearest(BASE_DEPTHS, settings.depths)
     tokens = settings.tokens[0]
     many = _nearest(MANY_DOCUMENTS, settings.documents)
     lines = {
-        f"documents, D = {depths}": [Point(cp_size, depths, n, tokens) for n in settings.documents],
-        "depths, dense": [Point(cp_size, d, 1, tokens) for d in settings.depths if 1 in settings.documents],
-        f"depths, {many} documents": [Point(cp_size, d, many, tokens) for d in settings.depths if many > 1],
+        f"documents, D = {depths}": [Workload(cp_size, depths, n, tokens) for n in settings.documents],
+        "depths, dense": [
+            Workload(cp_size, d, 1, tokens) for d in settings.depths if 1 in settings.documents
+        ],
+        f"depths, {many} documents": [
+            Workload(cp_size, d, many, tokens) for d in settings.depths if many > 1
+        ],
         "tokens": [
-            Point(cp_size, depths, _nearest(BASE_DOCUMENTS, settings.documents), t) for t in settings.tokens
+            Workload(cp_size, depths, _nearest(BASE_DOCUMENTS, settings.documents), t)
+            for t in settings.tokens
         ],
     }
     return {name: line for name, line in lines.items() if len(line) > 1 or name.startswith("documents")}
@@ -137,32 +142,34 @@ def _nearest(wanted: int, among: tuple[int, ...]) -> int:
     return min(among, key=lambda one: abs(one - wanted))
 
 
-def points_of(settings: Settings, world: int) -> list[Point]:
-    """All points to time: the lines (documents only on a part of the ranks), or every combination."""
+def workloads_of(settings: Settings, world: int) -> list[Workload]:
+    """All workloads to time: the lines (documents only on a part of the ranks), or every combination."""
     sizes = settings.cp_sizes or ((world, 2) if world >= 4 and world % 2 == 0 else (world,))
-    points: list[Point] = []
+    workloads: list[Workload] = []
     for size in sizes:
         if settings.cross:
             every = product(settings.depths, settings.documents, settings.tokens)
-            points += [Point(size, *one) for one in every]
+            workloads += [Workload(size, *one) for one in every]
         else:
             lines = list(lines_through(settings, size).values())
-            points += [point for line in (lines if size == sizes[0] else lines[:1]) for point in line]
-    return list(dict.fromkeys(points))
+            workloads += [
+                workload for line in (lines if size == sizes[0] else lines[:1]) for workload in line
+            ]
+    return list(dict.fromkeys(workloads))
 
 
-def ways_for(point: Point, settings: Settings, missing: dict[str, str]) -> list[Way]:
-    """Who rolls at a point. `missing`: transports and schedules that are not there."""
-    ways: list[Way] = []
+def methods_for(workload: Workload, settings: Settings, missing: dict[str, str]) -> list[Method]:
+    """Who rolls at a workload. `missing`: transports and schedules that are not there."""
+    methods: list[Method] = []
     for schedule in settings.schedules:
         if schedule == MEGATRON:  # a dense roll has no cu_seqlens
-            places = megatron_rolls.WHERE[:1] if point.documents == 1 else megatron_rolls.WHERE
-            ways += [Way(schedule, where) for where in places if schedule not in missing]
+            places = megatron_rolls.WHERE[:1] if workload.documents == 1 else megatron_rolls.WHERE
+            methods += [Method(schedule, where) for where in places if schedule not in missing]
         elif schedule in EXCHANGING:
-            ways += [Way(schedule, one) for one in settings.transports if one not in missing]
+            methods += [Method(schedule, one) for one in settings.transports if one not in missing]
         else:
-            ways.append(Way(schedule))
-    return ways
+            methods.append(Method(schedule))
+    return methods
 
 
 def find_missing(
@@ -194,9 +201,11 @@ def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
     """One rank; rank 0 shows progress, prints the tables and writes the record."""
     console = Console(quiet=dist.get_rank() != 0, width=report.WIDTH)
     missing, version = find_missing(settings, device, console)
-    points = points_of(settings, dist.get_world_size())
+    workloads = workloads_of(settings, dist.get_world_size())
     configurations = [
-        Configuration(point, way) for point in points for way in ways_for(point, settings, missing)
+        Configuration(workload, method)
+        for workload in workloads
+        for method in methods_for(workload, settings, missing)
     ]
     bench = Bench(configurations, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -210,7 +219,7 @@ def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
         bench.run(settings.rounds, counter("rounds", settings.rounds))
         if device.type == "cuda":
             bench.graphs(settings.replays, 7, counter("graphs", len(configurations)))
-    rows = report.rows_of(bench.subjects)
+    rows = report.rows_of(bench.candidates)
     bench.close()
     del bench
     gc.collect()
@@ -226,8 +235,10 @@ def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
         "settings": asdict(settings),
         "rows": rows,
     }
-    lines = lines_through(settings, points[0].cp_size)
-    for size in dict.fromkeys(point.cp_size for point in points[1:] if point.cp_size != points[0].cp_size):
+    lines = lines_through(settings, workloads[0].cp_size)
+    for size in dict.fromkeys(
+        workload.cp_size for workload in workloads[1:] if workload.cp_size != workloads[0].cp_size
+    ):
         name, line = next(iter(lines_through(settings, size).items()))
         lines[f"cp_size {size}: {name}"] = line
     out.mkdir(parents=True, exist_ok=True)

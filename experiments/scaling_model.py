@@ -24,8 +24,8 @@ from cost_model import SCHEDULES, Costs, Load, Measured, count, fit
 from rich.console import Console
 from step_records import (
     Record,
-    alone_in,
     documents_of,
+    isolated_in,
     load_of,
     measured_in,
     plain_steps,
@@ -82,8 +82,8 @@ def link_of(folders: list[Path], fit_documents: set[int], transport: str, preset
     records = read_records(folders)
     transport = transport_in(records, transport)
     measured = measured_in(records, fit_documents, transport)
-    alone = alone_in(records, transport)
-    costs = fit(measured, alone)
+    isolated = isolated_in(records, transport)
+    costs = fit(measured, isolated)
     checks = [check(one, costs) for one in measured]
     steps = plain_steps(records)
     return {
@@ -91,7 +91,7 @@ def link_of(folders: list[Path], fit_documents: set[int], transport: str, preset
         "where": next(iter(steps.values()))["where"],
         "recorded_cp_sizes": sorted({one["where"]["ranks"] for one in steps.values()}),
         "transport": transport,
-        "rows_of_roll_latency": len(alone),
+        "rows_of_roll_latency": len(isolated),
         "costs": asdict(costs),
         "checks": checks,
         "errors": {kind: errors_of([c for c in checks if c["set"] == kind]) for kind in ("fit", "held out")},

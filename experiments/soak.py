@@ -1,4 +1,4 @@
-"""Does a bit ever go wrong? Many exchanges, several under way, every stream and rank delayed at random.
+"""Does a bit ever go wrong? Many exchanges, several under method, every stream and rank delayed at random.
 
     python experiments/soak.py --exchanges 100000 --out experiments/results/2xH200
     python experiments/soak.py --device cpu --exchanges 200
@@ -31,7 +31,7 @@ from overlap_mtp.schedules.roller import Rolls
 NUM_DEPTHS = 3
 TOKENS = 64  # a rank: short chunks, so that tokens come from several peers
 KINDS = 24  # of batches, made before the clock starts
-WINDOW = 6  # microbatches under way
+WINDOW = 6  # microbatches under method
 LONGEST_DELAY = 1_000_000  # cycles: 0.5 ms
 SCHEDULES = ("prefetch", "overlap", "merged")
 

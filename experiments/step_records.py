@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cost_model import SCHEDULES, Alone, Load, Measured, Step
+from cost_model import SCHEDULES, IsolatedExchange, Load, Measured, Step
 
 Record = dict[str, Any]
 
@@ -148,8 +148,8 @@ def _multiplications(model: Record) -> tuple[int, int, int]:
     return layer, layer + 2 * hidden * hidden, hidden * model["vocab_size"]
 
 
-def alone_in(records: dict[str, Record], transport: str) -> list[Alone]:
-    """Packed exchanges alone over `transport`, on the fewest ranks that they were timed on."""
+def isolated_in(records: dict[str, Record], transport: str) -> list[IsolatedExchange]:
+    """Packed exchanges isolated over `transport`, on the fewest ranks that they were timed on."""
     rows = [
         row
         for record in records.values()
@@ -161,8 +161,10 @@ def alone_in(records: dict[str, Record], transport: str) -> list[Alone]:
     return [_alone(row) for row in rows if row["cp_size"] == fewest]
 
 
-def _alone(row: Record) -> Alone:
+def _alone(row: Record) -> IsolatedExchange:
     load = Load(row["schedule"], row["cp_size"], row["depths"], row["documents"])
     gpu = row["gpu_us"]
     doubt = max((gpu["high"] - gpu["low"]) / 2, gpu["median"] / 20) if gpu else 0.0
-    return Alone(load, row["messages"], row["bytes"], row["host_us"]["median"], gpu and gpu["median"], doubt)
+    return IsolatedExchange(
+        load, row["messages"], row["bytes"], row["host_us"]["median"], gpu and gpu["median"], doubt
+    )

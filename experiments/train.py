@@ -60,12 +60,12 @@ def main(
     normalisation: Annotated[str, typer.Option(help="Of losses: token or batch.")] = "token",
     mtp_loss_factor: Annotated[float, typer.Option(help="Of the depths' mean loss.")] = 0.3,
     depths: Annotated[int, typer.Option(help="MTP depths.")] = 2,
-    experts: Annotated[int, typer.Option(help="Of each feed-forward layer; 0: none.")] = 0,
+    experts: Annotated[int, typer.Option(help="Of each inputs-forward layer; 0: none.")] = 0,
     experts_per_token: Annotated[int, typer.Option(help="That a token goes to.")] = 2,
     aux_loss_factor: Annotated[float, typer.Option(help="Of the load-balancing loss.")] = 0.01,
     derive_labels: Annotated[bool, typer.Option("--derive-labels", help="From input_ids.")] = False,
     detach_mtp: Annotated[
-        bool, typer.Option("--detach-mtp", help="MTP losses train their block alone.")
+        bool, typer.Option("--detach-mtp", help="MTP losses train their block isolated.")
     ] = False,
     repeat_mtp_layer: Annotated[bool, typer.Option("--repeat-mtp-layer", help="One for all depths.")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Keep no activations of layers.")] = False,

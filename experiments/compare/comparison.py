@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Feed:
+class RoundInputs:
     """What all steps of a round compute on: this rank's shards, without and with the rolls of `prepared`."""
 
     plain: dict[str, torch.Tensor]
@@ -155,13 +155,13 @@ class Comparison:
 
     def _round(self, index: int, kept: bool) -> dict[str, Step]:
         """One step of every schedule on the same weights and batch, then one update. `kept`: named in profiles."""
-        feed = self._feed(index)
+        inputs = self._inputs(index)
         # Another order each round, alike on all ranks: a step behind a slow `sync` finds a cooler, faster GPU.
         order = np.random.default_rng((self.settings.seed, index)).permutation(self.settings.modes)
-        self._step(BASELINE, feed, named=False)  # not kept: the first step behind an update is faster
+        self._step(BASELINE, inputs, named=False)  # not kept: the first step behind an update is faster
         steps, gradients = {}, None
         for mode in order.tolist():
-            steps[mode] = self._step(mode, feed, named=kept)
+            steps[mode] = self._step(mode, inputs, named=kept)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.settings.forward_only:
@@ -171,22 +171,22 @@ class Comparison:
             self.optimizer.step()
         return steps
 
-    def _feed(self, index: int) -> Feed:
+    def _inputs(self, index: int) -> RoundInputs:
         full, layout = self.stream.batch(index)
         everything = prepare(full, layout, self.settings.model.num_depths)
         prepared = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
         plain = {name: prepared[name] for name in full}
         counts = global_counts(self.model, [(plain, layout)], self.group)
         expected = make_roller(BASELINE, self.group, self.settings.model.num_depths).start(prepared, layout)
-        return Feed(plain, prepared, layout, counts, expected)
+        return RoundInputs(plain, prepared, layout, counts, expected)
 
-    def _step(self, mode: str, feed: Feed, named: bool) -> Step:
+    def _step(self, mode: str, inputs: RoundInputs, named: bool) -> Step:
         step = self.steps[mode]
         traffic = step.timed.roller.traffic
         before = replace(traffic)
         self.optimizer.zero_grad()
-        anew = replace(feed.layout, _positions={})  # each schedule finds the batch's layout new
-        step.load(feed.prepared if mode == BASELINE else feed.plain, anew, feed.counts)
+        anew = replace(inputs.layout, _positions={})  # each schedule finds the batch's layout new
+        step.load(inputs.prepared if mode == BASELINE else inputs.plain, anew, inputs.counts)
         self._meet()
         begin = time.perf_counter()
         with span("step", mode) if named else contextlib.nullcontext():
@@ -197,13 +197,13 @@ class Comparison:
         equal = all(
             torch.equal(step.rolls.at(depth)[name], wanted)
             for depth in range(1, self.settings.model.num_depths + 1)
-            for name, wanted in feed.expected.at(depth).items()
+            for name, wanted in inputs.expected.at(depth).items()
         )
         cost, sent = step.timed.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
         return Step(ms, cost, *sent, loss.clone(), equal)
 
     def _meet(self) -> None:
-        """All ranks, with idle devices, at one point."""
+        """All ranks, with idle devices, at one workload."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier(self.group)

@@ -40,7 +40,7 @@ def run_on_ranks(
     if "RANK" in os.environ:
         _rank_main(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
-    # Theirs alone: what this process starts later is no rank of this run.
+    # Theirs isolated: what this process starts later is no rank of this run.
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     context = spawn(  # type: ignore[no-untyped-call]
         _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False

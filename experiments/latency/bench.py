@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from latency.cases import EXCHANGING, Case, Configuration, Point, Subject, new_layout
+from latency.cases import EXCHANGING, Candidate, Case, Configuration, Workload, new_layout
 
 WARM_UPS = 3
 MIN_ROUNDS = 5
@@ -28,34 +28,38 @@ class Bench:
 
     def __init__(self, configurations: list[Configuration], device: torch.device, seed: int = 0) -> None:
         self.device, self.seed = device, seed
-        self.groups = _groups({one.point.cp_size for one in configurations})
-        self._layout_at = {point: at for at, point in enumerate({one.point: 0 for one in configurations})}
-        cases = {point: self._case(point) for point in self._layout_at}
-        self.subjects = [Subject(one, cases[one.point]) for one in configurations]
+        self.groups = _groups({one.workload.cp_size for one in configurations})
+        self._layout_at = {
+            workload: at for at, workload in enumerate({one.workload: 0 for one in configurations})
+        }
+        cases = {workload: self._case(workload) for workload in self._layout_at}
+        self.candidates = [Candidate(one, cases[one.workload]) for one in configurations]
 
-    def _case(self, point: Point) -> Case:
-        return Case(point, self.groups[point.cp_size], self.device, self.seed + self._layout_at[point])
+    def _case(self, workload: Workload) -> Case:
+        return Case(
+            workload, self.groups[workload.cp_size], self.device, self.seed + self._layout_at[workload]
+        )
 
     def prepare(self, rounds: int, slow_seconds: float, on_each: Callable[[], None] = lambda: None) -> None:
         """First use of every configuration: connections, compilation, its bits, and how often it will run.
 
         All run `rounds` times, except those of which that would take more than `slow_seconds` each.
         """
-        for subject in self.subjects:
+        for candidate in self.candidates:
             took_us = 0.0
-            with self._failures(subject):
-                subject.open()
-                subject.verify()
+            with self._failures(candidate):
+                candidate.open()
+                candidate.verify()
                 for index in range(WARM_UPS):
-                    argument = self._argument(subject, -1 - index)
+                    argument = self._argument(candidate, -1 - index)
                     self.meet()
-                    took_us = subject.sample(argument)[1]
+                    took_us = candidate.sample(argument)[1]
             everyone: list[float] = [0.0] * dist.get_world_size()
             dist.all_gather_object(everyone, took_us)
-            subject.is_short = max(everyone) < SHORT_US
+            candidate.is_short = max(everyone) < SHORT_US
             affordable = int(1e6 * slow_seconds / max(*everyone, 1.0))
-            subject.rounds = min(rounds, max(MIN_ROUNDS, affordable))
-            self._agree([subject])
+            candidate.rounds = min(rounds, max(MIN_ROUNDS, affordable))
+            self._agree([candidate])
             on_each()
 
     def run(self, rounds: int, on_each: Callable[[], None] = lambda: None) -> None:
@@ -64,7 +68,7 @@ class Bench:
         gc.disable()  # a collection inside a roll would be counted as the schedule's
         try:
             for index in range(rounds):
-                due = [one for one in self.subjects if one.failed is None and _is_due(one, index, rounds)]
+                due = [one for one in self.candidates if one.failed is None and _is_due(one, index, rounds)]
                 order = np.random.default_rng((self.seed, index)).permutation(len(due))
                 for at in order:
                     with self._failures(due[at]):
@@ -75,55 +79,55 @@ class Bench:
         finally:
             gc.enable()
 
-    def _time(self, subject: Subject, index: int) -> None:
+    def _time(self, candidate: Candidate, index: int) -> None:
         """A microbatch on whatever the others have left in the caches, then some in a row, where they are short."""
-        repeats = range(1 + REPEATS if subject.is_short else 1)
-        arguments = [self._argument(subject, index, repeat) for repeat in repeats]
+        repeats = range(1 + REPEATS if candidate.is_short else 1)
+        arguments = [self._argument(candidate, index, repeat) for repeat in repeats]
         self.meet()
         samples = []
         for argument in arguments:
-            samples.append(subject.sample(argument))
-            subject.finish()
-        subject.cold_us.append(samples[0][0])
-        if subject.is_short:
+            samples.append(candidate.sample(argument))
+            candidate.finish()
+        candidate.cold_us.append(samples[0][0])
+        if candidate.is_short:
             del samples[0]
         host_us, wall_us = np.median(samples, axis=0)
-        subject.host_us.append(float(host_us))
-        subject.wall_us.append(float(wall_us))
+        candidate.host_us.append(float(host_us))
+        candidate.wall_us.append(float(wall_us))
 
-    def _argument(self, subject: Subject, index: int, repeat: int = 0) -> Any:
-        """A packing that the roller has not seen, the same for all ways."""
-        point = subject.configuration.point
-        seed = (self.seed, self._layout_at[point], WARM_UPS + index, repeat)
-        return subject.argument(new_layout(point, seed))
+    def _argument(self, candidate: Candidate, index: int, repeat: int = 0) -> Any:
+        """A packing that the roller has not seen, the same for all methods."""
+        workload = candidate.configuration.workload
+        seed = (self.seed, self._layout_at[workload], WARM_UPS + index, repeat)
+        return candidate.argument(new_layout(workload, seed))
 
     def graphs(self, replays: int, repeats: int, on_each: Callable[[], None] = lambda: None) -> None:
         """GPU time of a microbatch's rolls, several captured into a CUDA graph that is replayed back to back.
 
         Several, because a graph with one small exchange takes as long as it takes to launch it.
         """
-        for subject in self.subjects:
-            if subject.failed is None and subject.configuration.way.schedule in EXCHANGING:
-                self._time_graph(subject, replays, repeats)
+        for candidate in self.candidates:
+            if candidate.failed is None and candidate.configuration.method.schedule in EXCHANGING:
+                self._time_graph(candidate, replays, repeats)
             on_each()
 
-    def _time_graph(self, subject: Subject, replays: int, repeats: int) -> None:
+    def _time_graph(self, candidate: Candidate, replays: int, repeats: int) -> None:
         graph, kept = torch.cuda.CUDAGraph(), None
-        with self._failures(subject, "graph_failed"):
-            argument = subject.argument(subject.case.layout)
+        with self._failures(candidate, "graph_failed"):
+            argument = candidate.argument(candidate.case.layout)
             for _ in range(WARM_UPS):
-                subject.roll(argument)
+                candidate.roll(argument)
             self.meet()
             with torch.cuda.graph(graph):
-                kept = [subject.roll(argument) for _ in range(subject.captured)]
-        self._agree([subject], "graph_failed")
-        if subject.graph_failed is None:
-            with self._failures(subject, "graph_failed"):
+                kept = [candidate.roll(argument) for _ in range(candidate.captured)]
+        self._agree([candidate], "graph_failed")
+        if candidate.graph_failed is None:
+            with self._failures(candidate, "graph_failed"):
                 for _ in range(repeats + 1):
                     self.meet()
-                    subject.gpu_us.append(_replay_us(graph, replays) / subject.captured)
-                del subject.gpu_us[0]  # the first replay loads the graph
-            self._agree([subject], "graph_failed")
+                    candidate.gpu_us.append(_replay_us(graph, replays) / candidate.captured)
+                del candidate.gpu_us[0]  # the first replay loads the graph
+            self._agree([candidate], "graph_failed")
         del kept
         graph.reset()
         del graph  # a communicator that a living graph holds cannot be destroyed
@@ -131,7 +135,7 @@ class Bench:
         torch.cuda.synchronize()
 
     def meet(self) -> None:
-        """All ranks, with idle devices, at one point."""
+        """All ranks, with idle devices, at one workload."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
@@ -139,25 +143,25 @@ class Bench:
             torch.cuda.synchronize()
 
     @contextmanager
-    def _failures(self, subject: Subject, field: str = "failed") -> Iterator[None]:
+    def _failures(self, candidate: Candidate, field: str = "failed") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            setattr(subject, field, f"{type(error).__name__}: {_first_line(error)}")
+            setattr(candidate, field, f"{type(error).__name__}: {_first_line(error)}")
 
-    def _agree(self, subjects: list[Subject], field: str = "failed") -> None:
+    def _agree(self, candidates: list[Candidate], field: str = "failed") -> None:
         """What failed on one rank has failed on all."""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, [getattr(one, field) for one in subjects])
-        for at, subject in enumerate(subjects):
+        dist.all_gather_object(everyone, [getattr(one, field) for one in candidates])
+        for at, candidate in enumerate(candidates):
             reasons = [reasons[at] for reasons in everyone if reasons[at] is not None]
-            setattr(subject, field, reasons[0] if reasons else None)
+            setattr(candidate, field, reasons[0] if reasons else None)
 
     def close(self) -> None:
-        for subject in self.subjects:
-            if subject.roller is not None:
-                with self._failures(subject):
-                    subject.roller.close()
+        for candidate in self.candidates:
+            if candidate.roller is not None:
+                with self._failures(candidate):
+                    candidate.roller.close()
 
 
 def _groups(sizes: set[int]) -> dict[int, dist.ProcessGroup]:
@@ -178,8 +182,8 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"(/[\w.+-]+)+/", "", line)[:300]
 
 
-def _is_due(subject: Subject, index: int, rounds: int) -> bool:
-    return (index + 1) * subject.rounds // rounds > index * subject.rounds // rounds
+def _is_due(candidate: Candidate, index: int, rounds: int) -> bool:
+    return (index + 1) * candidate.rounds // rounds > index * candidate.rounds // rounds
 
 
 def _replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:

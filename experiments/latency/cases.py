@@ -22,7 +22,7 @@ TENSORS = ("input_ids", "labels", "position_ids", "loss_mask")
 
 
 @dataclass(frozen=True)
-class Point:
+class Workload:
     """What is rolled: four tensors of batch size 1. `documents` 1 is a dense sequence, more are packed."""
 
     cp_size: int
@@ -32,7 +32,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """Who rolls: a schedule and its transport, or Megatron-LM and where its cu_seqlens lie (host, device)."""
 
     schedule: str
@@ -44,43 +44,43 @@ class Way:
 
 @dataclass(frozen=True)
 class Configuration:
-    point: Point
-    way: Way
+    workload: Workload
+    method: Method
 
 
-def new_layout(point: Point, seed: Sequence[int]) -> SequenceLayout:
-    """A new packing of the point's documents: random bounds, the last tokens of each of them padding."""
-    seq_len, unit = point.tokens * point.cp_size, 2 * point.cp_size
-    if point.documents == 1:
-        return SequenceLayout.dense(seq_len, point.cp_size)
-    if point.tokens % 2 or point.documents > seq_len // unit:
+def new_layout(workload: Workload, seed: Sequence[int]) -> SequenceLayout:
+    """A new packing of the workload's documents: random bounds, the last tokens of each of them padding."""
+    seq_len, unit = workload.tokens * workload.cp_size, 2 * workload.cp_size
+    if workload.documents == 1:
+        return SequenceLayout.dense(seq_len, workload.cp_size)
+    if workload.tokens % 2 or workload.documents > seq_len // unit:
         raise ValueError(
-            f"tokens must be even and documents in [1, {seq_len // unit}] for {point.tokens} tokens a rank, "
-            f"got {point.documents} documents"
+            f"tokens must be even and documents in [1, {seq_len // unit}] for {workload.tokens} tokens a rank, "
+            f"got {workload.documents} documents"
         )
     rng = np.random.default_rng(list(seed))
-    cuts = rng.choice(seq_len // unit - 1, point.documents - 1, replace=False) + 1
+    cuts = rng.choice(seq_len // unit - 1, workload.documents - 1, replace=False) + 1
     bounds = unit * np.concatenate([[0], np.sort(cuts), [seq_len // unit]])
     return SequenceLayout.packed(
         bounds,
-        point.cp_size,
-        valid_lengths=np.diff(bounds) - rng.integers(0, unit, point.documents),
+        workload.cp_size,
+        valid_lengths=np.diff(bounds) - rng.integers(0, unit, workload.documents),
     )
 
 
 class Case:
-    """The batch of a point on this rank, with one layout and what its rolls must be. Shared by all ways."""
+    """The batch of a workload on this rank, with one layout and what its rolls must be. Shared by all methods."""
 
-    def __init__(self, point: Point, group: dist.ProcessGroup, device: torch.device, seed: int) -> None:
-        self.point, self.group, self.device = point, group, device
-        self.layout = new_layout(point, (seed, 0))
+    def __init__(self, workload: Workload, group: dist.ProcessGroup, device: torch.device, seed: int) -> None:
+        self.workload, self.group, self.device = workload, group, device
+        self.layout = new_layout(workload, (seed, 0))
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.layout.seq_len)
         # Nothing is zero, padding neither: a zero in a roll was put there.
         self._full = {name: torch.randint(1, 50_000, shape, generator=generator) for name in TENSORS}
         self._full["loss_mask"] = self._full["loss_mask"].float()
         self.batch = self._local(self._full)
-        everything = prepare(self._full, self.layout, point.depths)
+        everything = prepare(self._full, self.layout, workload.depths)
         self.prepared_batch = self._local(everything)
 
     def _local(self, full: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ class Case:
     def differences(self, rolls: Rolls) -> tuple[int, int]:
         """Slots of all tensors and depths that differ from the oracle, and those of them with a valid token."""
         anywhere, at_valid = 0, 0
-        for depth in range(1, self.point.depths + 1):
+        for depth in range(1, self.workload.depths + 1):
             rolled = rolls.at(depth)
             valid = torch.from_numpy(self.layout.valid(self.group.rank(), depth))
             for name, tensor in self._full.items():
@@ -101,7 +101,7 @@ class Case:
 
 
 @dataclass(eq=False)
-class Subject:
+class Candidate:
     """One configuration on this rank, and what was measured of it."""
 
     configuration: Configuration
@@ -120,31 +120,31 @@ class Subject:
 
     def open(self) -> None:
         """Makes the roller; collective at its first roll only. Raises ValueError where there is none."""
-        point, way = self.configuration.point, self.configuration.way
-        if way.schedule == MEGATRON:
-            self.roller = megatron_rolls.MegatronRoller(self.case.group, way.transport, self.case.device)
+        workload, method = self.configuration.workload, self.configuration.method
+        if method.schedule == MEGATRON:
+            self.roller = megatron_rolls.MegatronRoller(self.case.group, method.transport, self.case.device)
         else:
             self.roller = make_roller(
-                way.schedule,
+                method.schedule,
                 self.case.group,
-                point.depths,
-                transport=way.transport or "auto",
-                max_documents=max(MAX_DOCUMENTS, point.documents),
+                workload.depths,
+                transport=method.transport or "auto",
+                max_documents=max(MAX_DOCUMENTS, workload.documents),
             )
 
     @property
     def batch(self) -> dict[str, torch.Tensor]:
-        prepared = self.configuration.way.schedule == "prepared"
+        prepared = self.configuration.method.schedule == "prepared"
         return self.case.prepared_batch if prepared else self.case.batch
 
     def argument(self, layout: SequenceLayout) -> Any:
         """What the roller is told of a packing: made by a data loader, outside the clock."""
-        return self.roller.argument(layout) if self.configuration.way.schedule == MEGATRON else layout
+        return self.roller.argument(layout) if self.configuration.method.schedule == MEGATRON else layout
 
     def roll(self, argument: Any) -> Rolls:
         """One microbatch: start, and every depth joined."""
         rolls: Rolls = self.roller.start(self.batch, argument)
-        for depth in range(1, self.configuration.point.depths + 1):
+        for depth in range(1, self.configuration.workload.depths + 1):
             rolls.at(depth)
         return rolls
 
@@ -161,7 +161,9 @@ class Subject:
     @property
     def captured(self) -> int:
         """Microbatches in one CUDA graph: a roller has eight slots."""
-        exchanges = 1 if self.configuration.way.schedule == "prefetch" else self.configuration.point.depths
+        exchanges = (
+            1 if self.configuration.method.schedule == "prefetch" else self.configuration.workload.depths
+        )
         return max(1, 8 // exchanges)
 
     def finish(self) -> None:

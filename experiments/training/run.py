@@ -313,7 +313,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Of steps, with the last one in a line; on a terminal alone."""
+    """Of steps, with the last one in a line; on a terminal isolated."""
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 

@@ -18,7 +18,7 @@ import typer
 
 from harness import statistics
 from latency.bench import Bench
-from latency.cases import Case, Configuration, Point, Subject, Way, new_layout
+from latency.cases import Candidate, Case, Configuration, Method, Workload, new_layout
 from overlap_mtp import SequenceLayout, make_roller
 
 from rank_pool import device_of
@@ -40,46 +40,48 @@ SETTINGS = roll_latency.Settings(
 
 
 def test_packings_are_new_legal_and_padded():
-    point = Point(cp_size=4, depths=2, documents=16, tokens=64)
-    layouts = [new_layout(point, (0, seed)) for seed in range(20)]
+    workload = Workload(cp_size=4, depths=2, documents=16, tokens=64)
+    layouts = [new_layout(workload, (0, seed)) for seed in range(20)]
     assert len({layout.key for layout in layouts}) == 20
     assert {layout.seq_len for layout in layouts} == {256}
     assert {layout.num_documents for layout in layouts} == {16}
-    assert new_layout(point, (0, 3)).key == layouts[3].key  # alike on all ranks
+    assert new_layout(workload, (0, 3)).key == layouts[3].key  # alike on all ranks
     padded = [layout.valid_lengths < np.diff(layout.cu_seqlens) for layout in layouts]
     assert np.mean(padded) > 0.5
     assert all((layout.valid_lengths > 0).all() for layout in layouts)
-    assert not new_layout(replace(point, documents=1), (0,)).is_packed
+    assert not new_layout(replace(workload, documents=1), (0,)).is_packed
     with pytest.raises(ValueError, match=r"documents in \[1, 32\]"):
-        new_layout(replace(point, documents=33), (0,))
+        new_layout(replace(workload, documents=33), (0,))
 
 
 def test_lines_go_through_the_base_point_and_hold_what_targets_need():
     lines = roll_latency.lines_through(SETTINGS, 4)
-    base = Point(4, 2, 8, 4096)
+    base = Workload(4, 2, 8, 4096)
     assert base in lines["documents, D = 2"]
     assert base in lines["tokens"]
-    points = roll_latency.points_of(SETTINGS, 4)
-    assert len(points) == len(set(points)) == 11 + 4  # of 2 * 32 in the full product
+    workloads = roll_latency.workloads_of(SETTINGS, 4)
+    assert len(workloads) == len(set(workloads)) == 11 + 4  # of 2 * 32 in the full product
     for depths in (1, 2, 4, 8):
-        assert {Point(4, depths, 1, 4096), Point(4, depths, 32, 4096)} <= set(points)
-    assert {point.documents for point in points if point.cp_size == 2} == {1, 8, 32, 128}
-    assert {point.cp_size for point in roll_latency.points_of(SETTINGS, 2)} == {2}
-    assert len(roll_latency.points_of(replace(SETTINGS, cross=True), 2)) == 32
+        assert {Workload(4, depths, 1, 4096), Workload(4, depths, 32, 4096)} <= set(workloads)
+    assert {workload.documents for workload in workloads if workload.cp_size == 2} == {1, 8, 32, 128}
+    assert {workload.cp_size for workload in roll_latency.workloads_of(SETTINGS, 2)} == {2}
+    assert len(roll_latency.workloads_of(replace(SETTINGS, cross=True), 2)) == 32
 
 
 def test_ways_leave_out_what_is_missing():
     missing = {"symmetric": "no such transport", "megatron": "no module"}
-    ways = roll_latency.ways_for(Point(2, 2, 8, 64), SETTINGS, missing)
-    assert [str(way) for way in ways] == [
+    methods = roll_latency.methods_for(Workload(2, 2, 8, 64), SETTINGS, missing)
+    assert [str(method) for method in methods] == [
         "sync",
         "merged process_group",
         "overlap process_group",
         "prefetch process_group",
         "prepared",
     ]
-    assert len(roll_latency.ways_for(Point(2, 2, 8, 64), SETTINGS, {})) == 10
-    assert len(roll_latency.ways_for(Point(2, 2, 1, 64), SETTINGS, {})) == 9  # a dense roll has no cu_seqlens
+    assert len(roll_latency.methods_for(Workload(2, 2, 8, 64), SETTINGS, {})) == 10
+    assert (
+        len(roll_latency.methods_for(Workload(2, 2, 1, 64), SETTINGS, {})) == 9
+    )  # a dense roll has no cu_seqlens
 
 
 def row(schedule, transport, host, wall, depths=2, documents=1, gpu=None):
@@ -112,8 +114,8 @@ def test_median_and_its_interval():
 
 def differences_of_wrong_rolls(group):
     """What the check says of right rolls, of rolls by one too few, and of rolls that keep the padding."""
-    point = Point(group.size(), 2, 4, 32)
-    case = Case(point, group, device_of(group), seed=1)
+    workload = Workload(group.size(), 2, 4, 32)
+    case = Case(workload, group, device_of(group), seed=1)
     roller = make_roller("prefetch", group, num_depths=2)
     right = roller.start(case.batch, case.layout)
     unpadded = SequenceLayout.packed(case.layout.cu_seqlens, group.size())
@@ -152,10 +154,10 @@ class FailingRoller:
 
 
 def bench_with_a_failure(group):
-    point = Point(group.size(), 2, 4, 32)
-    ways = [Way("prepared"), Way("prefetch", "process_group"), Way("sync", "nonsense")]
-    bench = Bench([Configuration(point, way) for way in ways], device_of(group))
-    prepared = bench.subjects[0]
+    workload = Workload(group.size(), 2, 4, 32)
+    methods = [Method("prepared"), Method("prefetch", "process_group"), Method("sync", "nonsense")]
+    bench = Bench([Configuration(workload, method) for method in methods], device_of(group))
+    prepared = bench.candidates[0]
     opening = prepared.open
 
     def open_failing():
@@ -167,7 +169,7 @@ def bench_with_a_failure(group):
     bench.prepare(rounds=4, slow_seconds=10)
     bench.run(4)
     bench.close()
-    return [(subject.failed, len(subject.host_us), subject.wall_us) for subject in bench.subjects]
+    return [(candidate.failed, len(candidate.host_us), candidate.wall_us) for candidate in bench.candidates]
 
 
 def test_one_failure_does_not_end_the_others(pool):
@@ -182,8 +184,8 @@ def test_one_failure_does_not_end_the_others(pool):
 def test_slow_configurations_sit_out_rounds_evenly():
     from latency.bench import _is_due
 
-    subject = Subject(Configuration(Point(2, 2, 8, 64), Way("sync")), case=None, rounds=5)  # type: ignore[arg-type]
-    due = [index for index in range(60) if _is_due(subject, index, 60)]
+    candidate = Candidate(Configuration(Workload(2, 2, 8, 64), Method("sync")), case=None, rounds=5)  # type: ignore[arg-type]
+    due = [index for index in range(60) if _is_due(candidate, index, 60)]
     assert due == [11, 23, 35, 47, 59]
 
 
@@ -192,8 +194,8 @@ def megatron_against_oracle(group):
 
     found = {}
     for documents in (1, 4):
-        point = Point(group.size(), 3, documents, 64)
-        case = Case(point, group, device_of(group), seed=documents)
+        workload = Workload(group.size(), 3, documents, 64)
+        case = Case(workload, group, device_of(group), seed=documents)
         for where in megatron_rolls.WHERE:
             roller = megatron_rolls.MegatronRoller(group, where, torch.device("cpu"))
             rolls = roller.start(case.batch, roller.argument(case.layout))

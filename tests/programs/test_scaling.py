@@ -11,7 +11,7 @@ import pytest
 import scaling_model
 import torch
 import typer
-from cost_model import SCHEDULES, Alone, Costs, Load, Measured, Step, count, fit, nnls
+from cost_model import SCHEDULES, Costs, IsolatedExchange, Load, Measured, Step, count, fit, nnls
 from step_records import measured_in, read_records, transport_in
 
 from overlap_mtp import SequenceLayout, make_roller
@@ -140,7 +140,7 @@ def measured_with(costs: Costs, held_out: set[int]) -> list[Measured]:
     return measured
 
 
-def alone_with(costs: Costs) -> list[Alone]:
+def alone_with(costs: Costs) -> list[IsolatedExchange]:
     """What `roll_latency` would show: a third of the host time, all of the device's."""
     found = []
     for schedule in ("merged", "prefetch"):
@@ -151,7 +151,9 @@ def alone_with(costs: Costs) -> list[Alone]:
                 host_us = (costs.host_us(load) - costs.host_document_us * (documents > 1) * documents) / 3
                 host_us += costs.host_document_us * (documents > 1) * documents
                 gpu_us = costs.device_us(load)
-                found.append(Alone(load, counted.messages, counted.bytes, host_us, gpu_us, 0.05 * gpu_us))
+                found.append(
+                    IsolatedExchange(load, counted.messages, counted.bytes, host_us, gpu_us, 0.05 * gpu_us)
+                )
     return found
 
 
