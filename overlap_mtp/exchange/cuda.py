@@ -173,9 +173,9 @@ class DeviceTransport(Transport):
             self._recover_abandoned()
         super().check()
 
-    def relayout(self, flight: Flight, layout: SequenceLayout) -> None:
+    def set_replay_layout(self, flight: Flight, layout: SequenceLayout) -> None:
         if not flight.slot.captured:
-            super().relayout(flight, layout)
+            super().set_replay_layout(flight, layout)
         if layout.local_len != flight.length:
             raise ValueError(
                 f"a captured exchange keeps its length: it has {flight.length} tokens a rank, the new layout "

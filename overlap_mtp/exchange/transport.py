@@ -127,7 +127,7 @@ class Transport(ABC):
     def close(self) -> None:
         """Lets the buffers go, when all that uses them has run. Raises what `check` does."""
 
-    def relayout(self, flight: Flight, layout: SequenceLayout) -> None:
+    def set_replay_layout(self, flight: Flight, layout: SequenceLayout) -> None:
         """Gives a flight that was captured in a CUDA graph other documents for the replays to come."""
         raise RuntimeError("only an exchange that was captured in a CUDA graph can be given another layout")
 

@@ -111,7 +111,7 @@ class FlyingRolls(Rolls):
         if self._roller.overlapped and len(self._rolled) < self._roller.num_depths:
             self.launch()  # travels while the MTP layer of this depth computes
 
-    def relayout(self, layout: SequenceLayout) -> None:
+    def set_replay_layout(self, layout: SequenceLayout) -> None:
         before, now = (
             f"{'packed' if one.is_packed else 'dense'} {one.kind}, cp_size {one.cp_size}"
             for one in (self._layout, layout)
@@ -121,5 +121,5 @@ class FlyingRolls(Rolls):
                 f"a captured exchange keeps its kind of layout: it has {before}, the new one is {now}"
             )
         for flight in self._flights:
-            self._transport.relayout(flight, layout)
+            self._transport.set_replay_layout(flight, layout)
         self._transport.check()

@@ -32,7 +32,7 @@ class Rolls(ABC):
         ranks are then out of step, and the cp group is of no further use.
         """
 
-    def relayout(self, layout: SequenceLayout) -> None:
+    def set_replay_layout(self, layout: SequenceLayout) -> None:
         """For exchanges that were captured in a CUDA graph: the layout of the replays to come.
 
         A copy on the current stream, without waiting for the device. Same length, at most max_documents documents.

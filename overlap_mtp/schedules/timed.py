@@ -97,5 +97,5 @@ class TimedRolls(Rolls):
         self._timed._leave(before)
         return tokens
 
-    def relayout(self, layout: SequenceLayout) -> None:
-        self._rolls.relayout(layout)
+    def set_replay_layout(self, layout: SequenceLayout) -> None:
+        self._rolls.set_replay_layout(layout)

@@ -37,7 +37,7 @@ def replay_with_other_documents(group: dist.ProcessGroup, schedule: str, transpo
     for turn in range(6):
         layout = packed(group.size(), turn // 2)
         if turn % 2 == 0 and turn:
-            captured.relayout(layout)
+            captured.set_replay_layout(layout)
         for name, tensor in shards(layout, group, turn).items():
             batch[name].copy_(tensor)
         graph.replay()
@@ -145,7 +145,7 @@ def relayouts(group: dist.ProcessGroup) -> list[str]:
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS)
     rolls = roller.start(shards(layout, group, 0), layout)
-    errors = [error_of(lambda: rolls.relayout(layout))]
+    errors = [error_of(lambda: rolls.set_replay_layout(layout))]
     rolls.at(1)
     roller.close()
     return errors
@@ -177,9 +177,9 @@ def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]
 
     errors["too many"] = error_of(capture_too_many)
     contiguous = SequenceLayout.packed(layout.cu_seqlens, group.size(), "contiguous")
-    errors["another kind"] = error_of(lambda: captured.relayout(contiguous))
+    errors["another kind"] = error_of(lambda: captured.set_replay_layout(contiguous))
     longer = SequenceLayout.packed(2 * layout.cu_seqlens, group.size())
-    errors["another length"] = error_of(lambda: captured.relayout(longer))
+    errors["another length"] = error_of(lambda: captured.set_replay_layout(longer))
     after = roller.start(batch, layout)
     wrong += differences([after.at(1), after.at(2)], layout, rank, 0)
     with torch.cuda.graph(graphs[2]):

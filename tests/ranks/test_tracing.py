@@ -93,4 +93,4 @@ def test_symmetric_memory_is_refused_on_cpu(pool: RankPool):
 def test_nothing_but_a_captured_exchange_takes_another_layout():
     layout = SequenceLayout.dense(8, 1)
     rolls = make_roller("prefetch", None, NUM_DEPTHS).start(full_batch(layout), layout)
-    assert error_of(lambda: rolls.relayout(layout)).startswith("RuntimeError: only")
+    assert error_of(lambda: rolls.set_replay_layout(layout)).startswith("RuntimeError: only")
