@@ -25,7 +25,7 @@ from rich.console import Console
 from harness import environment
 from harness.launch import run_on_ranks
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.schedules.roller import Rolls
 
 NUM_DEPTHS = 3
@@ -76,7 +76,7 @@ class Soak:
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
         self.streams: list[Any] = []
         if device.type == "cuda":
-            self.streams = [torch.cuda.current_stream(), channel_of(group).side_stream(device)]
+            self.streams = [torch.cuda.current_stream(), exchange_group_of(group).side_stream(device)]
         self.exchanges = self.dropped = 0
 
     def run(self, exchanges: int) -> dict[str, Any]:

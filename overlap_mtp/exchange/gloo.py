@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import PlanShape
 from overlap_mtp.exchange.spec import Cargo
 from overlap_mtp.exchange.transport import Flight, Slot, Traffic, Transport
@@ -22,9 +22,9 @@ class HostTransport(Transport):
     name = "process_group"
 
     def __init__(
-        self, channel: Channel, shape: PlanShape, cargo: Cargo, traffic: Traffic, overlapped: bool
+        self, group: ExchangeGroup, shape: PlanShape, cargo: Cargo, traffic: Traffic, overlapped: bool
     ) -> None:
-        super().__init__(channel, shape, cargo, traffic)
+        super().__init__(group, shape, cargo, traffic)
         self._overlapped = overlapped
         self._free: list[HostSlot] = []
 
@@ -39,13 +39,13 @@ class HostTransport(Transport):
         if self.has_peers:
             views = [self.cargo.integers(tensor) for tensor in tensors]
             reference.pack(views, slot.given, self.table, self.shape, slot.send)
-            with self.channel.named_errors(self.describe(flight)):
+            with self.group.named_errors(self.describe(flight)):
                 flight.work = dist.all_to_all_single(
                     slot.recv,
                     slot.send,
                     list(self.shape.recv_rows),
                     list(self.shape.send_rows),
-                    group=self.channel.group,
+                    group=self.group.group,
                     async_op=True,
                 )
             self.traffic.add(len(self.shape.destinations), self._message_bytes)
@@ -58,7 +58,7 @@ class HostTransport(Transport):
     def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
         slot, integers = flight.slot, self.cargo.integers
         if flight.work is not None:
-            with self.channel.named_errors(self.describe(flight)):
+            with self.group.named_errors(self.describe(flight)):
                 flight.work.wait()
         flight.landed = True
         depths = flight.depths

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel] = weakref.WeakKeyDictionary()
-_ALIVE: weakref.WeakSet[Channel] = weakref.WeakSet()
+_GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, ExchangeGroup] = weakref.WeakKeyDictionary()
+_ALIVE: weakref.WeakSet[ExchangeGroup] = weakref.WeakSet()
 
 
-class Channel:
+class ExchangeGroup:
     """One exchange group (a process group of its own, so that no other traffic can stand in its way).
 
     The group is made at first use, by all ranks of `cp_group` together, and lives as long as torch.distributed
@@ -68,7 +68,7 @@ class Channel:
         return group
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream that overlapped exchanges run on: one per channel, so that they keep their order."""
+        """The stream that overlapped exchanges run on: one per group, so that they keep their order."""
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return self._side_stream
@@ -95,17 +95,17 @@ class Channel:
 @atexit.register
 def _release_groups() -> None:
     """Lets exchange groups end before the interpreter does: a gloo thread that outlives it aborts the process."""
-    for channel in list(_ALIVE):
-        channel._group = None
+    for group in list(_ALIVE):
+        group._group = None
 
 
-def channel_of(cp_group: dist.ProcessGroup | None) -> Channel:
-    """The channel of a cp group; None stands for a group of one."""
+def exchange_group_of(cp_group: dist.ProcessGroup | None) -> ExchangeGroup:
+    """The group of a cp group; None stands for a group of one."""
     if cp_group is None:
-        return Channel(None)
-    if cp_group not in _CHANNELS:
-        _CHANNELS[cp_group] = Channel(cp_group)
-    return _CHANNELS[cp_group]
+        return ExchangeGroup(None)
+    if cp_group not in _GROUPS:
+        _GROUPS[cp_group] = ExchangeGroup(cp_group)
+    return _GROUPS[cp_group]
 
 
 def _timeout_of(group: dist.ProcessGroup, device_type: str) -> timedelta | None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.cuda import DeviceSlot, DeviceTransport
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import PlanShape
 from overlap_mtp.exchange.spec import Cargo
 from overlap_mtp.exchange.transport import Flight, Traffic
@@ -27,20 +27,20 @@ class ProcessGroupTransport(DeviceTransport):
 
     def __init__(
         self,
-        channel: Channel,
+        group: ExchangeGroup,
         shape: PlanShape,
         cargo: Cargo,
         traffic: Traffic,
         overlapped: bool,
         length: int,
     ) -> None:
-        super().__init__(channel, shape, cargo, traffic, overlapped, length)
+        super().__init__(group, shape, cargo, traffic, overlapped, length)
         self._send_rows, self._recv_rows = list(shape.send_rows), list(shape.recv_rows)
         self._options = dist.AllToAllOptions()
         self._options.asyncOp = False
         self._make_slots()
         if self.has_peers:
-            self._group = channel.group
+            self._group = group.group
             self._connect()
 
     def _send(self, flight: Flight, stream: int) -> None:
@@ -52,7 +52,7 @@ class ProcessGroupTransport(DeviceTransport):
                 with self._send_span:
                     self._exchange(slot)
             except RuntimeError as error:
-                raise self.channel.named(error, self.describe(flight)) from error
+                raise self.group.named(error, self.describe(flight)) from error
 
     def _count(self, layout: SequenceLayout) -> None:
         self.traffic.add(len(self.shape.destinations), self._message_bytes)
@@ -63,7 +63,7 @@ class ProcessGroupTransport(DeviceTransport):
 
     def _connect(self) -> None:
         """NCCL connects two ranks when they first exchange, which blocks the host: better now than later."""
-        with self.channel.named_errors("connecting to its neighbours"):
+        with self.group.named_errors("connecting to its neighbours"):
             self._exchange(self._slots[0])
             torch.cuda.current_stream(self.device).synchronize()
 

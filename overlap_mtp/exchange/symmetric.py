@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from overlap_mtp.exchange.cuda import DeviceSlot, DeviceTransport
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import PlanShape
 from overlap_mtp.exchange.spec import Cargo
 from overlap_mtp.exchange.transport import WORD_BYTES, Flight, Traffic, num_units
@@ -98,7 +98,7 @@ class SymmetricTransport(DeviceTransport):
 
     def __init__(
         self,
-        channel: Channel,
+        group: ExchangeGroup,
         shapes: list[PlanShape],
         cargo: Cargo,
         traffic: Traffic,
@@ -110,17 +110,17 @@ class SymmetricTransport(DeviceTransport):
 
         Raises where it cannot be shared.
         """
-        shape = shapes[channel.cp_rank]
-        super().__init__(channel, shape, cargo, traffic, overlapped, length)
+        shape = shapes[group.cp_rank]
+        super().__init__(group, shape, cargo, traffic, overlapped, length)
         self._places = SymmetricLayout.of(shapes, cargo.words)
         self._memory = memory
-        addresses, self._mapping = share_memory(memory, channel)
-        peers, sources = peer_tables(shapes, channel.cp_rank, addresses)
+        addresses, self._mapping = share_memory(memory, group)
+        peers, sources = peer_tables(shapes, group.cp_rank, addresses)
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
         )
         self._epochs = torch.zeros(len(shape.destinations) + 1, dtype=torch.int64, device=self.device)
-        patience = (channel.timeout or DEFAULT_PATIENCE) / timedelta(microseconds=1) * 1000
+        patience = (group.timeout or DEFAULT_PATIENCE) / timedelta(microseconds=1) * 1000
         self._patience = torch.tensor([int(patience)], dtype=torch.int64, device=self.device)
         self._under_way: dict[int, None] = {}  # numbers of flights, oldest first
         self._make_slots()
@@ -194,10 +194,10 @@ def allocate(shapes: list[PlanShape], cargo: Cargo) -> torch.Tensor:
     return memory
 
 
-def share_memory(memory: torch.Tensor, channel: Channel) -> tuple[list[int], Any]:
+def share_memory(memory: torch.Tensor, group: ExchangeGroup) -> tuple[list[int], Any]:
     """(where each rank's memory is, as this rank sees it; what keeps these mapped). Collective."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    handle = symmetric_memory.rendezvous(memory, channel.group)
+    handle = symmetric_memory.rendezvous(memory, group.group)
     offset = getattr(handle, "offset", 0)
     return [address + offset for address in handle.buffer_ptrs], handle

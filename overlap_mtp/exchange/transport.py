@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import PlanShape, write_record
 from overlap_mtp.exchange.spec import Cargo, Outputs
 from overlap_mtp.layout import IntArray, SequenceLayout
@@ -88,12 +88,12 @@ class Flight:
 
 
 class Transport(ABC):
-    """Moves packed tokens between the ranks of a channel. Knows plans and kernels, not schedules."""
+    """Moves packed tokens between the ranks of a group. Knows plans and kernels, not schedules."""
 
     name: str
 
-    def __init__(self, channel: Channel, shape: PlanShape, cargo: Cargo, traffic: Traffic) -> None:
-        self.channel, self.shape, self.cargo, self.traffic = channel, shape, cargo, traffic
+    def __init__(self, group: ExchangeGroup, shape: PlanShape, cargo: Cargo, traffic: Traffic) -> None:
+        self.group, self.shape, self.cargo, self.traffic = group, shape, cargo, traffic
         self.device = cargo.device
         self.launched = 0
         # In pinned memory kernels write it where the host reads it without waiting: 1 + the source whose plan

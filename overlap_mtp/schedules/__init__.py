@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.schedules.merged import MergedRoller
 from overlap_mtp.schedules.none import NoneRoller
@@ -54,7 +54,7 @@ def make_roller(
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
     if max_documents < 1:
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")
-    channel = channel_of(cp_group)
+    group = exchange_group_of(cp_group)
     if schedule in _WIRED:
-        return _WIRED[schedule](channel, num_depths, max_documents, transport)
-    return _OTHERS[schedule](channel, num_depths, max_documents)
+        return _WIRED[schedule](group, num_depths, max_documents, transport)
+    return _OTHERS[schedule](group, num_depths, max_documents)

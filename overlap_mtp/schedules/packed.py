@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.select import Flight, Transport, open_transport, shapes_of
 from overlap_mtp.exchange.spec import Cargo
 from overlap_mtp.layout import SequenceLayout
@@ -18,8 +18,8 @@ class WiredRoller(Roller):
 
     overlapped: bool
 
-    def __init__(self, channel: Channel, num_depths: int, max_documents: int, transport: str) -> None:
-        super().__init__(channel, num_depths, max_documents)
+    def __init__(self, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str) -> None:
+        super().__init__(group, num_depths, max_documents)
         self._wanted = transport
         self._transports: dict[object, Transport] = {}
         self._transport: Transport  # for the kind of batch that came last
@@ -41,7 +41,7 @@ class WiredRoller(Roller):
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
                 self._transports[key] = open_transport(
                     self._wanted,
-                    self._channel,
+                    self._group,
                     shapes,
                     cargo,
                     self.traffic,

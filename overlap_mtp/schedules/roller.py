@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import Channel
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.transport import Traffic
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.tensors import INTEGER_VIEW
@@ -84,11 +84,11 @@ class Roller(ABC):
     overlapped = False  # whether its exchanges run beside the current stream
     _wanted = ""  # the transport that was asked for
 
-    def __init__(self, channel: Channel, num_depths: int, max_documents: int) -> None:
+    def __init__(self, group: ExchangeGroup, num_depths: int, max_documents: int) -> None:
         self.num_depths = num_depths
         self.max_documents = max_documents
         self.traffic = Traffic()
-        self._channel = channel
+        self._group = group
         self._current: Signature | None = None  # what all ranks agreed on last
         self._kind: Hashable = None  # of the last batch that passed all checks
         self._closed = False
@@ -157,7 +157,7 @@ class Roller(ABC):
             raise ValueError(f"depth must be in [1, {self.num_depths}] (num_depths), got {depth}")
 
     def _signature(self, batch: Batch, layout: SequenceLayout) -> Signature:
-        check_batch(batch, layout, self._channel)
+        check_batch(batch, layout, self._group)
         self._check_names(batch)
         if layout.is_packed and layout.num_documents > self.max_documents:
             raise ValueError(
@@ -181,10 +181,10 @@ class Roller(ABC):
 
     def _agree(self, signature: Signature | None, error: str | None) -> None:
         """Collective, whenever the signature changes: all ranks learn what each has, and all raise or none."""
-        everyone: list[tuple[Signature | None, str | None]] = [(signature, error)] * self._channel.cp_size
-        if self._channel.cp_size > 1:
-            with self._channel.named_errors(f"the agreement before the first exchange of {self.name!r}"):
-                dist.all_gather_object(everyone, (signature, error), group=self._channel.group)
+        everyone: list[tuple[Signature | None, str | None]] = [(signature, error)] * self._group.cp_size
+        if self._group.cp_size > 1:
+            with self._group.named_errors(f"the agreement before the first exchange of {self.name!r}"):
+                dist.all_gather_object(everyone, (signature, error), group=self._group.group)
         errors = [f"cp rank {rank}: {one}" for rank, (_, one) in enumerate(everyone) if one is not None]
         if errors:
             raise ValueError("; ".join(errors))
@@ -203,13 +203,13 @@ def _kind_of(batch: Batch, layout: SequenceLayout) -> Hashable:
     return tensors, layout.is_packed, layout.kind, layout.cp_size, layout.seq_len
 
 
-def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:
-    """Raises ValueError unless `batch` holds tensors that can be rolled together over this channel."""
+def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> None:
+    """Raises ValueError unless `batch` holds tensors that can be rolled together over this group."""
     if not isinstance(batch, Mapping) or not batch:
         raise ValueError("the batch must be a dict and hold at least one tensor, got none")
-    if layout.cp_size != channel.cp_size:
+    if layout.cp_size != group.cp_size:
         raise ValueError(
-            f"the layout is for cp_size {layout.cp_size}, the cp group has {channel.cp_size} ranks: make the "
+            f"the layout is for cp_size {layout.cp_size}, the cp group has {group.cp_size} ranks: make the "
             "layout with the group's size"
         )
     for name, tensor in batch.items():
@@ -230,11 +230,9 @@ def check_batch(batch: Batch, layout: SequenceLayout, channel: Channel) -> None:
                 f"all tensors must have one shape, got {first_name} {list(first.shape)} and {name} "
                 f"{list(tensor.shape)}"
             )
-        if tensor.device != first.device or (
-            channel.cp_size > 1 and tensor.device.type != channel.device_type
-        ):
+        if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
             raise ValueError(
-                f"{name} must be on one {channel.device_type} device with the other tensors, which is where the "
+                f"{name} must be on one {group.device_type} device with the other tensors, which is where the "
                 f"cp group communicates, got {tensor.device}: move it there"
             )
     if first.numel() == 0:

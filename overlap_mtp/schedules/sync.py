@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import Channel, channel_of
+from overlap_mtp.exchange.group import ExchangeGroup, exchange_group_of
 from overlap_mtp.exchange.spec import fill_of
 from overlap_mtp.exchange.transport import Traffic
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
@@ -84,7 +84,7 @@ class RollByOne:
 
 
 def roll_by_one(
-    tensor: torch.Tensor, steps: RollByOne, fill: int, channel: Channel, traffic: Traffic
+    tensor: torch.Tensor, steps: RollByOne, fill: int, group: ExchangeGroup, traffic: Traffic
 ) -> torch.Tensor:
     """[..., L] -> [..., L], one blocking exchange with each neighbour per document."""
     rolled = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -96,31 +96,31 @@ def roll_by_one(
         received = tensor.new_empty((steps.received.numel(), *tensor.shape[:-1]))
         with span("send-recv"):
             for document, boundary in enumerate(steps.boundaries):
-                with channel.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
-                    _exchange(sent, received, boundary, channel, traffic)
+                with group.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
+                    _exchange(sent, received, boundary, group, traffic)
         rolled[..., steps.received] = received.movedim(0, -1)
     return rolled.index_fill_(-1, steps.empty, fill)
 
 
 def _exchange(
-    sent: torch.Tensor, received: torch.Tensor, boundary: Boundary, channel: Channel, traffic: Traffic
+    sent: torch.Tensor, received: torch.Tensor, boundary: Boundary, group: ExchangeGroup, traffic: Traffic
 ) -> None:
     work: list[dist.Work | None] = []
 
     def send(row: int | None, peer: int) -> None:
         if row is not None:
-            work.append(dist.isend(sent[row], channel.global_rank(peer), group=channel.group))
+            work.append(dist.isend(sent[row], group.global_rank(peer), group=group.group))
             traffic.add(1, sent[row].nbytes)
 
     def receive(row: int | None, peer: int) -> None:
         if row is not None:
-            work.append(dist.irecv(received[row], channel.global_rank(peer), group=channel.group))
+            work.append(dist.irecv(received[row], group.global_rank(peer), group=group.group))
 
     # In this order no two ranks wait for one another: the upper of two sends first, the lower receives first.
-    send(boundary.to_lower, channel.cp_rank - 1)
-    receive(boundary.from_lower, channel.cp_rank - 1)
-    receive(boundary.from_upper, channel.cp_rank + 1)
-    send(boundary.to_upper, channel.cp_rank + 1)
+    send(boundary.to_lower, group.cp_rank - 1)
+    receive(boundary.from_lower, group.cp_rank - 1)
+    receive(boundary.from_upper, group.cp_rank + 1)
+    send(boundary.to_upper, group.cp_rank + 1)
     for one in work:
         assert one is not None
         one.wait()
@@ -129,19 +129,19 @@ def _exchange(
 class SyncRoller(Roller):
     name = "sync"
 
-    def __init__(self, channel: Channel, num_depths: int, max_documents: int) -> None:
-        super().__init__(channel, num_depths, max_documents)
+    def __init__(self, group: ExchangeGroup, num_depths: int, max_documents: int) -> None:
+        super().__init__(group, num_depths, max_documents)
         self._steps: Recent[RollByOne] = Recent()
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         device = next(iter(batch.values())).device
         steps = self._steps.get(
-            (layout.key, device), lambda: RollByOne.of(layout, self._channel.cp_rank, device)
+            (layout.key, device), lambda: RollByOne.of(layout, self._group.cp_rank, device)
         )
 
         def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {
-                name: roll_by_one(tensor, steps, fill_of(name), self._channel, self.traffic)
+                name: roll_by_one(tensor, steps, fill_of(name), self._group, self.traffic)
                 for name, tensor in tensors.items()
             }
 
@@ -160,17 +160,17 @@ def roll_tensor(
     """
     if shifts >= 0:
         raise ValueError(f"shifts must be negative (a roll to the left), got {shifts}")
-    channel = channel_of(cp_group)
+    group = exchange_group_of(cp_group)
     local_len = tensor.shape[dims]
-    if channel.cp_size > 1 and local_len % 2:
+    if group.cp_size > 1 and local_len % 2:
         raise ValueError(
             f"a zigzag shard holds two chunks of one length, got odd length {local_len} along {dims}"
         )
-    kind: Kind = "zigzag" if channel.cp_size > 1 else "contiguous"
-    layout = SequenceLayout.dense(local_len * channel.cp_size, channel.cp_size, kind)
-    steps = RollByOne.of(layout, channel.cp_rank, tensor.device)
+    kind: Kind = "zigzag" if group.cp_size > 1 else "contiguous"
+    layout = SequenceLayout.dense(local_len * group.cp_size, group.cp_size, kind)
+    steps = RollByOne.of(layout, group.cp_rank, tensor.device)
     rolled = tensor.detach().movedim(dims, -1)
     for _ in range(-shifts):
-        rolled = roll_by_one(rolled, steps, 0, channel, Traffic())
+        rolled = roll_by_one(rolled, steps, 0, group, Traffic())
     rolled = rolled.movedim(-1, dims)
     return rolled, rolled.sum(dtype=sum_dtype(tensor.dtype))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.kernels.launch import Grid, Launch, Runner
 
 from cases import NUM_DEPTHS, WIRED, error_of
@@ -234,7 +234,7 @@ def late_rank(world: dist.ProcessGroup) -> str:
     """What the others see of a rank that stays away from the second exchange."""
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=3))
     assert group is not None
-    assert channel_of(group).group is not None
+    assert exchange_group_of(group).group is not None
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
     batch = shards(layout, group, 0)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import make_roller
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.kernels.launch import Launch
 
 from cases import EXCHANGING, NUM_DEPTHS, error_of
@@ -94,7 +94,7 @@ def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
     roller.start(shards(layout, group, 0), layout).at(1)
     torch.cuda.synchronize()
-    side, wrong = channel_of(group).side_stream(device_of(group)), []
+    side, wrong = exchange_group_of(group).side_stream(device_of(group)), []
     for turn in range(6):
         batch = shards(layout, group, turn)
         shapes = [(one.shape, one.dtype) for one in batch.values()]

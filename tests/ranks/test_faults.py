@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 
 from cases import (
     EXCHANGING,
@@ -40,7 +40,7 @@ def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.
     """A cp group with its exchange group made."""
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=timeout_s))
     assert group is not None
-    assert channel_of(group).group is not None
+    assert exchange_group_of(group).group is not None
     return group
 
 

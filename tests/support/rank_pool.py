@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from overlap_mtp.exchange.group import channel_of
+from overlap_mtp.exchange.group import exchange_group_of
 
 # By the server that CPU ranks are forked from: a pool starts in a quarter of a second.
 IMPORTED_ONCE = ["overlap_mtp.training.checkpoint", "overlap_mtp.training.trainer", "hypothesis"]
@@ -132,7 +132,7 @@ def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, di
         if rank < size:
             assert group is not None
             groups[size] = group
-            assert channel_of(group).group is not None
+            assert exchange_group_of(group).group is not None
         else:
             for _ in range(2):
                 dist.new_group([rank], use_local_synchronization=True)
