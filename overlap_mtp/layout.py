@@ -1,8 +1,7 @@
 """Who holds which token: how a sequence is cut over context-parallel (CP) ranks.
 
-Index arithmetic in numpy only; nothing here knows torch.distributed. Every question that the rest of
-the library asks about ownership is answered by `SequenceLayout.runs` (what a rank holds) and
-`SequenceLayout.locate` (who holds a position).
+This is index arithmetic in numpy; nothing here knows torch.distributed. Two methods answer every question about
+ownership: `SequenceLayout.runs` (what a rank holds) and `SequenceLayout.locate` (who holds a position).
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ ArrayOrTensor = TypeVar("ArrayOrTensor", torch.Tensor, npt.NDArray[Any])
 
 @dataclass(frozen=True)
 class Runs:
-    """The stretches of consecutive positions of one document that a rank holds, in the order of its slots.
+    """The runs of consecutive positions that a rank holds, in local order. A run lies in one document.
 
-    All arrays are [num_runs]: `document`, the global positions `begin` <= p < `end` (equal where a document
-    is empty), and the local `slot` of `begin`.
+    All arrays are [num_runs]. A run covers the global positions `begin` <= p < `end` of `document` (none if the
+    document is empty). `local_index` is where `begin` lies on the rank.
     """
 
     document: IntArray
     begin: IntArray
     end: IntArray
-    slot: IntArray
+    local_index: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +58,25 @@ class SequenceLayout:
 
     @classmethod
     def dense(cls, seq_len: int, cp_size: int, kind: Kind = "zigzag") -> SequenceLayout:
-        """One document of `seq_len` tokens in each row of the batch.
+        """Lay out one document of `seq_len` tokens in each row of the batch.
 
-        Raises ValueError where `seq_len` cannot be cut: it must be a multiple of 2 * cp_size (zigzag) or
-        cp_size (contiguous).
+        Args:
+            seq_len: tokens of the whole sequence: a multiple of 2 * cp_size (zigzag) or of cp_size (contiguous).
+            cp_size: how many ranks share the sequence.
+            kind: "zigzag" or "contiguous".
+
+        Returns:
+            The layout.
+
+        Raises:
+            ValueError: if `seq_len` cannot be cut, or a value is out of range.
         """
         _check_cp(cp_size, kind)
-        unit, seq_len = length_unit(cp_size, kind), operator.index(seq_len)
-        if seq_len < 1 or seq_len % unit:
+        multiple, seq_len = length_unit(cp_size, kind), operator.index(seq_len)
+        if seq_len < 1 or seq_len % multiple:
             raise ValueError(
-                f"seq_len must be a positive multiple of {unit} for a {kind} layout with cp_size {cp_size}, "
-                f"got {seq_len}: the next legal length is {max(unit, -(-seq_len // unit) * unit)}; "
+                f"seq_len must be a positive multiple of {multiple} for a {kind} layout with cp_size {cp_size}, "
+                f"got {seq_len}: the next legal length is {max(multiple, -(-seq_len // multiple) * multiple)}; "
                 "pad_documents(...) pads documents to legal lengths"
             )
         return cls(np.array([0, seq_len]), np.array([seq_len]), cp_size, kind, is_packed=False)
@@ -82,15 +89,24 @@ class SequenceLayout:
         kind: Kind = "zigzag",
         valid_lengths: Sequence[int] | npt.NDArray[Any] | torch.Tensor | None = None,
     ) -> SequenceLayout:
-        """Documents laid end to end; the same ones in every row of the batch.
+        """Lay out documents end to end, the same ones in every row of the batch.
 
-        `cu_seqlens` [num_documents + 1] holds the bounds of the documents in the padded stream,
-        `valid_lengths` [num_documents] how many tokens of each are not padding (default: all of them).
-        Keep both on the host: a tensor on a GPU is copied, which waits for the device.
+        Keep the arguments on the host: a tensor on a GPU is copied, which waits for the device.
 
-        Raises ValueError where `cu_seqlens` does not start at 0, decreases, or cannot be cut: zigzag needs
-        every document's padded length to be a multiple of 2 * cp_size, contiguous the stream's length to be
-        one of cp_size.
+        Args:
+            cu_seqlens: integers [num_documents + 1], the bounds of the documents in the padded stream. It starts
+                at 0. Zigzag needs each document's padded length to be a multiple of 2 * cp_size; contiguous needs
+                the stream's length to be a multiple of cp_size.
+            cp_size: how many ranks share the stream.
+            kind: "zigzag" or "contiguous".
+            valid_lengths: integers [num_documents], how many tokens of each document are not padding. Default:
+                all of them.
+
+        Returns:
+            The layout.
+
+        Raises:
+            ValueError: if the bounds decrease, do not start at 0 or cannot be cut, or a length is out of range.
         """
         _check_cp(cp_size, kind)
         bounds = _host_int64(cu_seqlens, "cu_seqlens")
@@ -106,19 +122,19 @@ class SequenceLayout:
                 f"cu_seqlens must not decrease, got {bounds[at]} then {bounds[at + 1]} at entries {at} and "
                 f"{at + 1}: pass the running sum of the padded document lengths"
             )
-        unit = length_unit(cp_size, kind)
-        if kind == "zigzag" and (lengths % unit).any():
-            at = int(np.flatnonzero(lengths % unit)[0])
+        multiple = length_unit(cp_size, kind)
+        if kind == "zigzag" and (lengths % multiple).any():
+            at = int(np.flatnonzero(lengths % multiple)[0])
             raise ValueError(
                 f"document {at} has padded length {lengths[at]}, which a zigzag layout with cp_size {cp_size} "
-                f"cannot cut: it must be a multiple of {unit}, the next is {-(-lengths[at] // unit) * unit}; "
+                f"cannot cut: it must be a multiple of {multiple}, the next is {-(-lengths[at] // multiple) * multiple}; "
                 "pad_documents(...) pads documents to legal lengths"
             )
-        if bounds[-1] < 1 or bounds[-1] % unit:
+        if bounds[-1] < 1 or bounds[-1] % multiple:
             raise ValueError(
-                f"the stream's length (the last entry of cu_seqlens) must be a positive multiple of {unit} for "
+                f"the stream's length (the last entry of cu_seqlens) must be a positive multiple of {multiple} for "
                 f"a {kind} layout with cp_size {cp_size}, got {bounds[-1]}: the next legal length is "
-                f"{max(unit, -(-bounds[-1] // unit) * unit)}; pad_documents(...) pads documents to legal lengths"
+                f"{max(multiple, -(-bounds[-1] // multiple) * multiple)}; pad_documents(...) pads documents to legal lengths"
             )
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
@@ -149,21 +165,21 @@ class SequenceLayout:
 
     @property
     def num_chunks(self) -> int:
-        """The equal chunks that a unit is cut into: a document (zigzag), or the whole stream (contiguous)."""
+        """How many equal chunks a document (zigzag) or the whole stream (contiguous) is cut into."""
         return length_unit(self.cp_size, self.kind)
 
     def held_chunks(self, cp_rank: int) -> tuple[int, ...]:
-        """The chunks of each unit that a rank holds, in the order of its slots."""
+        """The chunks that a rank holds of each document (zigzag) or of the stream (contiguous), in local order."""
         return (cp_rank, self.num_chunks - 1 - cp_rank) if self.kind == "zigzag" else (cp_rank,)
 
     @cached_property
     def valid_ends(self) -> IntArray:
-        """Global position after each document's last valid token, [num_documents]."""
+        """The global position after each document's last valid token, [num_documents]."""
         return self.cu_seqlens[:-1] + self.valid_lengths
 
     @cached_property
     def key(self) -> bytes:
-        """16 bytes that two layouts share if and only if they cut alike (up to a hash collision)."""
+        """16 bytes that two layouts share if they cut the same way, and only then (up to a hash collision)."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.kind},{self.cp_size},{self.is_packed},".encode())
         digest.update(self.cu_seqlens.tobytes())
@@ -171,7 +187,7 @@ class SequenceLayout:
         return digest.digest()
 
     def runs(self, cp_rank: int) -> Runs:
-        """What `cp_rank` holds: two runs a document (zigzag), one for each that it touches (contiguous)."""
+        """The runs of a rank: two for each document (zigzag), or one for each document that it touches (contiguous)."""
         if self.kind == "contiguous":
             first, last = cp_rank * self.local_len, (cp_rank + 1) * self.local_len
             begin = np.maximum(self.cu_seqlens[:-1], first)
@@ -181,12 +197,12 @@ class SequenceLayout:
         start = self.cu_seqlens[:-1, None]  # [num_documents, 1]
         size = np.diff(self.cu_seqlens)[:, None] // (2 * self.cp_size)  # of a chunk
         begin = start + size * np.array([cp_rank, 2 * self.cp_size - 1 - cp_rank])  # [num_documents, 2]
-        slot = start // self.cp_size + size * np.array([0, 1])
+        local_index = start // self.cp_size + size * np.array([0, 1])
         document = np.arange(self.num_documents).repeat(2)
-        return Runs(document, begin.ravel(), (begin + size).ravel(), slot.ravel())
+        return Runs(document, begin.ravel(), (begin + size).ravel(), local_index.ravel())
 
     def locate(self, position: IntArray, document: IntArray) -> tuple[IntArray, IntArray]:
-        """(cp_rank, local slot) of global positions, given the document that each of them lies in."""
+        """(cp_rank, local_index) of global positions, given the document of each."""
         if self.kind == "contiguous":
             return position // self.local_len, position % self.local_len
         start = self.cu_seqlens[document]
@@ -197,28 +213,40 @@ class SequenceLayout:
         return rank, start // self.cp_size + np.where(chunk > mirrored, size, 0) + within
 
     def positions(self, cp_rank: int) -> IntArray:
-        """Global position of each local slot, [local_len]."""
+        """The global position of each local token, [local_len]."""
         self.check_rank(cp_rank)
         if cp_rank not in self._positions:
             runs = self.runs(cp_rank)
-            shift = np.repeat(runs.begin - runs.slot, runs.end - runs.begin)
+            shift = np.repeat(runs.begin - runs.local_index, runs.end - runs.begin)
             self._positions[cp_rank] = np.arange(self.local_len) + shift
         return self._positions[cp_rank]
 
     def offsets(self, cp_rank: int) -> IntArray:
-        """Position within its document of each local slot, [local_len]."""
+        """The position within its document of each local token, [local_len]."""
         runs = self.runs(cp_rank)
         starts = np.repeat(self.cu_seqlens[runs.document], runs.end - runs.begin)
         return self.positions(cp_rank) - starts
 
     def valid(self, cp_rank: int, depth: int = 0) -> npt.NDArray[np.bool_]:
-        """Whether the token `depth` ahead of each local slot is a valid one of its document, [local_len]."""
+        """Whether the token `depth` after each local token is a valid token of the same document, [local_len]."""
         runs = self.runs(cp_rank)
         ends = np.repeat(self.valid_ends[runs.document], runs.end - runs.begin)
         return self.positions(cp_rank) + depth < ends
 
     def shard(self, tensor: ArrayOrTensor, cp_rank: int, dim: int = -1) -> ArrayOrTensor:
-        """The part of a full-length tensor or array that `cp_rank` holds: `dim` shrinks to `local_len`."""
+        """Take the part of a full-length tensor or array that a rank holds.
+
+        Args:
+            tensor: torch tensor or numpy array; dimension `dim` has length `seq_len`.
+            cp_rank: the rank.
+            dim: the sequence dimension.
+
+        Returns:
+            A copy in which `dim` has length `local_len`.
+
+        Raises:
+            ValueError: if `dim` has another length, or there is no such rank.
+        """
         if tensor.shape[dim] != self.seq_len:
             raise ValueError(
                 f"cannot shard: dimension {dim} must have the layout's length {self.seq_len} "
@@ -227,7 +255,18 @@ class SequenceLayout:
         return _take(tensor, self.positions(cp_rank), dim)
 
     def unshard(self, shards: Sequence[ArrayOrTensor], dim: int = -1) -> ArrayOrTensor:
-        """The full-length tensor or array from the shards of ranks 0 .. cp_size - 1: undoes `shard`."""
+        """Undo `shard`.
+
+        Args:
+            shards: one of each rank, in rank order; dimension `dim` has length `local_len`.
+            dim: the sequence dimension.
+
+        Returns:
+            The full-length tensor or array.
+
+        Raises:
+            ValueError: if a shard is missing or has another length.
+        """
         if len(shards) != self.cp_size:
             raise ValueError(f"unshard needs one shard for each of {self.cp_size} ranks, got {len(shards)}")
         for rank, one in enumerate(shards):
@@ -240,7 +279,7 @@ class SequenceLayout:
 
     @cached_property
     def gather_index(self) -> IntArray:
-        """Where each global position stands in the shards laid end to end, [seq_len]."""
+        """The index of each global position in the shards laid end to end, [seq_len]."""
         index = np.empty(self.seq_len, np.int64)
         index[np.concatenate([self.positions(rank) for rank in range(self.cp_size)])] = np.arange(
             self.seq_len
@@ -253,7 +292,7 @@ class SequenceLayout:
 
 
 def length_unit(cp_size: int, kind: Kind) -> int:
-    """Legal lengths are multiples of this: of a document (zigzag) or of the stream (contiguous)."""
+    """What a document's length (zigzag) or the stream's length (contiguous) must be a multiple of."""
     return 2 * cp_size if kind == "zigzag" else cp_size
 
 
@@ -265,12 +304,21 @@ def pad_documents(
     seq_len: int | None = None,
     multiple_of: int = 1,
 ) -> tuple[ArrayOrTensor, SequenceLayout]:
-    """Lays documents of any lengths end to end, padded so that `cp_size` ranks can share them.
+    """Lay documents of any lengths end to end, padded so that the ranks can share them.
 
-    `documents` are 1-D tensors or arrays of one dtype (empty ones are legal). Returns the padded stream
-    [S] and its packed layout, whose `valid_lengths` are the documents' own lengths. `seq_len`, where
-    given, is the length S to reach: what is missing becomes padding of the last document. `multiple_of`: what lengths
-    are padded to besides, so that streams for several cp_size can be made alike.
+    Args:
+        documents: 1-D tensors or arrays of one dtype. Empty ones are legal.
+        cp_size: how many ranks share the stream.
+        kind: "zigzag" or "contiguous".
+        pad_value: what padding holds.
+        seq_len: the length S to reach; the last document gets the padding. Default: the shortest legal length.
+        multiple_of: pad lengths to multiples of this, too. It makes streams for several `cp_size` the same.
+
+    Returns:
+        The padded stream [S], and its packed layout. Its `valid_lengths` are the documents' own lengths.
+
+    Raises:
+        ValueError: if there is no document, a document is not 1-D or has another dtype, or a length is illegal.
     """
     _check_cp(cp_size, kind)
     if not documents:
@@ -286,14 +334,14 @@ def pad_documents(
             raise ValueError(
                 f"documents must be of one dtype, got {example.dtype} and, in document {at}, {one.dtype}"
             )
-    unit = lcm(length_unit(cp_size, kind), multiple_of)
+    multiple = lcm(length_unit(cp_size, kind), multiple_of)
     valid = np.array([one.shape[0] for one in documents])
-    own = unit if kind == "zigzag" else multiple_of
+    own = multiple if kind == "zigzag" else multiple_of
     lengths = -(-valid // own) * own
-    least = max(unit, -(-int(lengths.sum()) // unit) * unit)
-    if seq_len is not None and (seq_len < least or seq_len % unit):
+    least = max(multiple, -(-int(lengths.sum()) // multiple) * multiple)
+    if seq_len is not None and (seq_len < least or seq_len % multiple):
         raise ValueError(
-            f"seq_len must be a multiple of {unit} and at least {least} for these documents, got {seq_len}"
+            f"seq_len must be a multiple of {multiple} and at least {least} for these documents, got {seq_len}"
         )
     lengths[-1] += (seq_len or least) - int(lengths.sum())
     layout = SequenceLayout.packed(np.concatenate([[0], np.cumsum(lengths)]), cp_size, kind, valid)

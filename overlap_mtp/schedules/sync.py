@@ -59,7 +59,7 @@ class RollByOne:
     def of(cls, layout: SequenceLayout, cp_rank: int, device: torch.device) -> RollByOne:
         runs = layout.runs(cp_rank)
         holder, slot = next_tokens(layout, cp_rank)
-        last = runs.slot + (runs.end - runs.begin) - 1  # of each run
+        last = runs.local_index + (runs.end - runs.begin) - 1  # of each run
         wanted = [at for at in range(last.size) if holder[at] not in (cp_rank, NOWHERE)]
         wants = {(int(runs.document[at]), int(holder[at])): i for i, at in enumerate(wanted)}
         gives: dict[tuple[int, int], int] = {}  # (document, neighbour) -> which of the sent tokens
