@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from overlap_mtp import SequenceLayout
-from overlap_mtp.exchange.plan import plan_shape
+from overlap_mtp.exchange.plan import make_plan
 
 Array = npt.NDArray[np.float64]
 TENSORS = 4
@@ -58,7 +58,7 @@ def _shapes(
     """Rows that each rank sends in an exchange, and to whom."""
     seq_len = 2 * cp_size * max(64, depths)
     kind = SequenceLayout.packed([0, seq_len], cp_size) if packed else SequenceLayout.dense(seq_len, cp_size)
-    shapes = (plan_shape(kind, rank, depths, max_documents) for rank in range(cp_size))
+    shapes = (make_plan(kind, rank, depths, max_documents) for rank in range(cp_size))
     return tuple((sum(shape.send_rows), tuple(shape.destinations)) for shape in shapes)
 
 

@@ -1,21 +1,119 @@
-"""What the kernels share: the geometry of a plan (overlap_mtp.exchange.plan), and tensors of several widths."""
+"""What the kernels share: the constants of an exchange, the geometry of a plan, tensors of several widths."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.plan import CU_SEQLENS, FINGERPRINT, NO_DOCUMENT, NUM_DOCUMENTS, SEQ_LEN
+from overlap_mtp.exchange.plan import (
+    CU_SEQLENS,
+    FINGERPRINT,
+    NO_DOCUMENT,
+    NUM_DOCUMENTS,
+    SEQ_LEN,
+    ExchangePlan,
+)
+from overlap_mtp.exchange.spec import ExchangeSpec
 
 FINGERPRINT_AT = tl.constexpr(FINGERPRINT)
 NUM_DOCUMENTS_AT = tl.constexpr(NUM_DOCUMENTS)
 SEQ_LEN_AT = tl.constexpr(SEQ_LEN)
 CU_AT = tl.constexpr(CU_SEQLENS)
-NOWHERE = tl.constexpr(int(NO_DOCUMENT))
+NO_DOCUMENT_AT = tl.constexpr(int(NO_DOCUMENT))
+FLAG_WORDS = 16  # a flag in symmetric memory has a 128-byte line of its own
+
+
+class ExchangeConstants(NamedTuple):
+    """All that is fixed for an exchange. The kernels take it as one constant, `C`."""
+
+    widths: tuple[int, ...]  # the distinct sizes of an element, in bytes
+    num_widths: int
+    num_tensors: int
+    padded_tensors: int  # the next power of two
+    batch_rows: int  # B
+    num_depths: int
+    cp_size: int
+    cp_rank: int
+    num_chunks: int
+    held_chunks: tuple[int, ...]
+    by_document: bool
+    max_documents: int
+    search_steps: int  # of a bisection of max_documents bounds
+    num_send_rows: int
+    max_send_rows: int  # to one peer
+    num_sources: int
+    num_destinations: int
+    routes_at: int  # in the plan's table
+    headers_at: int
+    metadata_len: int  # words of the plan's metadata; the addresses of the tensors and of their rolls follow
+    addresses_end: int  # all words
+    metadata_block: int  # the next power of two
+    is_replayable: bool  # replay_metadata replaces the metadata as soon as it holds some
+    # Symmetric memory only (overlap_mtp.exchange.symmetric.MemoryLayout):
+    num_buffers: int
+    buffer_words: int
+    signals_at: int
+    acknowledgements_at: int
+    is_timed: bool  # timeouts are in ns; otherwise in turns of the waiting loop
+    flag_words: int = FLAG_WORDS
+
+    @classmethod
+    def of(
+        cls,
+        spec: ExchangeSpec,
+        plan: ExchangePlan,
+        is_replayable: bool = False,
+        memory: tuple[int, int, int, int] = (1, 0, 0, 0),
+        is_timed: bool = True,
+    ) -> ExchangeConstants:
+        """Collect the constants of one rank's exchanges.
+
+        Args:
+            spec: which tensors.
+            plan: of this rank.
+            is_replayable: for exchanges that are captured in a CUDA graph.
+            memory: num_buffers, buffer_words, signals_at and acknowledgements_at of the symmetric memory.
+            is_timed: False under the interpreter, which has no clock.
+
+        Returns:
+            The constants.
+        """
+        widths = tuple(sorted(set(spec.widths)))
+        tensors = len(spec.names)
+        addresses_end = plan.metadata_len + tensors * (1 + plan.num_depths)
+        return cls(
+            widths,
+            len(widths),
+            tensors,
+            triton.next_power_of_2(tensors),
+            spec.batch_rows,
+            plan.num_depths,
+            plan.cp_size,
+            plan.cp_rank,
+            plan.num_chunks,
+            plan.held_chunks,
+            plan.by_document,
+            plan.max_documents,
+            (plan.max_documents - 1).bit_length(),
+            plan.num_send_rows,
+            max(plan.send_rows),
+            len(plan.sources),
+            len(plan.destinations),
+            plan.routes_at,
+            plan.headers_at,
+            plan.metadata_len,
+            addresses_end,
+            triton.next_power_of_2(addresses_end),
+            is_replayable,
+            *memory,
+            is_timed,
+        )
 
 
 @triton.jit
-def typed(address, WIDTH: tl.constexpr):
+def as_pointer(address, WIDTH: tl.constexpr):
     """Addresses as pointers to integers of WIDTH bytes."""
     if WIDTH == 8:
         pointer = address.to(tl.pointer_type(tl.int64))
@@ -29,19 +127,30 @@ def typed(address, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_words(addresses, offset, widths, mask, other, WIDTHS: tl.constexpr, NUM_WIDTHS: tl.constexpr):
-    """int64 [N, BLOCK]: element `offset` [BLOCK] of the N tensors at `addresses`, where `mask` [N, BLOCK]."""
-    words = other
-    for w in tl.static_range(NUM_WIDTHS):
-        here = mask & (widths == WIDTHS[w])[:, None]
-        pointer = typed(addresses[:, None] + offset[None, :] * WIDTHS[w], WIDTHS[w])
-        words = tl.where(here, tl.load(pointer, mask=here, other=0).to(tl.int64), words)
-    return words
+def metadata_of(host_metadata, replay_metadata, C: tl.constexpr):
+    """Where to read the metadata: in the host's memory, or the one that replaces it in replays."""
+    source = host_metadata
+    if C.is_replayable:
+        source = tl.where(tl.load(replay_metadata + FINGERPRINT_AT) >= 0, replay_metadata, host_metadata)
+    return source
+
+
+@triton.jit
+def copy_metadata(source, target, C: tl.constexpr):
+    at = tl.arange(0, C.metadata_block)
+    inside = at < C.addresses_end
+    tl.store(target + at, tl.load(source + at, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def local_len_of(metadata, C: tl.constexpr):
+    """Tokens that each rank holds. 32 bits: 64-bit divisions are slow."""
+    return tl.load(metadata + SEQ_LEN_AT).to(tl.int32) // C.cp_size
 
 
 @triton.jit
 def last_at_or_below(bounds, value, COUNT: tl.constexpr, STEPS: tl.constexpr):
-    """The last of COUNT rising bounds that is <= value [BLOCK], by bisection in STEPS steps; the first one is."""
+    """The last of COUNT rising bounds that is <= value [BLOCK]. The first bound must be. Bisects in STEPS steps."""
     found = tl.zeros_like(value).to(tl.int32)
     for step in tl.static_range(STEPS):
         candidate = found + (1 << (STEPS - 1 - step))
@@ -49,21 +158,3 @@ def last_at_or_below(bounds, value, COUNT: tl.constexpr, STEPS: tl.constexpr):
         bound = tl.load(bounds + candidate, mask=known, other=0)
         found = tl.where(known & (bound <= value), candidate, found)
     return found
-
-
-@triton.jit
-def slot_of_row(record, table, row, inside, NUM_ROWS, NUM_CHUNKS, CP_SIZE, BY_DOCUMENT: tl.constexpr):
-    """(local slot that an outgoing row carries, whether it carries one, whether it is a header), [BLOCK] each."""
-    unit = tl.load(table + row, mask=inside, other=0)
-    held = tl.load(table + NUM_ROWS + row, mask=inside, other=0)
-    offset = tl.load(table + 2 * NUM_ROWS + row, mask=inside, other=0)
-    used = inside & (unit >= 0)
-    if BY_DOCUMENT:
-        start = tl.load(record + CU_AT + unit, mask=used, other=0).to(tl.int32)  # 64-bit divisions are slow
-        end = tl.load(record + CU_AT + unit + 1, mask=used, other=0).to(tl.int32)
-    else:
-        start = tl.zeros_like(unit)
-        end = start + tl.load(record + SEQ_LEN_AT).to(tl.int32)
-    size = (end - start) // NUM_CHUNKS
-    slot = start // CP_SIZE + held * size + offset
-    return slot, used & (end < NOWHERE) & (offset < size), inside & (unit < 0)

@@ -1,6 +1,6 @@
-"""Packs the tokens that peers need straight into the peers' memory, and says so: one launch.
+"""Pack the tokens that peers need straight into the peers' memory, and signal it: one launch.
 
-One program a peer, and one that keeps the record for the unroll.
+There is one program for each peer, and one more that copies the metadata for the unroll.
 """
 
 from __future__ import annotations
@@ -9,154 +9,93 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.plan import DONE, EPOCH, PlanShape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.kernels.common import NUM_DOCUMENTS_AT, typed
+from overlap_mtp.exchange.plan import DONE, SEQ_NO
+from overlap_mtp.kernels.common import (
+    NUM_DOCUMENTS_AT,
+    ExchangeConstants,
+    as_pointer,
+    copy_metadata,
+    metadata_of,
+)
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.kernels.pack import copy_words, gather_constants, gather_rows, put_rows, source_of
-from overlap_mtp.kernels.signals import flag_at, raise_flag, wait_for
+from overlap_mtp.kernels.pack import gather_rows, store_rows
+from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 
-EPOCH_AT = tl.constexpr(EPOCH)
+SEQ_NO_AT = tl.constexpr(SEQ_NO)
 DONE_AT = tl.constexpr(DONE)
-PEER_WORDS = (
-    5  # of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a unit
-)
-PEER_WORDS_ = tl.constexpr(PEER_WORDS)
-MOST_WORDS = (
-    512  # that a program of 4 warps gathers at a time: with more it needs registers that are seldom free
-)
-LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `trouble` for it
+# Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
+PEER_WORDS = tl.constexpr(5)
+MAX_WORDS = 512  # that a program of 4 warps gathers at a time: more would take registers that are seldom free
+LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `error_flags` for it
 
 
 @triton.jit
-def put_kernel(
-    given,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], may be pinned host memory
-    override,  # like `given`, on the device
-    record,  # the same
-    table,
-    cargo,
-    peers,  # int64 [destinations, PEER_WORDS]
+def put_pack_kernel(
+    host_metadata,  # int64 [addresses_end], may be pinned host memory
+    replay_metadata,  # the same, on the device
+    metadata,  # the same, written here
+    plan_table,
+    tensor_table,
+    peers,  # int64 [num_destinations, PEER_WORDS]
     memory,  # this rank's symmetric memory
-    epochs,  # int64 [NUM_DESTINATIONS + 1], a program's own each
-    trouble,
-    patience,  # int64 [1], 0 once something has failed
-    WIDTHS: tl.constexpr,
-    NUM_WIDTHS: tl.constexpr,
-    NUM_TENSORS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BATCH: tl.constexpr,
-    NUM_ROWS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    CP_SIZE: tl.constexpr,
-    BY_DOCUMENT: tl.constexpr,
-    RECORD_LEN: tl.constexpr,
-    OVERRIDABLE: tl.constexpr,
-    COPY_BLOCK: tl.constexpr,
-    CP_RANK: tl.constexpr,
-    NUM_DESTINATIONS: tl.constexpr,
-    RING: tl.constexpr,
-    SLOT_WORDS: tl.constexpr,
-    SIGNALS_AT: tl.constexpr,
-    ACKNOWLEDGEMENTS_AT: tl.constexpr,
-    TIMED: tl.constexpr,
+    seq_nos,  # int64 [num_destinations + 1], one for each program
+    error_flags,
+    timeout,  # int64 [1], 0 after something has failed
+    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    source = source_of(given, override, OVERRIDABLE)
-    epoch = tl.load(epochs + program) + 1
-    if program == NUM_DESTINATIONS:
-        copy_words(source, record, RECORD_LEN + 2 * NUM_TENSORS, COPY_BLOCK)
+    source = metadata_of(host_metadata, replay_metadata, C)
+    seq_no = tl.load(seq_nos + program) + 1
+    if program == C.num_destinations:
+        copy_metadata(source, metadata, C)
         tl.debug_barrier()
-        tl.store(record + EPOCH_AT, epoch)
-        tl.store(record + DONE_AT, tl.zeros_like(epoch))
+        tl.store(metadata + SEQ_NO_AT, seq_no)
+        tl.store(metadata + DONE_AT, tl.zeros_like(seq_no))
     else:
-        peer = peers + program * PEER_WORDS_
+        peer = peers + program * PEER_WORDS
         rank = tl.load(peer + 1)
         first = tl.load(peer + 3)
-        units = 1
-        if BY_DOCUMENT:
-            units = tl.load(source + NUM_DOCUMENTS_AT).to(tl.int32)
-        rows = 1 + units * tl.load(peer + 4).to(
+        sequences = 1
+        if C.by_document:
+            sequences = tl.load(source + NUM_DOCUMENTS_AT).to(tl.int32)
+        rows = 1 + sequences * tl.load(peer + 4).to(
             tl.int32
-        )  # those in use: the header and the units that there are
+        )  # in use: the header and the sequences of this batch
         row = tl.arange(0, BLOCK)
-        words = gather_rows(
-            source,
-            table,
-            cargo,
-            first + row,
-            row < rows,
-            0,
-            WIDTHS,
-            NUM_WIDTHS,
-            NUM_TENSORS,
-            PADDED,
-            NUM_ROWS,
-            NUM_CHUNKS,
-            CP_SIZE,
-            BY_DOCUMENT,
-            RECORD_LEN,
-        )
-        slot = epoch % RING
-        # The peer has read what was last put into this slot of its memory.
-        free = flag_at(memory + ACKNOWLEDGEMENTS_AT, slot, rank, CP_SIZE)
-        if wait_for(free, epoch - RING, tl.load(patience), TIMED):
-            theirs = typed(tl.load(peer), 8)
-            wire = theirs + slot * SLOT_WORDS + tl.load(peer + 2) * (NUM_TENSORS * BATCH)
-            put_rows(words, wire, row, row < rows, 0, NUM_TENSORS, PADDED, BATCH)
-            for turn in range(1, BATCH * tl.cdiv(rows, BLOCK)):
-                row = turn // BATCH * BLOCK + tl.arange(0, BLOCK)
-                words = gather_rows(
-                    source,
-                    table,
-                    cargo,
-                    first + row,
-                    row < rows,
-                    turn % BATCH,
-                    WIDTHS,
-                    NUM_WIDTHS,
-                    NUM_TENSORS,
-                    PADDED,
-                    NUM_ROWS,
-                    NUM_CHUNKS,
-                    CP_SIZE,
-                    BY_DOCUMENT,
-                    RECORD_LEN,
-                )
-                put_rows(words, wire, row, row < rows, turn % BATCH, NUM_TENSORS, PADDED, BATCH)
-            raise_flag(flag_at(theirs + SIGNALS_AT, slot, CP_RANK, CP_SIZE), epoch)
+        words = gather_rows(source, plan_table, tensor_table, first + row, row < rows, 0, C)
+        # The peer must have read what was last put into this buffer.
+        free = flag_of(memory + C.acknowledgements_at, seq_no, rank, C)
+        if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.is_timed):
+            theirs = as_pointer(tl.load(peer), 8)
+            buffer = theirs + seq_no % C.num_buffers * C.buffer_words
+            buffer += tl.load(peer + 2) * (C.num_tensors * C.batch_rows)
+            store_rows(words, buffer, row, row < rows, 0, C)
+            for turn in range(1, C.batch_rows * tl.cdiv(rows, BLOCK)):
+                b = turn % C.batch_rows
+                row = turn // C.batch_rows * BLOCK + tl.arange(0, BLOCK)
+                words = gather_rows(source, plan_table, tensor_table, first + row, row < rows, b, C)
+                store_rows(words, buffer, row, row < rows, b, C)
+            signal(flag_of(theirs + C.signals_at, seq_no, C.cp_rank, C), seq_no)
         else:
-            tl.store(trouble + LATE_ACKNOWLEDGEMENT, (1 + rank).to(tl.int32))
-            tl.store(patience, tl.zeros_like(epoch))
-    tl.store(epochs + program, epoch)
+            tl.store(error_flags + LATE_ACKNOWLEDGEMENT, (1 + rank).to(tl.int32))
+            tl.store(timeout, tl.zeros_like(seq_no))
+    tl.store(seq_nos + program, seq_no)
 
 
-def put(
-    buffers: tuple[torch.Tensor, ...],
-    shape: PlanShape,
-    cargo: Cargo,
-    constants: dict[str, object],
-    overridable: bool = False,
-    block: int | None = None,
-) -> Launch:
-    """A launch that packs as `overlap_mtp.kernels.reference.pack` does, into the memory of the peers.
+def put_pack(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, block: int = 0) -> Launch:
+    """Bind the put_pack kernel to its buffers. `overlap_mtp.kernels.reference.put_pack` is the same in plain torch.
 
-    `buffers` are the first ten arguments of `put_kernel`, of which `overlap_mtp.kernels.pack.pack` describes the
-    first five; `constants` are those of SymmetricLayout. `block`: rows that a program gathers at a time, by default a
-    whole message, as far as registers go.
+    Args:
+        buffers: the first ten arguments of `put_pack_kernel`. `overlap_mtp.kernels.pack.pack` describes the first
+            five; overlap_mtp.exchange.symmetric describes the others.
+        constants: of the exchange.
+        block: rows that a program gathers at a time. Default: the whole message, as far as registers go.
+
+    Returns:
+        The launch.
     """
-    if block is None:
-        words = triton.next_power_of_2(len(cargo.names))
-        block = max(16, min(triton.next_power_of_2(max(shape.send_rows)), MOST_WORDS // words))
-    return Launch(
-        put_kernel,
-        buffers,
-        (len(shape.destinations) + 1, 1, 1),
-        **gather_constants(shape, cargo),
-        OVERRIDABLE=overridable,
-        COPY_BLOCK=triton.next_power_of_2(shape.record_len + 2 * len(cargo.names)),
-        CP_RANK=shape.cp_rank,
-        NUM_DESTINATIONS=len(shape.destinations),
-        **constants,
-        BLOCK=block,
-    )
+    if not block:
+        longest = triton.next_power_of_2(max(1, constants.max_send_rows))
+        block = max(16, min(longest, MAX_WORDS // constants.padded_tensors))
+    return Launch(put_pack_kernel, buffers, (constants.num_destinations + 1, 1, 1), C=constants, BLOCK=block)

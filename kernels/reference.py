@@ -1,101 +1,186 @@
-"""The kernels in plain torch, on any device. What the Triton kernels must equal, bit for bit, and what runs where
-there is no GPU."""
+"""The four kernels in plain torch, on any device. The Triton kernels must equal them bit for bit.
+
+`pack` and `unroll` also serve exchanges between CPU ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from overlap_mtp.exchange.plan import CU_SEQLENS, FINGERPRINT, HEADER, NUM_DOCUMENTS, SEQ_LEN, PlanShape
+from overlap_mtp.exchange.plan import CU_SEQLENS, FINGERPRINT, HEADER, NUM_DOCUMENTS, SEQ_LEN, ExchangePlan
+
+if TYPE_CHECKING:  # triton is not needed here
+    from overlap_mtp.kernels.common import ExchangeConstants
 
 
 def pack(
-    tensors: Sequence[torch.Tensor],
-    record: torch.Tensor,
-    table: torch.Tensor,
-    shape: PlanShape,
-    wire: torch.Tensor,
+    tensors: Sequence[torch.Tensor], metadata: torch.Tensor, plan: ExchangePlan, send_buffer: torch.Tensor
 ) -> None:
-    """Gathers the tokens that peers need into the outgoing wire.
+    """Gather the tokens that peers need into the send buffer.
 
-    `tensors`: [B, L] each, viewed as integers of their own width; `record`: the batch's, int64 (exchange.plan);
-    `table`: PlanShape.table; `wire`: int64 [num_send_rows, len(tensors) * B], written whole.
+    Args:
+        tensors: [B, L] each, viewed as integers of their own width.
+        metadata: of the batch, int64 (overlap_mtp.exchange.plan).
+        plan: of this rank.
+        send_buffer: int64 [num_send_rows, len(tensors) * B]. It is written whole.
     """
-    unit, held, offset = table[: shape.routes_at].view(3, -1).long().unbind()
-    units = record[NUM_DOCUMENTS] if shape.by_document else 1
-    used = (unit >= 0) & (unit < units)
-    start, size = _units(record, torch.where(used, unit, 0), shape)
-    used &= offset < size
-    slot = torch.where(used, start // shape.cp_size + held * size + offset, 0)
+    sequence, held, offset = torch.from_numpy(plan.table[: plan.routes_at]).view(3, -1).long().unbind()
+    sequences = metadata[NUM_DOCUMENTS] if plan.by_document else 1
+    used = (sequence >= 0) & (sequence < sequences)
+    start, chunk_len = _bounds(metadata, torch.where(used, sequence, 0), plan)
+    used &= offset < chunk_len
+    local_index = torch.where(used, start // plan.cp_size + held * chunk_len + offset, 0)
     tokens = torch.cat([t.long() for t in tensors])  # [len(tensors) * B, L]
-    wire.copy_(torch.where(used, tokens[:, slot], 0).T)
-    wire[unit == HEADER] = record[FINGERPRINT]
+    send_buffer.copy_(torch.where(used, tokens[:, local_index], 0).T)
+    send_buffer[sequence == HEADER] = metadata[FINGERPRINT]
 
 
 def unroll(
     tensors: Sequence[torch.Tensor],
     outputs: Sequence[Sequence[torch.Tensor]],
     fills: Sequence[int],
-    record: torch.Tensor,
-    table: torch.Tensor,
-    shape: PlanShape,
-    wire: torch.Tensor,
-    trouble: torch.Tensor,
+    metadata: torch.Tensor,
+    plan: ExchangePlan,
+    recv_buffer: torch.Tensor,
+    error_flags: torch.Tensor,
 ) -> None:
-    """Writes every tensor's rolls of depths 1 .. num_depths.
+    """Write the rolls of every tensor, depths 1 .. num_depths.
 
-    `tensors`: [B, L] each and `outputs`: one [B, L] for each tensor and depth, viewed as integers of their own
-    width; `fills`: what a token past its document's end becomes, in the same view; `wire`: the received int64
-    [num_recv_rows, len(tensors) * B]; `trouble`: int32, whose first word becomes 1 + i where the header of the i-th
-    source is not this plan's fingerprint. The others are those of `pack`.
+    Args:
+        tensors: as for `pack`.
+        outputs: one [B, L] for each tensor and depth, viewed as integers of their own width.
+        fills: for each tensor, what a token past its document's end becomes, as such an integer.
+        metadata: as for `pack`.
+        plan: of this rank.
+        recv_buffer: int64 [num_recv_rows, len(tensors) * B].
+        error_flags: int32. Its first word becomes 1 + i if the header of the i-th source is not this fingerprint.
     """
     rows, length = tensors[0].shape
-    source = sources(record, table, shape, length)
+    source = sources(metadata, plan, length)
     for index, (tensor, fill) in enumerate(zip(tensors, fills, strict=True)):
-        received = wire[:, index * rows : (index + 1) * rows].T.to(tensor.dtype)
+        received = recv_buffer[:, index * rows : (index + 1) * rows].T.to(tensor.dtype)
         known = torch.cat([tensor, received, tensor.new_full((rows, 1), fill)], dim=1)
-        for depth in range(shape.num_depths):
+        for depth in range(plan.num_depths):
             outputs[index][depth].copy_(known[:, source[depth]])  # -1: the last column
-    headers = table[shape.headers_at :].long()
-    wrong = torch.nonzero(wire[headers, 0] != record[FINGERPRINT])
+    headers = torch.from_numpy(plan.table[plan.headers_at :]).long()
+    wrong = torch.nonzero(recv_buffer[headers, 0] != metadata[FINGERPRINT])
     if wrong.numel():
-        trouble[0] = 1 + int(wrong[-1])
+        error_flags[0] = 1 + int(wrong[-1])
 
 
-def sources(record: torch.Tensor, table: torch.Tensor, shape: PlanShape, length: int) -> torch.Tensor:
-    """Where the token `depth` ahead of each slot is: a slot; L + a row of the incoming wire; -1. [num_depths, L]"""
-    documents = int(record[NUM_DOCUMENTS])
-    begins = record[CU_SEQLENS : CU_SEQLENS + documents]
-    slot = torch.arange(length)
-    if shape.by_document:
-        unit = torch.searchsorted(begins, slot * shape.cp_size, right=True) - 1
+def put_pack(
+    tensors: Sequence[torch.Tensor],
+    metadata: torch.Tensor,
+    plans: Sequence[ExchangePlan],
+    memories: Sequence[torch.Tensor],
+    seq_no: int,
+    constants: ExchangeConstants,
+) -> None:
+    """Pack into the peers' memory and signal it. The peers must have acknowledged the exchange before in the buffer.
+
+    Args:
+        tensors: as for `pack`.
+        metadata: as for `pack`.
+        plans: of all ranks.
+        memories: the symmetric memory of all ranks, int64.
+        seq_no: the number of the exchange, 1 for the first.
+        constants: of this rank.
+    """
+    plan = plans[constants.cp_rank]
+    send_buffer = metadata.new_zeros(plan.num_send_rows, len(tensors) * tensors[0].shape[0])
+    pack(tensors, metadata, plan, send_buffer)
+    for peer in plan.destinations:
+        message = send_buffer[plan.first_send_row(peer) :][: plan.send_rows[peer]]
+        first = plans[peer].first_recv_row(plan.cp_rank)
+        _buffer(memories[peer], seq_no, constants, send_buffer.shape[1])[first : first + len(message)] = (
+            message
+        )
+        memories[peer][_flag_at(constants.signals_at, seq_no, plan.cp_rank, constants)] = seq_no
+
+
+def wait_unroll(
+    tensors: Sequence[torch.Tensor],
+    outputs: Sequence[Sequence[torch.Tensor]],
+    fills: Sequence[int],
+    metadata: torch.Tensor,
+    plan: ExchangePlan,
+    memories: Sequence[torch.Tensor],
+    seq_no: int,
+    constants: ExchangeConstants,
+    error_flags: torch.Tensor,
+) -> None:
+    """Unroll from this rank's memory and acknowledge it. All sources must have signalled.
+
+    Args: as for `unroll` and `put_pack`.
+    """
+    memory = memories[plan.cp_rank]
+    for source in plan.sources:
+        assert memory[_flag_at(constants.signals_at, seq_no, source, constants)] >= seq_no
+    words = len(tensors) * tensors[0].shape[0]
+    recv_buffer = _buffer(memory, seq_no, constants, words)[: plan.num_recv_rows]
+    unroll(tensors, outputs, fills, metadata, plan, recv_buffer, error_flags)
+    for source in plan.sources:
+        at = _flag_at(constants.acknowledgements_at, seq_no, plan.cp_rank, constants)
+        memories[source][at] = seq_no
+
+
+def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Tensor:
+    """Find where the token `depth` after each local token is.
+
+    Args:
+        metadata: as for `pack`.
+        plan: of this rank.
+        length: local tokens L.
+
+    Returns:
+        int64 [num_depths, L]: a local_index; L + a received row; or -1 if there is no such token.
+    """
+    documents = int(metadata[NUM_DOCUMENTS])
+    begins = metadata[CU_SEQLENS : CU_SEQLENS + documents]
+    local_index = torch.arange(length)
+    if plan.by_document:
+        sequence = torch.searchsorted(begins, local_index * plan.cp_size, right=True) - 1
     else:
-        unit = torch.zeros_like(slot)
-    start, size = _units(record, unit, shape)
-    size = size.clamp(min=1)
-    within = slot - start // shape.cp_size
-    held = (within // size).clamp(max=shape.num_held - 1)
-    offset = within - held * size
-    position = start + torch.tensor(shape.held_chunks)[held] * size + offset
-    document = unit if shape.by_document else torch.searchsorted(begins, position, right=True) - 1
-    valid_end = record[shape.valid_ends_at + document]
+        sequence = torch.zeros_like(local_index)
+    start, chunk_len = _bounds(metadata, sequence, plan)
+    chunk_len = chunk_len.clamp(min=1)
+    within = local_index - start // plan.cp_size
+    held = (within // chunk_len).clamp(max=plan.num_held - 1)
+    offset = within - held * chunk_len
+    position = start + torch.tensor(plan.held_chunks)[held] * chunk_len + offset
+    document = sequence if plan.by_document else torch.searchsorted(begins, position, right=True) - 1
+    valid_end = metadata[plan.valid_ends_at + document]
 
-    depth = torch.arange(1, shape.num_depths + 1)[:, None]
+    depth = torch.arange(1, plan.num_depths + 1)[:, None]
     ahead = offset + depth  # [num_depths, L]
-    gap = ahead // size
-    beyond = ahead - gap * size
-    routes = table[shape.routes_at : shape.headers_at].view(shape.num_held, -1, 2).long()
-    code, stride = routes[held, gap].unbind(-1)
-    here = start // shape.cp_size + (-1 - code) * size + beyond
-    there = length + code + unit * stride + beyond
+    chunk_distance = ahead // chunk_len
+    beyond = ahead - chunk_distance * chunk_len
+    routes = torch.from_numpy(plan.table[plan.routes_at : plan.headers_at]).view(plan.num_held, -1, 2).long()
+    code, stride = routes[held, chunk_distance].unbind(-1)
+    here = start // plan.cp_size + (-1 - code) * chunk_len + beyond
+    there = length + code + sequence * stride + beyond
     return torch.where(position + depth < valid_end, torch.where(code < 0, here, there), -1)
 
 
-def _units(record: torch.Tensor, unit: torch.Tensor, shape: PlanShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """(start, chunk size) of units."""
-    if shape.by_document:
-        start, end = record[CU_SEQLENS + unit], record[CU_SEQLENS + 1 + unit]
+def _bounds(
+    metadata: torch.Tensor, sequence: torch.Tensor, plan: ExchangePlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(start, chunk length) of sequences."""
+    if plan.by_document:
+        start, end = metadata[CU_SEQLENS + sequence], metadata[CU_SEQLENS + 1 + sequence]
     else:
-        start, end = torch.zeros_like(unit), record[SEQ_LEN].expand_as(unit)
-    return start, (end - start) // shape.num_chunks
+        start, end = torch.zeros_like(sequence), metadata[SEQ_LEN].expand_as(sequence)
+    return start, (end - start) // plan.num_chunks
+
+
+def _buffer(memory: torch.Tensor, seq_no: int, constants: ExchangeConstants, words: int) -> torch.Tensor:
+    """The rows of an exchange's buffer, [rows, words]."""
+    at = seq_no % constants.num_buffers * constants.buffer_words
+    return memory[at : at + constants.buffer_words // words * words].view(-1, words)
+
+
+def _flag_at(flags_at: int, seq_no: int, rank: int, constants: ExchangeConstants) -> int:
+    return flags_at + (seq_no % constants.num_buffers * constants.cp_size + rank) * constants.flag_words

@@ -1,4 +1,4 @@
-"""Flags in symmetric memory: how one rank's kernel tells another's that something is there, or is free again."""
+"""Flags in symmetric memory: how one rank's kernel tells another's that data is there, or that a buffer is free."""
 
 from __future__ import annotations
 
@@ -6,36 +6,33 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-WORDS = 16  # a flag has a 128-byte line of its own
-FLAG_WORDS = tl.constexpr(WORDS)
+
+@triton.jit
+def flag_of(flags, seq_no, rank, C: tl.constexpr):
+    """The flag of an exchange's buffer and a cp rank."""
+    return flags + (seq_no % C.num_buffers * C.cp_size + rank) * C.flag_words
 
 
 @triton.jit
-def flag_at(flags, slot, rank, CP_SIZE: tl.constexpr):
-    """The flag of a ring slot and a cp rank."""
-    return flags + (slot * CP_SIZE + rank) * FLAG_WORDS
-
-
-@triton.jit
-def raise_flag(flag, epoch):
-    """Makes all that this program has written visible to whoever then sees the flag at `epoch`."""
+def signal(flag, seq_no):
+    """Set a flag to `seq_no`. Who sees it sees all that this program has written before."""
     tl.debug_barrier()  # without it triton 3.6 lets one warp release before the others have stored
-    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    tl.atomic_xchg(flag, seq_no, sem="release", scope="sys")
 
 
 @triton.jit
-def wait_for(flag, epoch, patience, TIMED: tl.constexpr):
-    """Spins until the flag has reached `epoch`; False where it has not after `patience` (ns, or turns)."""
+def wait_signal(flag, seq_no, timeout, IS_TIMED: tl.constexpr):
+    """Wait until a flag has reached `seq_no`. False if it has not after `timeout` (ns, or turns of the loop)."""
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    waited = tl.zeros_like(patience)
+    waited = tl.zeros_like(timeout)
     begin = waited
-    if TIMED:
+    if IS_TIMED:
         begin = globaltimer()
-    while (seen < epoch) & (waited < patience):
+    while (seen < seq_no) & (waited < timeout):
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        if TIMED:
+        if IS_TIMED:
             waited = globaltimer() - begin
         else:
             waited += 1
     tl.debug_barrier()
-    return seen >= epoch
+    return seen >= seq_no

@@ -1,4 +1,4 @@
-"""Waits for what the peers have put, unrolls it, and tells them that their slots are free: one launch."""
+"""Wait for what the peers have put, unroll it, and tell them that their buffers are free: one launch."""
 
 from __future__ import annotations
 
@@ -6,169 +6,92 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.plan import DONE, PlanShape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.kernels.common import typed
+from overlap_mtp.kernels.common import ExchangeConstants, as_pointer
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.kernels.put_pack import EPOCH_AT
-from overlap_mtp.kernels.signals import flag_at, raise_flag, wait_for
-from overlap_mtp.kernels.unroll import check_headers, find_sources, remember, roll_constants, store_rolls
+from overlap_mtp.kernels.put_pack import DONE_AT, SEQ_NO_AT
+from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
+from overlap_mtp.kernels.unroll import check_headers, find_sources, keep_for_replays, store_rolls
 
-DONE_AT = tl.constexpr(DONE)
-LATE_TOKENS = tl.constexpr(1)  # the word of `trouble` for them
-SOURCE_WORDS = 2  # of `sources`: address of its memory, its cp rank
-SOURCE_WORDS_ = tl.constexpr(SOURCE_WORDS)
+LATE_TOKENS = tl.constexpr(1)  # the word of `error_flags` for them
+SOURCE_WORDS = tl.constexpr(2)  # of `sources`: address of its memory, its cp rank
 
 
 @triton.jit
-def acknowledge(
-    sources,
-    epoch,
-    NUM_SOURCES: tl.constexpr,
-    CP_SIZE: tl.constexpr,
-    CP_RANK: tl.constexpr,
-    RING: tl.constexpr,
-    AT: tl.constexpr,
-):
-    """Tells all sources that what they put at `epoch` has been read."""
+def acknowledge_all(sources, seq_no, C: tl.constexpr):
+    """Tell all sources that what they put for exchange `seq_no` has been read."""
+    NUM_SOURCES: tl.constexpr = C.num_sources
     for s in tl.static_range(NUM_SOURCES):
-        theirs = typed(tl.load(sources + s * SOURCE_WORDS_), 8)
-        raise_flag(flag_at(theirs + AT, epoch % RING, CP_RANK, CP_SIZE), epoch)
+        theirs = as_pointer(tl.load(sources + s * SOURCE_WORDS), 8)
+        signal(flag_of(theirs + C.acknowledgements_at, seq_no, C.cp_rank, C), seq_no)
 
 
 @triton.jit
-def take_kernel(
-    record,  # int64 [RECORD_LEN + 2 * NUM_TENSORS], as `put` left it
-    override,
-    table,
-    cargo,
-    sources,  # int64 [NUM_SOURCES, SOURCE_WORDS]
+def wait_unroll_kernel(
+    metadata,  # int64 [addresses_end], as `put_pack` left it
+    replay_metadata,
+    plan_table,
+    tensor_table,
+    sources,  # int64 [num_sources, SOURCE_WORDS]
     memory,  # this rank's symmetric memory
-    trouble,
-    patience,  # int64 [1], 0 once something has failed
-    OVERRIDABLE: tl.constexpr,
-    CP_RANK: tl.constexpr,
-    RING: tl.constexpr,
-    SLOT_WORDS: tl.constexpr,
-    SIGNALS_AT: tl.constexpr,
-    ACKNOWLEDGEMENTS_AT: tl.constexpr,
-    TIMED: tl.constexpr,
-    ROUTES_AT: tl.constexpr,
-    HEADERS_AT: tl.constexpr,
-    NUM_SOURCES: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    NUM_WIDTHS: tl.constexpr,
-    NUM_TENSORS: tl.constexpr,
-    BATCH: tl.constexpr,
-    NUM_DEPTHS: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    CP_SIZE: tl.constexpr,
-    HELD_CHUNKS: tl.constexpr,
-    BY_DOCUMENT: tl.constexpr,
-    MAX_DOCUMENTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    RECORD_LEN: tl.constexpr,
-    COPY_BLOCK: tl.constexpr,
+    error_flags,
+    timeout,  # int64 [1], 0 after something has failed
+    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    source, is_held, is_received = find_sources(
-        record,
-        table + ROUTES_AT,
-        NUM_DEPTHS,
-        NUM_CHUNKS,
-        CP_SIZE,
-        HELD_CHUNKS,
-        BY_DOCUMENT,
-        MAX_DOCUMENTS,
-        STEPS,
-        BLOCK,
-    )
-    epoch = tl.load(record + EPOCH_AT)
-    slot = epoch % RING
-    wire = memory + slot * SLOT_WORDS
-    arrived = epoch > 0
+    source, is_held, is_received = find_sources(metadata, plan_table, C, BLOCK)
+    seq_no = tl.load(metadata + SEQ_NO_AT)
+    recv_buffer = memory + seq_no % C.num_buffers * C.buffer_words
+    arrived = seq_no > 0
+    NUM_SOURCES: tl.constexpr = C.num_sources
     for s in tl.static_range(NUM_SOURCES):
-        rank = tl.load(sources + s * SOURCE_WORDS_ + 1)
-        signal = flag_at(memory + SIGNALS_AT, slot, rank, CP_SIZE)
-        if not wait_for(signal, epoch, tl.load(patience), TIMED):
-            arrived = epoch < 0
-            tl.store(trouble + LATE_TOKENS, (1 + rank).to(tl.int32))
-            tl.store(patience, tl.zeros_like(epoch))
-    store_rolls(
-        record,
-        cargo,
-        wire,
-        source,
-        is_held,
-        is_received & arrived,
-        WIDTHS,
-        NUM_WIDTHS,
-        NUM_TENSORS,
-        BATCH,
-        CP_SIZE,
-        RECORD_LEN,
-        BLOCK,
-    )
+        rank = tl.load(sources + s * SOURCE_WORDS + 1)
+        if not wait_signal(
+            flag_of(memory + C.signals_at, seq_no, rank, C), seq_no, tl.load(timeout), C.is_timed
+        ):
+            arrived = seq_no < 0
+            tl.store(error_flags + LATE_TOKENS, (1 + rank).to(tl.int32))
+            tl.store(timeout, tl.zeros_like(seq_no))
+    store_rolls(metadata, tensor_table, recv_buffer, source, is_held, is_received & arrived, C, BLOCK)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
-        remember(record, override, RECORD_LEN + 2 * NUM_TENSORS, OVERRIDABLE, COPY_BLOCK)
+        keep_for_replays(metadata, replay_metadata, C)
         if arrived:
-            check_headers(record, table + HEADERS_AT, wire, trouble, NUM_SOURCES, NUM_TENSORS * BATCH)
+            check_headers(metadata, plan_table, recv_buffer, error_flags, C)
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    if tl.atomic_add(record + DONE_AT, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        acknowledge(sources, epoch, NUM_SOURCES, CP_SIZE, CP_RANK, RING, ACKNOWLEDGEMENTS_AT)
+    if tl.atomic_add(metadata + DONE_AT, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        acknowledge_all(sources, seq_no, C)
 
 
 @triton.jit
-def discard_kernel(
-    record,
-    sources,
-    NUM_SOURCES: tl.constexpr,
-    CP_SIZE: tl.constexpr,
-    CP_RANK: tl.constexpr,
-    RING: tl.constexpr,
-    AT: tl.constexpr,
-):
-    acknowledge(sources, tl.load(record + EPOCH_AT), NUM_SOURCES, CP_SIZE, CP_RANK, RING, AT)
+def acknowledge_kernel(metadata, sources, C: tl.constexpr):
+    acknowledge_all(sources, tl.load(metadata + SEQ_NO_AT), C)
 
 
-def take(
-    buffers: tuple[torch.Tensor, ...],
-    shape: PlanShape,
-    cargo: Cargo,
-    constants: dict[str, object],
-    overridable: bool = False,
-    block: int = 256,
-) -> Launch:
-    """A launch that unrolls what peers put into this rank's memory, as `overlap_mtp.kernels.reference.unroll` does.
+def wait_unroll(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, block: int = 256) -> Launch:
+    """Bind the wait_unroll kernel to its buffers. `reference.wait_unroll` is the same in plain torch.
 
-    `buffers` are the first eight arguments of `take_kernel`, `constants` are those of SymmetricLayout; the grid is
-    that of `unroll_grid`. Where tokens do not come in time, `trouble` says who is late and the rolls hold the fill.
+    If tokens do not come in time, `error_flags` says who is late and the rolls hold the fill.
+
+    Args:
+        buffers: the first eight arguments of `wait_unroll_kernel`.
+        constants: of the exchange.
+        block: local tokens of one program.
+
+    Returns:
+        The launch. Its grid depends on the batch: give it `overlap_mtp.kernels.unroll.unroll_grid`.
     """
-    return Launch(
-        take_kernel,
-        buffers,
-        (1, 1, 1),
-        OVERRIDABLE=overridable,
-        CP_RANK=shape.cp_rank,
-        **constants,
-        ROUTES_AT=shape.routes_at,
-        HEADERS_AT=shape.headers_at,
-        NUM_SOURCES=len(shape.sources),
-        **roll_constants(shape, cargo),
-        BLOCK=block,
-    )
+    return Launch(wait_unroll_kernel, buffers, (1, 1, 1), C=constants, BLOCK=block)
 
 
-def discard(record: torch.Tensor, sources: torch.Tensor, shape: PlanShape, ring: int, at: int) -> Launch:
-    """A launch that acknowledges an exchange which nobody will unroll. `at`: where acknowledgements begin."""
-    return Launch(
-        discard_kernel,
-        (record, sources),
-        (1, 1, 1),
-        NUM_SOURCES=len(shape.sources),
-        CP_SIZE=shape.cp_size,
-        CP_RANK=shape.cp_rank,
-        RING=ring,
-        AT=at,
-    )
+def acknowledge(metadata: torch.Tensor, sources: torch.Tensor, constants: ExchangeConstants) -> Launch:
+    """Bind the kernel that acknowledges an exchange which nobody will unroll.
+
+    Args:
+        metadata: as `put_pack` left it.
+        sources: as for `wait_unroll`.
+        constants: of the exchange.
+
+    Returns:
+        The launch.
+    """
+    return Launch(acknowledge_kernel, (metadata, sources), (1, 1, 1), C=constants)

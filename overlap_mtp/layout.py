@@ -127,14 +127,15 @@ class SequenceLayout:
             at = int(np.flatnonzero(lengths % multiple)[0])
             raise ValueError(
                 f"document {at} has padded length {lengths[at]}, which a zigzag layout with cp_size {cp_size} "
-                f"cannot cut: it must be a multiple of {multiple}, the next is {-(-lengths[at] // multiple) * multiple}; "
-                "pad_documents(...) pads documents to legal lengths"
+                f"cannot cut: it must be a multiple of {multiple}, the next is "
+                f"{-(-lengths[at] // multiple) * multiple}; pad_documents(...) pads documents to legal lengths"
             )
         if bounds[-1] < 1 or bounds[-1] % multiple:
             raise ValueError(
                 f"the stream's length (the last entry of cu_seqlens) must be a positive multiple of {multiple} for "
                 f"a {kind} layout with cp_size {cp_size}, got {bounds[-1]}: the next legal length is "
-                f"{max(multiple, -(-bounds[-1] // multiple) * multiple)}; pad_documents(...) pads documents to legal lengths"
+                f"{max(multiple, -(-bounds[-1] // multiple) * multiple)}; "
+                "pad_documents(...) pads documents to legal lengths"
             )
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
@@ -148,6 +149,12 @@ class SequenceLayout:
                 f"got {valid[at]}"
             )
         return cls(bounds, valid, cp_size, kind, is_packed=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SequenceLayout) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def seq_len(self) -> int:

@@ -5,8 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from rank_pool import RankPool
+
+settings.register_profile("overlap_mtp", deadline=None)
+settings.load_profile("overlap_mtp")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

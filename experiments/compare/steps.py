@@ -70,7 +70,7 @@ class CapturedStep(EagerStep):
     def run(self) -> torch.Tensor:
         assert self._graph is not None
         self._graph.replay()
-        self.timed.roller.check()
+        self.timed.roller.raise_if_failed()
         for parameter, gradient in zip(self.model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
         return self._loss

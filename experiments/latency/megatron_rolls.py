@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout
-from overlap_mtp.schedules.roller import Batch, Rolls
+from overlap_mtp.exchange.spec import Batch
+from overlap_mtp.schedules.roller import Rolls
 
 WHERE = ("host", "device")  # of cu_seqlens: a Python list, the fastest form on the host, or a tensor
 

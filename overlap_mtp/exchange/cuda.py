@@ -1,4 +1,4 @@
-"""What the transports between GPUs share: slots in a ring, streams and their events, capture in CUDA graphs."""
+"""What the transports between GPUs share: buffers, streams and their events, captures in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,305 +8,335 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 
+import numpy as np
 import torch
 
-from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import PlanShape
-from overlap_mtp.exchange.spec import Cargo, Outputs
-from overlap_mtp.exchange.transport import Flight, Slot, Traffic, Transport
+from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.outputs import OutputPool, Outputs, allocate_outputs
+from overlap_mtp.exchange.plan import ExchangePlan, write_metadata
+from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport
+from overlap_mtp.kernels.common import ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.unroll import unroll_grid
-from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.layout import IntArray, SequenceLayout
 from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import span
 
-RING = 8  # slots that are made at a time: an exchange that is captured in a graph keeps one
-AHEAD = 8  # microbatches whose rolls are allocated at a time, unless they are large:
-AHEAD_BYTES = 8 << 20
+BUFFERS = 8  # sets that are made at a time; a captured exchange keeps one
 
 _log = logging.getLogger("overlap_mtp")
 
 
-class DeviceSlot(Slot):
-    """A slot with its memory on the GPU, and the launches that are bound to it."""
+class HostMetadata:
+    """The metadata of a batch, the addresses of its tensors and those of its rolls, in pinned memory.
 
-    send: torch.Tensor  # the wires, where the transport has any
-    recv: torch.Tensor
-    send_kernel: Launch  # pack, or put
-    unroll_kernel: Launch  # unroll, or take
+    The pack kernel reads it there. That saves the host a copy to the device, 20 to 60 µs a microbatch (prefetch,
+    2 x H100, h2048 and h4096). The kernel copies it to the device for the unroll, which needs it more often.
+    """
+
+    def __init__(self, plan: ExchangePlan, num_addresses: int) -> None:
+        self._plan = plan
+        self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
+        self._words: IntArray = self.tensor.numpy()
+        self._is_written = False
+
+    def write(self, layout: SequenceLayout, addresses: list[int]) -> None:
+        if layout.is_packed or not self._is_written:  # all dense layouts of one plan are the same
+            write_metadata(layout, self._plan, self._words[: self._plan.metadata_len])
+            self._is_written = True
+        self._words[self._plan.metadata_len :] = addresses
+
+    def words_for(self, layout: SequenceLayout) -> IntArray:
+        """A copy with the metadata of another batch."""
+        words = np.copy(self._words)
+        write_metadata(layout, self._plan, words[: self._plan.metadata_len])
+        return words
+
+
+class ExchangeBuffers:
+    """The buffers of one exchange and the kernels that are bound to them. Later exchanges use them again."""
+
+    send_buffer: torch.Tensor  # of the transports that have them
+    recv_buffer: torch.Tensor
+    send: Launch  # pack or put_pack
+    unroll: Launch  # unroll or wait_unroll
+    constants: ExchangeConstants
     retired: tuple[Launch, ...] = ()
-    shared: object = None  # what keeps the peers' memory mapped
-    captured = False  # a CUDA graph reads it for as long as that lives
+    shared: object = None  # keeps the peers' memory mapped
+    is_captured = False  # a CUDA graph reads them as long as it lives
 
-    def __init__(self, shape: PlanShape, cargo: Cargo) -> None:
-        super().__init__(shape, cargo)
-        self.record = torch.zeros_like(self.given, device=cargo.device)
-        self.override = torch.full_like(self.record, -1)
-        self.forked, self.sent, self.landed = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
+    def __init__(self, plan: ExchangePlan, spec: ExchangeSpec) -> None:
+        self.host_metadata = HostMetadata(plan, len(spec.names) * (1 + plan.num_depths))
+        self.metadata = torch.zeros_like(self.host_metadata.tensor, device=spec.device)
+        self.replay_metadata = torch.full_like(self.metadata, -1)
+        self.forked, self.sent, self.unrolled = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
+        self.tensors: list[torch.Tensor] = []  # kept alive until the unroll
+        self.outputs: Outputs | None = None
 
-    def unbind(self) -> None:
-        """Lets go what may not go during a capture: a dropped flight of a closed transport keeps its slot."""
-        del self.send_kernel, self.unroll_kernel
+    def load(self, tensors: list[torch.Tensor], layout: SequenceLayout, outputs: Outputs) -> None:
+        """Say what the next exchange carries, and keep it alive."""
+        self.host_metadata.write(layout, [*(tensor.data_ptr() for tensor in tensors), *outputs.addresses])
+        self.tensors, self.outputs = tensors, outputs
+
+    def unload(self) -> None:
+        self.tensors, self.outputs = [], None
+
+    def free(self) -> None:
+        """Free what must not be freed during a capture. A dropped exchange of a closed transport has no use for it."""
+        del self.send, self.unroll
         self.retired, self.shared = (), None
 
 
-class DeviceTransport(Transport):
-    """Launches on the group's side stream (`overlapped`) or on the current one, and unrolls on the current one.
+class CudaTransport(Transport):
+    """Sends on the group's side stream (`is_overlapped`) or on the current one, and unrolls on the current one.
 
-    Nothing here waits on the host. A slot is used again when its `landed` event has passed, which is asked and not
-    waited for: a host that runs ahead of the device takes the next one. Slots live until `close`. An exchange that is
-    captured in a CUDA graph keeps its slot for good, and is started and joined in the same capture.
+    Nothing here waits on the host. Buffers are used again after their `unrolled` event has passed. The event is
+    queried, never waited for: a host that runs ahead of the device gets other buffers. A transport keeps its buffers
+    until `close`. An exchange that is captured in a CUDA graph keeps its buffers for good, and has to be started and
+    joined in the same capture.
     """
 
     def __init__(
         self,
         group: ExchangeGroup,
-        shape: PlanShape,
-        cargo: Cargo,
+        plan: ExchangePlan,
+        spec: ExchangeSpec,
         traffic: Traffic,
-        overlapped: bool,
-        length: int,
+        is_overlapped: bool,
+        local_len: int,
     ) -> None:
-        """`length`: tokens a rank of the first batch, for which launches are made ready."""
-        super().__init__(group, shape, cargo, traffic)
-        self._overlapped, self._length = overlapped, length
-        self._index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        """`local_len`: tokens a rank of the first batch. The kernels' graphs are captured for it ahead of their use."""
+        super().__init__(group, plan, spec, traffic)
+        self._is_overlapped, self._local_len = is_overlapped, local_len
         self._side = group.side_stream(self.device)
-        self._compute = torch.cuda.current_stream(self.device)
-        # What Triton asks too: 0.2 µs where torch.cuda.current_stream takes 3 (measured on the host of an H200).
-        self._current_handle = torch._C._cuda_getCurrentRawStream
-        self._is_capturing = torch.cuda.is_current_stream_capturing
-        self._free: list[DeviceSlot] = []  # in the order in which they landed
-        self._are_short = False
+        self._outputs = OutputPool(spec, plan.num_depths)
+        self._all: list[ExchangeBuffers] = []
+        self._free: deque[ExchangeBuffers] = deque()  # in the order in which they became free
+        self._dropped: deque[ExchangeBuffers] = deque()
+        self._wants_more = False
         self._has_captures = False
-        self._slots: list[DeviceSlot] = []
-        self._abandoned: deque[DeviceSlot] = deque()
-        self._ready: list[Outputs] = []
-        self._ready_for: tuple[int, torch.cuda.Stream] | None = None
         self._pack_span, self._send_span = span("pack"), span("send-recv", num_bytes=self._message_bytes)
         self._join_span, self._unroll_span = span("join"), span("unroll")
-        self._closer = weakref.finalize(self, _leave, self._slots)
+        self._closer = weakref.finalize(self, _orphan, self._all)
         self._closer.atexit = False
+        self._tables = tuple(
+            torch.from_numpy(table).to(self.device) for table in (plan.table, spec.table)
+        )  # of the plan and of the tensors
+
+    def _constants(self, is_replayable: bool) -> ExchangeConstants:
+        return ExchangeConstants.of(self.spec, self.plan, is_replayable)
 
     @abstractmethod
-    def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
-        """Gives a slot its launches; with `overridable` they heed `DeviceSlot.override`."""
+    def _bind(self, buffers: ExchangeBuffers) -> None:
+        """Bind the kernels to buffers, with `buffers.constants`."""
 
     @abstractmethod
-    def _send(self, flight: Flight, stream: int) -> None:
-        """Launches pack and send/recv on the current stream, whose handle is `stream`."""
+    def _send(self, buffers: ExchangeBuffers, number: int) -> None:
+        """Launch pack and send/recv on the current stream."""
 
     @abstractmethod
     def _count(self, layout: SequenceLayout) -> None:
-        """Adds an exchange to `traffic`."""
+        """Add an exchange to `traffic`."""
 
-    def launch(
+    def start(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
-    ) -> Flight:
-        compute, side, capturing = self._current_stream(), self._side, self._is_capturing()
-        length = tensors[0].shape[-1]
-        outputs = self._outputs(tensors, length, compute, capturing)
-        slot = self._take_slot_for_capture() if capturing else self._take_slot()
-        slot.write(tensors, layout, outputs)
-        flight = Flight(self, self.launched, slot, length, outputs.depths, compute)
-        self.launched += 1
-        slot.forked.record(compute)
+    ) -> PendingExchange:
+        compute = torch.cuda.current_stream(self.device)
+        is_capturing = torch.cuda.is_current_stream_capturing()
+        if is_capturing:
+            outputs = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0]
+            buffers = self._take_for_capture()
+        else:
+            outputs = self._outputs.take(tensors, compute)
+            buffers = self._take()
+        buffers.load(tensors, layout, outputs)
+        exchange = PendingExchange(
+            self, self.num_started, tensors[0].shape[-1], outputs.depths, buffers, compute
+        )
+        self.num_started += 1
         try:
-            if self._overlapped:
-                # A replay counts on the device what is sent, as this does: neither may overtake the other.
-                side.wait_event(ready if ready and (capturing or not self._has_captures) else slot.forked)
-                torch.cuda.set_stream(side)  # half the host time of `with torch.cuda.stream(side)`
-                try:
-                    if capturing and not self._is_capturing():
-                        raise RuntimeError(
-                            "`ready` must be recorded in the capture that the exchange is part of"
-                        )
-                    self._send(flight, side.cuda_stream)
-                finally:
-                    torch.cuda.set_stream(compute)
-                slot.sent.record(side)
-                if self._has_captures and not capturing:
-                    compute.wait_event(slot.sent)
+            buffers.forked.record(compute)
+            if self._is_overlapped:
+                self._send_aside(exchange, ready, is_capturing)
             else:
-                self._send(flight, compute.cuda_stream)
+                self._send(buffers, exchange.number)
         except Exception:
-            flight.landed = True
-            self._let_side_finish(slot)
-            self._give_back(slot, side if self._overlapped else compute)
+            exchange.is_done = True
+            self._release(buffers)
             raise
         if self.has_peers:
             self._count(layout)
-        return flight
+        return exchange
 
-    def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
-        compute, slot, capturing = self._current_stream(), flight.slot, self._is_capturing()
-        if capturing is not slot.captured:
+    def _send_aside(
+        self, exchange: PendingExchange, ready: torch.cuda.Event | None, is_capturing: bool
+    ) -> None:
+        """Send on the side stream, from `ready` on or from where the compute stream is now."""
+        side, compute, buffers = self._side, exchange.stream, exchange.buffers
+        # The kernels count exchanges on the device, in replays too: a replay and an exchange must not run side by side.
+        side.wait_event(ready if ready and (is_capturing or not self._has_captures) else buffers.forked)
+        with torch.cuda.stream(side):
+            if is_capturing and not torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
+            self._send(buffers, exchange.number)
+            buffers.sent.record(side)
+        if self._has_captures and not is_capturing:
+            compute.wait_event(buffers.sent)
+
+    def finish(self, exchange: PendingExchange) -> Rolled:
+        compute, buffers = torch.cuda.current_stream(self.device), exchange.buffers
+        if torch.cuda.is_current_stream_capturing() is not buffers.is_captured:
             raise RuntimeError(
-                f"exchange {flight.number} must be joined (`at`) where it was started, both in the same capture of a "
-                "CUDA graph or both outside"
+                f"exchange {exchange.number} must be joined (`at`) where it was started: both in the same capture of "
+                "a CUDA graph or both outside of any"
             )
-        if flight.stream is not compute:
-            # What its memory was used for before is ordered on that stream only.
-            compute.wait_event(slot.forked)
-            for tensor in [*slot.tensors, *(one for rolled in flight.depths for one in rolled.values())]:
+        if exchange.stream != compute:
+            # What used the memory before is ordered on the other stream only.
+            compute.wait_event(buffers.forked)
+            for tensor in [*buffers.tensors, *(one for rolled in exchange.depths for one in rolled.values())]:
                 tensor.record_stream(compute)
         with self._join_span:
-            if self._overlapped:
-                compute.wait_event(slot.sent)
+            if self._is_overlapped:
+                compute.wait_event(buffers.sent)
             with self._unroll_span:
-                grid = unroll_grid(flight.length, self.shape, self.cargo)
-                slot.unroll_kernel(compute.cuda_stream, grid, as_graph=not capturing)
-        flight.landed = True
-        self._give_back(slot, compute)
-        return flight.depths
+                self._launch(buffers.unroll, buffers, unroll_grid(exchange.local_len, buffers.constants))
+        exchange.is_done = True
+        self._give_back(buffers, compute)
+        return exchange.depths
 
-    def abandon(self, flight: Flight) -> None:
-        if flight.slot.captured:
+    def _launch(
+        self, launch: Launch, buffers: ExchangeBuffers, grid: tuple[int, int, int] | None = None
+    ) -> None:
+        """On the current stream, as a graph unless one is being captured."""
+        (launch if buffers.is_captured else launch.replay)(grid)
+
+    def take_back(self, exchange: PendingExchange) -> None:
+        if exchange.buffers.is_captured:
             _log.warning(
-                "overlap_mtp: exchange %d was captured in a CUDA graph without its joins", flight.number
+                "overlap_mtp: exchange %d was captured in a CUDA graph without its joins", exchange.number
             )
         else:
-            self._abandoned.append(flight.slot)
+            self._dropped.append(exchange.buffers)
 
-    def check(self) -> None:
-        if self._abandoned and not self._is_capturing():
-            self._recover_abandoned()
-        super().check()
+    def raise_if_failed(self) -> None:
+        if self._dropped and not torch.cuda.is_current_stream_capturing():
+            self._recover_dropped()
+        super().raise_if_failed()
 
-    def set_replay_layout(self, flight: Flight, layout: SequenceLayout) -> None:
-        if not flight.slot.captured:
-            super().set_replay_layout(flight, layout)
-        if layout.local_len != flight.length:
+    def set_replay_layout(self, exchange: PendingExchange, layout: SequenceLayout) -> None:
+        buffers = exchange.buffers
+        if not buffers.is_captured:
+            super().set_replay_layout(exchange, layout)
+        if layout.local_len != exchange.local_len:
             raise ValueError(
-                f"a captured exchange keeps its length: it has {flight.length} tokens a rank, the new layout "
+                f"a captured exchange keeps its length: it has {exchange.local_len} tokens a rank, the new layout has "
                 f"{layout.local_len}"
             )
-        flight.slot.override.copy_(upload(flight.slot.words_for(layout), self.device))
+        buffers.replay_metadata.copy_(upload(buffers.host_metadata.words_for(layout), self.device))
 
     def close(self) -> None:
         self._closer()
-        free_left()
+        free_orphans()
         self._free.clear()
-        self._ready.clear()
-        self._abandoned.clear()
-        self.check()
+        self._outputs.clear()
+        self._dropped.clear()
+        self.raise_if_failed()
 
-    def _current_stream(self) -> torch.cuda.Stream:
-        if self._current_handle(self._index) != self._compute.cuda_stream:
-            self._compute = torch.cuda.current_stream(self.device)
-        return self._compute
-
-    def _outputs(
-        self, tensors: list[torch.Tensor], length: int, stream: torch.cuda.Stream, capturing: bool
-    ) -> Outputs:
-        """Memory for the rolls that nothing else has used or will: a piece of what was allocated for several.
-
-        Two allocations and eight views take 20 µs of host time, and 60 on cold caches (measured on the host of an
-        H200): a third of an exchange.
-        """
-        if capturing:
-            return self.cargo.outputs(tensors, self.shape.num_depths, length)[0]
-        if not self._ready or self._ready_for != (length, stream):
-            size = self.cargo.bytes_of_rolls(self.shape.num_depths, length)
-            ahead = min(AHEAD, max(1, AHEAD_BYTES // size))
-            self._ready = self.cargo.outputs(tensors, self.shape.num_depths, length, ahead)
-            self._ready_for = (length, stream)
-        return self._ready.pop()
-
-    def _take_slot(self) -> DeviceSlot:
-        if self._abandoned:
-            self._recover_abandoned()
-        if self._are_short:
-            self._make_slots()
-        free = self._free
-        # One of the last that were used, where it has landed: what it needs is still in the host's caches.
-        for index in (-1, -2, 0):
-            if -len(free) <= index < len(free) and free[index].landed.query():  # type: ignore[no-untyped-call]
-                return free.pop(index)
-        self._make_slots()
-        return free.pop(0)
+    def _take(self) -> ExchangeBuffers:
+        """Take the buffers that have been free for longest, or make some."""
+        self._recover_dropped()
+        if self._wants_more or not self._free or not self._free[0].unrolled.query():  # type: ignore[no-untyped-call]
+            self._make_buffers()
+        return self._free.popleft()
 
     @torch.inference_mode(False)
-    def _make_slots(self) -> None:
-        self._are_short = False
-        for _ in range(RING):
+    def _make_buffers(self) -> None:
+        self._wants_more = False
+        for _ in range(BUFFERS):
             # Their memory belongs to the stream that writes it first, which may not wait for the other.
-            with torch.cuda.stream(self._side if self._overlapped else self._current_stream()):
-                slot = DeviceSlot(self.shape, self.cargo)
-                self._bind(slot, overridable=False)
-            slot.send_kernel.prepare(slot.send_kernel.grid)
-            slot.unroll_kernel.prepare(unroll_grid(self._length, self.shape, self.cargo))
-            self._slots.append(slot)
-            self._free.insert(0, slot)
+            with torch.cuda.stream(self._side if self._is_overlapped else None):
+                buffers = ExchangeBuffers(self.plan, self.spec)
+                buffers.constants = self._constants(is_replayable=False)
+                self._bind(buffers)
+            buffers.send.capture()
+            buffers.unroll.capture(unroll_grid(self._local_len, buffers.constants))
+            self._all.append(buffers)
+            self._free.appendleft(buffers)
 
-    def _give_back(self, slot: DeviceSlot, stream: torch.cuda.Stream) -> None:
-        """Says that the work on `stream` is the last on a slot, until another exchange takes it."""
-        if not slot.captured:  # a graph keeps its slots
-            slot.landed.record(stream)
-            slot.forget()
-            self._free.append(slot)
-
-    def _let_side_finish(self, slot: DeviceSlot) -> None:
-        """Nobody joins this exchange: its tensors' memory may be used again when the side stream has read them."""
-        if self._overlapped:
-            for tensor in slot.tensors:
-                tensor.record_stream(self._side)
-
-    def _recover_abandoned(self) -> None:
-        while self._abandoned:
-            self._recover(self._abandoned.popleft())
-
-    def _recover(self, slot: DeviceSlot) -> None:
-        """Makes a slot whose flight was dropped fit for another."""
-        self._let_side_finish(slot)
-        self._give_back(slot, self._side if self._overlapped else self._current_stream())
-
-    def _take_slot_for_capture(self) -> DeviceSlot:
-        """A slot for good. Memory cannot be pinned during a capture: the slot was made by a warm-up."""
-        self._are_short = True  # the next exchange outside makes more
-        if not self._free or self._abandoned:
+    def _take_for_capture(self) -> ExchangeBuffers:
+        """Take buffers for good. Memory cannot be pinned during a capture, so a warm-up must have made them."""
+        self._wants_more = True  # the next exchange outside of a capture makes them
+        if not self._free or self._dropped:
             raise RuntimeError(
-                f"no slot is left for an exchange to be captured (a roller makes {RING} at a time, and none during a "
-                "capture), or one was dropped before it was joined: run the same exchange outside of a graph, then "
-                "`roller.check()`, and capture again"
+                f"no buffers are left for an exchange to be captured (a roller makes {BUFFERS} sets at a time, and "
+                "none during a capture), or one was dropped before it was joined: run the same exchange outside of a "
+                "graph, call `roller.raise_if_failed()`, and capture again"
             )
-        slot = self._free.pop(0)
-        # No graph may go while another is being captured.
-        slot.retired = (slot.send_kernel, slot.unroll_kernel)
-        self._bind(slot, overridable=True)
-        slot.captured = self._has_captures = True
-        return slot
+        buffers = self._free.popleft()
+        buffers.retired = (
+            buffers.send,
+            buffers.unroll,
+        )  # no graph may be freed while another is being captured
+        buffers.constants = self._constants(is_replayable=True)
+        self._bind(buffers)
+        buffers.is_captured = self._has_captures = True
+        return buffers
+
+    def _give_back(self, buffers: ExchangeBuffers, stream: torch.cuda.Stream) -> None:
+        """Say that the work on `stream` is the last on these buffers."""
+        if not buffers.is_captured:  # a graph keeps its buffers
+            buffers.unrolled.record(stream)
+            buffers.unload()
+            self._free.append(buffers)
+
+    def _recover_dropped(self) -> None:
+        while self._dropped:
+            self._recover(self._dropped.popleft())
+
+    def _recover(self, buffers: ExchangeBuffers) -> None:
+        """Make the buffers of a dropped exchange fit for another one."""
+        self._release(buffers)
+
+    def _release(self, buffers: ExchangeBuffers) -> None:
+        """Give back buffers whose exchange nobody joins."""
+        if self._is_overlapped:  # the memory of its tensors is free after the side stream has read them
+            for tensor in buffers.tensors:
+                tensor.record_stream(self._side)
+        self._give_back(
+            buffers, self._side if self._is_overlapped else torch.cuda.current_stream(self.device)
+        )
 
 
-def _leave(slots: list[DeviceSlot]) -> None:
-    """Leaves the slots of a transport that goes to whoever frees them next.
+def _orphan(buffers: list[ExchangeBuffers]) -> None:
+    """Leave the buffers of a transport that goes to whoever calls `free_orphans` next.
 
-    The garbage collector calls this, in any thread and in the middle of a capture, which a wait would break, and a
-    graph or symmetric memory that goes.
+    The garbage collector calls this in any thread, perhaps in the middle of a capture. A wait would break the capture,
+    and so would freeing a graph or symmetric memory.
     """
-    _left.extend(slots)
-    slots.clear()
+    _orphans.extend(buffers)
+    buffers.clear()
 
 
-def free_left() -> None:
-    """Frees slots that were left, once the device no longer uses them: it may still be reading their pinned memory.
+def free_orphans() -> None:
+    """Free orphaned buffers once the device no longer uses them: it may still be reading their pinned memory.
 
-    Waits, so for where no step is held up. Nothing may be captured in another thread.
+    It waits for the device, so call it where that delays no step. Nothing may be captured in another thread.
     """
     if torch.cuda.is_current_stream_capturing():
         return
-    going: list[DeviceSlot] = []
-    with contextlib.suppress(IndexError):  # another thread may take them too
+    going: list[ExchangeBuffers] = []
+    with contextlib.suppress(IndexError):  # another thread may take them, too
         while True:
-            going.append(_left.popleft())
+            going.append(_orphans.popleft())
     try:
-        for device in {slot.record.device for slot in going}:
+        for device in {buffers.metadata.device for buffers in going}:
             torch.cuda.synchronize(device)
     except Exception:
-        _left.extend(going)
+        _orphans.extend(going)
         raise
-    for slot in going:
-        slot.unbind()
+    for buffers in going:
+        buffers.free()
 
 
-_left: deque[DeviceSlot] = deque()  # of transports that went
+_orphans: deque[ExchangeBuffers] = deque()

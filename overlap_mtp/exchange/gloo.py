@@ -1,90 +1,83 @@
-"""Tokens between CPU ranks: gloo, and the kernels' plain torch reference."""
+"""Tokens between CPU ranks: gloo, and the kernels in plain torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import PlanShape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.exchange.transport import Flight, Slot, Traffic, Transport
+from overlap_mtp.exchange.outputs import allocate_outputs
+from overlap_mtp.exchange.plan import make_metadata
+from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport
 from overlap_mtp.kernels import reference
 from overlap_mtp.layout import SequenceLayout
 
 
-class HostTransport(Transport):
-    """`all_to_all_single` over gloo, which sends in a thread of its own; `land` waits for it.
+@dataclass(frozen=True)
+class GlooBuffers:
+    """What one exchange reads and receives."""
 
-    A plan that differs between two ranks raises when its header lands, a peer that never comes when gloo gives up.
+    tensors: list[torch.Tensor]
+    metadata: torch.Tensor
+    recv_buffer: torch.Tensor
+    work: dist.Work | None
+
+
+class GlooTransport(Transport):
+    """`all_to_all_single` over gloo, which sends in a thread of its own. Waiting blocks the host.
+
+    If the plans of two ranks differ, waiting raises. If a peer never comes, gloo gives up after the group's timeout.
     """
 
     name = "process_group"
 
-    def __init__(
-        self, group: ExchangeGroup, shape: PlanShape, cargo: Cargo, traffic: Traffic, overlapped: bool
-    ) -> None:
-        super().__init__(group, shape, cargo, traffic)
-        self._overlapped = overlapped
-        self._free: list[HostSlot] = []
-
-    def launch(
+    @torch.inference_mode(False)
+    def start(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
-    ) -> Flight:
-        slot = self._free.pop() if self._free else self._new_slot()
-        (outputs,) = self.cargo.outputs(tensors, self.shape.num_depths, layout.local_len)
-        slot.write(tensors, layout, outputs)
-        flight = Flight(self, self.launched, slot, layout.local_len, outputs.depths)
-        self.launched += 1
+    ) -> PendingExchange:
+        plan, words = self.plan, self.spec.words_per_token
+        metadata = torch.from_numpy(make_metadata(layout, plan))
+        send_buffer = torch.empty(plan.num_send_rows, words, dtype=torch.int64)
+        recv_buffer = torch.empty(plan.num_recv_rows, words, dtype=torch.int64)
+        work = None
         if self.has_peers:
-            views = [self.cargo.integers(tensor) for tensor in tensors]
-            reference.pack(views, slot.given, self.table, self.shape, slot.send)
-            with self.group.named_errors(self.describe(flight)):
-                flight.work = dist.all_to_all_single(
-                    slot.recv,
-                    slot.send,
-                    list(self.shape.recv_rows),
-                    list(self.shape.send_rows),
-                    group=self.group.group,
+            reference.pack([self.spec.as_integers(one) for one in tensors], metadata, plan, send_buffer)
+            with self.group.named_errors(self.describe(self.num_started)):
+                work = dist.all_to_all_single(
+                    recv_buffer,
+                    send_buffer,
+                    list(plan.recv_rows),
+                    list(plan.send_rows),
+                    group=self.group.process_group,
                     async_op=True,
                 )
-            self.traffic.add(len(self.shape.destinations), self._message_bytes)
-        return flight
+            self.traffic.add(len(plan.destinations), self._message_bytes)
+        (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)
+        buffers = GlooBuffers(tensors, metadata, recv_buffer, work)
+        exchange = PendingExchange(self, self.num_started, layout.local_len, outputs.depths, buffers)
+        self.num_started += 1
+        return exchange
 
-    @torch.inference_mode(False)
-    def _new_slot(self) -> HostSlot:
-        return HostSlot(self.shape, self.cargo)
-
-    def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
-        slot, integers = flight.slot, self.cargo.integers
-        if flight.work is not None:
-            with self.group.named_errors(self.describe(flight)):
-                flight.work.wait()
-        flight.landed = True
-        depths = flight.depths
+    def finish(self, exchange: PendingExchange) -> Rolled:
+        buffers, as_integers = exchange.buffers, self.spec.as_integers
+        if buffers.work is not None:
+            with self.group.named_errors(self.describe(exchange.number)):
+                buffers.work.wait()
         reference.unroll(
-            [integers(tensor) for tensor in slot.tensors],
-            [[integers(rolled[name]) for rolled in depths] for name in self.cargo.names],
-            self.cargo.fills,
-            slot.given,
-            self.table,
-            self.shape,
-            slot.recv,
-            self.trouble,
+            [as_integers(tensor) for tensor in buffers.tensors],
+            [[as_integers(rolled[name]) for rolled in exchange.depths] for name in self.spec.names],
+            self.spec.fills,
+            buffers.metadata,
+            self.plan,
+            buffers.recv_buffer,
+            self.error_flags,
         )
-        self._free.append(slot)
-        return depths
+        exchange.buffers = None
+        return exchange.depths
 
-    def abandon(self, flight: Flight) -> None:
-        """Its wires are gloo's until the message is through, which nobody waits for: let it go."""
+    def take_back(self, exchange: PendingExchange) -> None:
+        """Gloo holds the buffers until the message is through. Nobody waits for it."""
 
     def close(self) -> None:
-        self._free.clear()
-        self.check()
-
-
-class HostSlot(Slot):
-    def __init__(self, shape: PlanShape, cargo: Cargo) -> None:
-        super().__init__(shape, cargo)
-        self.send = torch.zeros(shape.num_send_rows, cargo.words, dtype=torch.int64)
-        self.recv = torch.zeros(shape.num_recv_rows, cargo.words, dtype=torch.int64)
+        self.raise_if_failed()

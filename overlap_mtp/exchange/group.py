@@ -1,4 +1,4 @@
-"""What all rollers of one context-parallel group share on a rank: the exchange group and the side stream."""
+"""What all rollers of one context-parallel group share on a rank: a process group and a side stream."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,13 +17,24 @@ _GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, ExchangeGroup] = weakref.W
 _ALIVE: weakref.WeakSet[ExchangeGroup] = weakref.WeakSet()
 
 
-class ExchangeGroup:
-    """One exchange group (a process group of its own, so that no other traffic can stand in its way).
+@dataclass
+class Traffic:
+    """What a rank has sent: messages (one for each peer and exchange) and their bytes."""
 
-    The group is made at first use, by all ranks of `cp_group` together, and lives as long as torch.distributed
-    does: a group that is destroyed cannot be made again, because `use_local_synchronization` derives its name
-    from the ranks and the store still holds the addresses of its first life (torch 2.13, gloo: the second
-    `new_group` times out).
+    messages: int = 0
+    bytes: int = 0
+
+    def add(self, messages: int, num_bytes: int) -> None:
+        self.messages += messages
+        self.bytes += num_bytes
+
+
+class ExchangeGroup:
+    """A process group for exchanges alone, so that no other traffic delays them, and their side stream.
+
+    The process group is made at first use, by all ranks of `cp_group` together. It lives as long as torch.distributed:
+    a group that is destroyed cannot be made again, because `use_local_synchronization` derives its name from the ranks
+    and the store still holds the addresses of the first one (torch 2.13, gloo: the second `new_group` times out).
     """
 
     def __init__(self, cp_group: dist.ProcessGroup | None) -> None:
@@ -30,10 +42,10 @@ class ExchangeGroup:
         self.cp_rank = 0 if cp_group is None else cp_group.rank()
         self.cp_size = 1 if cp_group is None else cp_group.size()
         self.device_type = "cpu"
-        self._group: dist.ProcessGroup | None = None
+        self._process_group: dist.ProcessGroup | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self.timeout: timedelta | None = None
-        self.why_not_symmetric: str | None = None  # "" where symmetric memory works; None: nobody has tried
+        self.why_not_symmetric: str | None = None  # "" if symmetric memory works; None if nobody has tried
         if cp_group is not None:
             self._ranks = dist.get_process_group_ranks(cp_group)
             on_gpu = "nccl" in dist.get_backend_config(cp_group) and torch.cuda.is_available()
@@ -41,13 +53,13 @@ class ExchangeGroup:
             self.timeout = _timeout_of(cp_group, self.device_type)
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The exchange group. The first use is collective over the cp group and waits for all of it."""
-        if self._group is None:
-            self._group = self._make_group()
-        return self._group
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group. Its first use is collective over the cp group and waits for all ranks."""
+        if self._process_group is None:
+            self._process_group = self._make_process_group()
+        return self._process_group
 
-    def _make_group(self) -> dist.ProcessGroup:
+    def _make_process_group(self) -> dist.ProcessGroup:
         options: Any = None
         if self.device_type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -68,7 +80,7 @@ class ExchangeGroup:
         return group
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream that overlapped exchanges run on: one per group, so that they keep their order."""
+        """The stream of overlapped exchanges. There is one for the group, so that exchanges keep their order."""
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return self._side_stream
@@ -78,7 +90,7 @@ class ExchangeGroup:
 
     @contextlib.contextmanager
     def named_errors(self, what: str) -> Iterator[None]:
-        """Says which exchange it was when torch.distributed gives up on one."""
+        """If torch.distributed gives up, say which exchange it was."""
         try:
             yield
         except RuntimeError as error:
@@ -94,13 +106,13 @@ class ExchangeGroup:
 
 @atexit.register
 def _release_groups() -> None:
-    """Lets exchange groups end before the interpreter does: a gloo thread that outlives it aborts the process."""
+    """Let exchange groups end before the interpreter does: a gloo thread that outlives it aborts the process."""
     for group in list(_ALIVE):
-        group._group = None
+        group._process_group = None
 
 
 def exchange_group_of(cp_group: dist.ProcessGroup | None) -> ExchangeGroup:
-    """The group of a cp group; None stands for a group of one."""
+    """The exchange group of a cp group. None stands for a group of one rank."""
     if cp_group is None:
         return ExchangeGroup(None)
     if cp_group not in _GROUPS:

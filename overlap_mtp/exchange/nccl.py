@@ -5,22 +5,21 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.cuda import DeviceSlot, DeviceTransport
-from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import PlanShape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.exchange.transport import Flight, Traffic
+from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
+from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.plan import ExchangePlan
+from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.kernels.pack import pack
 from overlap_mtp.kernels.unroll import unroll
 from overlap_mtp.layout import SequenceLayout
 
 
-class ProcessGroupTransport(DeviceTransport):
-    """One message a peer by `all_to_all_single` with split sizes: grouped sends and receives that skip empty ones.
+class NcclTransport(CudaTransport):
+    """One message for each peer by `all_to_all_single` with split sizes: grouped sends and receives, no empty ones.
 
-    With `async_op=False` it runs on the current stream, which is the side stream here. A plan that differs between
-    two ranks is found when its header lands, without a synchronisation: `check` may raise a step later. A peer that
-    never comes ends in NCCL's watchdog after the group's timeout, which names the exchange group.
+    With `async_op=False` NCCL runs it on the current stream, which is the side stream here. If the plans of two ranks
+    differ, the unroll finds it on the device: `raise_if_failed` may raise a step later. If a peer never comes, NCCL's
+    watchdog ends the process after the group's timeout and names the exchange group.
     """
 
     name = "process_group"
@@ -28,57 +27,51 @@ class ProcessGroupTransport(DeviceTransport):
     def __init__(
         self,
         group: ExchangeGroup,
-        shape: PlanShape,
-        cargo: Cargo,
+        plan: ExchangePlan,
+        spec: ExchangeSpec,
         traffic: Traffic,
-        overlapped: bool,
-        length: int,
+        is_overlapped: bool,
+        local_len: int,
     ) -> None:
-        super().__init__(group, shape, cargo, traffic, overlapped, length)
-        self._send_rows, self._recv_rows = list(shape.send_rows), list(shape.recv_rows)
-        self._options = dist.AllToAllOptions()
-        self._options.asyncOp = False
-        self._make_slots()
+        super().__init__(group, plan, spec, traffic, is_overlapped, local_len)
+        self._make_buffers()
         if self.has_peers:
-            self._group = group.group
-            self._connect()
+            # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
+            with group.named_errors("connecting to its neighbours"):
+                self._exchange(self._free[0])
+                torch.cuda.current_stream(self.device).synchronize()
 
-    def _send(self, flight: Flight, stream: int) -> None:
-        slot = flight.slot
+    def _send(self, buffers: ExchangeBuffers, number: int) -> None:
         with self._pack_span:
-            slot.send_kernel(stream, as_graph=not slot.captured)
+            self._launch(buffers.send, buffers)
         if self.has_peers:
             try:
                 with self._send_span:
-                    self._exchange(slot)
+                    self._exchange(buffers)
             except RuntimeError as error:
-                raise self.group.named(error, self.describe(flight)) from error
+                raise self.group.named(error, self.describe(number)) from error
+
+    def _exchange(self, buffers: ExchangeBuffers) -> None:
+        dist.all_to_all_single(
+            buffers.recv_buffer,
+            buffers.send_buffer,
+            list(self.plan.recv_rows),
+            list(self.plan.send_rows),
+            group=self.group.process_group,
+        )
 
     def _count(self, layout: SequenceLayout) -> None:
-        self.traffic.add(len(self.shape.destinations), self._message_bytes)
+        self.traffic.add(len(self.plan.destinations), self._message_bytes)
 
-    def _exchange(self, slot: DeviceSlot) -> None:
-        """`dist.all_to_all_single(async_op=False)` without its wrapper, a sixth of its host time."""
-        self._group.alltoall_base(slot.recv, slot.send, self._recv_rows, self._send_rows, self._options)
-
-    def _connect(self) -> None:
-        """NCCL connects two ranks when they first exchange, which blocks the host: better now than later."""
-        with self.group.named_errors("connecting to its neighbours"):
-            self._exchange(self._slots[0])
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
-        shape, cargo = self.shape, self.cargo
-        if not overridable:
-            rows = (shape.num_send_rows, shape.num_recv_rows)
-            slot.send, slot.recv = (
-                torch.zeros(n, cargo.words, dtype=torch.int64, device=self.device) for n in rows
+    def _bind(self, buffers: ExchangeBuffers) -> None:
+        if not buffers.constants.is_replayable:
+            buffers.send_buffer, buffers.recv_buffer = (
+                torch.zeros(rows, self.spec.words_per_token, dtype=torch.int64, device=self.device)
+                for rows in (self.plan.num_send_rows, self.plan.num_recv_rows)
             )
-        slot.send_kernel = pack(
-            (slot.given, slot.override, slot.record, self.table, self.cargo_table, slot.send),
-            shape,
-            cargo,
-            overridable,
-        )
-        buffers = (slot.record, slot.override, self.table, self.cargo_table, slot.recv, self.trouble)
-        slot.unroll_kernel = unroll(buffers, shape, cargo, overridable)
+        host_metadata = buffers.host_metadata.tensor
+        metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
+        packed = (host_metadata, replay_metadata, metadata, *self._tables, buffers.send_buffer)
+        buffers.send = pack(packed, buffers.constants)
+        unrolled = (metadata, replay_metadata, *self._tables, buffers.recv_buffer, self.error_flags)
+        buffers.unroll = unroll(unrolled, buffers.constants)

@@ -1,4 +1,4 @@
-"""How packed tokens move between the ranks of a context-parallel group, and which way is taken."""
+"""Which transport an exchange takes. All ranks of a group decide it together."""
 
 from __future__ import annotations
 
@@ -11,64 +11,69 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import PlanShape, plan_shape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.exchange.transport import Flight, Traffic, Transport
-from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.plan import ExchangePlan
+from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.transport import Transport
 
 TRANSPORTS = ("auto", "process_group", "symmetric")
-__all__ = ["TRANSPORTS", "Flight", "Traffic", "Transport", "open_transport", "shapes_of"]
 
 Made = TypeVar("Made")
 _log = logging.getLogger("overlap_mtp")
 
 
-def shapes_of(layout: SequenceLayout, num_depths: int, max_documents: int) -> list[PlanShape]:
-    """The plans' shapes of all ranks."""
-    return [plan_shape(layout, rank, num_depths, max_documents) for rank in range(layout.cp_size)]
-
-
-def open_transport(
-    name: str,
+def make_transport(
     group: ExchangeGroup,
-    shapes: list[PlanShape],
-    cargo: Cargo,
+    plans: list[ExchangePlan],
+    spec: ExchangeSpec,
     traffic: Traffic,
-    overlapped: bool,
-    length: int,
+    is_overlapped: bool,
+    local_len: int,
 ) -> Transport:
-    """The transport of that name for exchanges of `cargo`, at first of `length` tokens a rank. Collective.
+    """Make the transport that `spec.transport` asks for. Collective over the group.
 
-    "auto": symmetric memory where all ranks can share it, else the process group. Raises ValueError, on all ranks,
-    where "symmetric" is asked for and one of them cannot.
+    "auto" means symmetric memory if all ranks can share it, and otherwise the process group.
+
+    Args:
+        group: that carries the exchanges.
+        plans: of all ranks, in rank order.
+        spec: of the batches.
+        traffic: counts what is sent.
+        is_overlapped: send on the side stream.
+        local_len: tokens a rank of the first batch.
+
+    Returns:
+        The transport.
+
+    Raises:
+        ValueError: on all ranks, if "symmetric" is asked for and one of them cannot.
     """
-    shape = shapes[group.cp_rank]
-    if cargo.device.type == "cpu":
-        from overlap_mtp.exchange.gloo import HostTransport
+    name, plan = spec.transport, plans[group.cp_rank]
+    if spec.device.type == "cpu":
+        from overlap_mtp.exchange.gloo import GlooTransport
 
         if name == "symmetric":
             raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
-        return HostTransport(group, shape, cargo, traffic, overlapped)
+        return GlooTransport(group, plan, spec, traffic)
 
-    # Triton is compiled for a GPU only.
-    from overlap_mtp.exchange.cuda import free_left
-    from overlap_mtp.exchange.nccl import ProcessGroupTransport
+    # Imported only here: Triton compiles for a GPU.
+    from overlap_mtp.exchange.cuda import free_orphans
+    from overlap_mtp.exchange.nccl import NcclTransport
     from overlap_mtp.exchange.symmetric import SymmetricTransport, allocate
 
-    free_left()  # here, where a wait holds up no step, and before more is allocated
+    free_orphans()  # here, because a wait delays no step, and before more is allocated
     if name == "process_group" or group.cp_size == 1:
-        return ProcessGroupTransport(group, shape, cargo, traffic, overlapped, length)
+        return NcclTransport(group, plan, spec, traffic, is_overlapped, local_len)
     transport: Transport | None = None
     reason = _why_not_shared(group)
     if not reason:
-        # Two steps, because the second waits for ranks that the first has stopped.
-        memory, reason = _made_together(lambda: allocate(shapes, cargo), group)
+        # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
+        memory, reason = _made_together(lambda: allocate(plans, spec), group)
     if not reason:
         assert memory is not None
         shared = memory
         transport, reason = _made_together(
-            lambda: SymmetricTransport(group, shapes, cargo, traffic, overlapped, length, shared), group
+            lambda: SymmetricTransport(group, plans, spec, traffic, is_overlapped, local_len, shared), group
         )
     if name == "symmetric" and reason:
         raise ValueError(f"transport symmetric does not work here: {reason}")
@@ -80,13 +85,13 @@ def open_transport(
             reason or "all ranks can write to each other's memory",
         )
     group.why_not_symmetric = reason
-    return transport or ProcessGroupTransport(group, shape, cargo, traffic, overlapped, length)
+    return transport or NcclTransport(group, plan, spec, traffic, is_overlapped, local_len)
 
 
 def _why_not_shared(group: ExchangeGroup) -> str:
-    """Why the ranks cannot share memory, as far as that is known without trying; "" where it is worth a try.
+    """Why the ranks cannot share memory, as far as that is known without trying; "" if it is worth a try.
 
-    Collective, and alike on all ranks.
+    Collective. All ranks get the same answer.
     """
     if group.why_not_symmetric:
         return group.why_not_symmetric
@@ -95,14 +100,14 @@ def _why_not_shared(group: ExchangeGroup) -> str:
     mine = (hashlib.sha256(host.encode()).hexdigest(), os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
     everyone: list[tuple[str, bool]] = [mine] * group.cp_size
     with group.named_errors("choosing a transport"):
-        dist.all_gather_object(everyone, mine, group=group.group)
+        dist.all_gather_object(everyone, mine, group=group.process_group)
     if len({host for host, _ in everyone}) > 1:
         return "the ranks are on several hosts"
     return "NCCL_P2P_DISABLE is set" if any(disabled for _, disabled in everyone) else ""
 
 
 def _made_together(make: Callable[[], Made], group: ExchangeGroup) -> tuple[Made | None, str]:
-    """(what was made, "") where all ranks could make theirs, else (None, what kept one from it). Collective."""
+    """(what was made, "") if all ranks could make theirs, else (None, why one of them could not). Collective."""
     made, error = None, ""
     try:
         made = make()
@@ -110,6 +115,6 @@ def _made_together(make: Callable[[], Made], group: ExchangeGroup) -> tuple[Made
         error = f"cp rank {group.cp_rank}: {type(failure).__name__}: {failure}"
     errors = [error] * group.cp_size
     with group.named_errors("choosing a transport"):
-        dist.all_gather_object(errors, error, group=group.group)
+        dist.all_gather_object(errors, error, group=group.process_group)
     failures = "; ".join(one for one in errors if one)
     return (None, failures) if failures else (made, "")

@@ -1,19 +1,20 @@
-"""What one exchange carries: which tensors, as what integers, and where their rolls go."""
+"""The identity of a batch: what the ranks agree on, the key of a transport, and the source of the kernels' table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from overlap_mtp.layout import IntArray
+from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.layout import IntArray, SequenceLayout
 from overlap_mtp.tensors import INTEGER_VIEW
 
-FILL_IS_ONE = frozenset({"padding_mask"})  # where a token is missing, it is padding
+Batch = Mapping[str, torch.Tensor]
+FILL_IS_ONE = frozenset({"padding_mask"})  # a token that is not there is padding
 _ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
 
 
@@ -22,102 +23,162 @@ def fill_of(name: str) -> int:
     return 1 if name in FILL_IS_ONE else 0
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Freshly allocated rolls: by depth and name, and the same memory by tensor for what writes it."""
+class ExchangeSpec(NamedTuple):
+    """All that the exchanges of a kind of batch depend on, but for the documents' bounds.
 
-    depths: list[dict[str, torch.Tensor]]  # [num_depths], each tensor of the batch's shape
-    bases: list[int]  # per tensor, the address of its roll of depth 1
+    Two batches of one spec use the same messages. Making one takes a few microseconds, so it is made for each batch.
+    """
 
-
-@dataclass(frozen=True)
-class Cargo:
-    """The names (sorted: the wire has none), dtypes and leading dimensions of the tensors of a batch."""
-
-    names: tuple[str, ...]
+    schedule: str
+    transport: str  # as asked for
+    num_depths: int
+    max_documents: int
+    layout_kind: str
+    is_packed: bool
+    seq_len: int  # 0 if packed: no message length depends on it
+    names: tuple[str, ...]  # sorted: the messages hold no names
     dtypes: tuple[torch.dtype, ...]
-    leading: torch.Size  # [B], or [] for 1-D tensors
+    batch_shape: torch.Size  # [B], or [] for 1-D tensors
     device: torch.device
 
     @classmethod
-    def of(cls, batch: Mapping[str, torch.Tensor]) -> Cargo:
-        names = tuple(sorted(batch))
-        first = batch[names[0]]
-        return cls(names, tuple(batch[name].dtype for name in names), first.shape[:-1], first.device)
+    def of(
+        cls,
+        batch: Batch,
+        layout: SequenceLayout,
+        group: ExchangeGroup,
+        schedule: str,
+        transport: str,
+        num_depths: int,
+        max_documents: int,
+    ) -> ExchangeSpec:
+        """Make the spec of a batch.
 
-    @cached_property
-    def rows(self) -> int:
+        Args:
+            batch: this rank's tensors by name, [B, local_len] or [local_len] each.
+            layout: of the batch.
+            group: that will carry it.
+            schedule: name of the schedule.
+            transport: as asked for.
+            num_depths: of the roller.
+            max_documents: of the roller.
+
+        Returns:
+            The spec.
+
+        Raises:
+            ValueError: if the tensors do not fit the layout or one another.
+        """
+        try:
+            names = tuple(sorted(batch))
+            tensors = [batch[name] for name in names]
+            shape, device = tensors[0].shape, tensors[0].device
+            fits = all(tensor.shape == shape and tensor.device == device for tensor in tensors)
+            dtypes = tuple([tensor.dtype for tensor in tensors])
+        except (AttributeError, IndexError, KeyError, TypeError):
+            check_batch(batch, layout, group)
+            raise
+        if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
+            check_batch(batch, layout, group)
+        if layout.is_packed and layout.num_documents > max_documents:
+            raise ValueError(
+                f"the layout has {layout.num_documents} documents, more than max_documents {max_documents}: pass a "
+                "larger max_documents to make_roller"
+            )
+        seq_len = 0 if layout.is_packed else layout.seq_len
+        return cls(
+            schedule,
+            transport,
+            num_depths,
+            max_documents,
+            layout.kind,
+            layout.is_packed,
+            seq_len,
+            names,
+            dtypes,
+            shape[:-1],
+            device,
+        )
+
+    def describe(self) -> dict[str, object]:
+        """What the ranks have to have in common, by name, in words for error messages."""
+        length = "" if self.is_packed else f" {self.seq_len}"
+        tensors = zip(self.names, self.dtypes, strict=True)
+        return {
+            "schedule": self.schedule,
+            "num_depths": self.num_depths,
+            "max_documents": self.max_documents,
+            "layout": f"{'packed' if self.is_packed else 'dense'} {self.layout_kind}{length}",
+            "tensors": tuple(f"{name} {str(dtype)[6:]} {list(self.batch_shape)}" for name, dtype in tensors),
+            "transport": self.transport,
+        }
+
+    @property
+    def batch_rows(self) -> int:
         """B."""
-        return prod(self.leading)
+        return prod(self.batch_shape)
 
-    @cached_property
-    def words(self) -> int:
-        """int64 words that a token takes on the wire: one per tensor and batch row."""
-        return len(self.names) * self.rows
+    @property
+    def words_per_token(self) -> int:
+        """int64 words that a token takes in a message: one for each tensor and batch row."""
+        return len(self.names) * self.batch_rows
 
-    @cached_property
+    @property
     def widths(self) -> tuple[int, ...]:
         """Bytes of an element of each tensor."""
         return tuple(dtype.itemsize for dtype in self.dtypes)
 
-    @cached_property
+    @property
     def fills(self) -> tuple[int, ...]:
-        """What a token past its document's end becomes, as an integer of the tensor's width."""
-        return tuple(
-            _ONE[dtype] if fill_of(name) else 0 for name, dtype in zip(self.names, self.dtypes, strict=True)
-        )
+        """For each tensor, what a token past its document's end becomes, as an integer of the tensor's width."""
+        pairs = zip(self.names, self.dtypes, strict=True)
+        return tuple(_ONE[dtype] if fill_of(name) else 0 for name, dtype in pairs)
 
-    @cached_property
-    def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The tensors (by number) of each dtype: their rolls share one allocation, [num_depths, tensors, B, L]."""
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for number, dtype in enumerate(self.dtypes):
-            by_dtype.setdefault(dtype, []).append(number)
-        return tuple(tuple(numbers) for numbers in by_dtype.values())
-
-    @cached_property
-    def group_sizes(self) -> tuple[int, ...]:
-        """How many tensors share the allocation of each tensor's rolls."""
-        sizes = {number: len(numbers) for numbers in self.groups for number in numbers}
-        return tuple(sizes[number] for number in range(len(self.names)))
-
-    @cached_property
+    @property
     def table(self) -> IntArray:
-        """What kernels have to know, int64 [3, tensors]: widths, fills and group sizes."""
-        return np.array([self.widths, self.fills, self.group_sizes])
+        """What the kernels have to know, int64 [2, tensors]: widths and fills."""
+        return np.array([self.widths, self.fills])
 
-    def tensors(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def tensors(self, batch: Batch) -> list[torch.Tensor]:
         """The batch's tensors in the order of `names`, contiguous."""
-        return [
-            tensor if tensor.is_contiguous() else tensor.contiguous()
-            for tensor in [batch[name] for name in self.names]
-        ]
+        return [batch[name].contiguous() for name in self.names]
 
-    def outputs(
-        self, tensors: list[torch.Tensor], num_depths: int, length: int, ahead: int = 1
-    ) -> list[Outputs]:
-        """Room for the rolls of `ahead` microbatches of `tensors`, `length` tokens each: one allocation per dtype."""
-        made = [Outputs([{} for _ in range(num_depths)], [0] * len(self.names)) for _ in range(ahead)]
-        for numbers in self.groups:
-            count, width = len(numbers), self.widths[numbers[0]]
-            with torch.inference_mode(False):
-                room = tensors[numbers[0]].new_empty((ahead * num_depths * count, *self.leading, length))
-                # Each with a version counter of its own: a write to one is none to the others.
-                rolls = iter([one.data for one in room.unbind(0)])
-            address, step = room.data_ptr(), self.rows * length * width
-            for outputs in made:
-                for index, number in enumerate(numbers):
-                    outputs.bases[number] = address + index * step
-                for rolled in outputs.depths:
-                    for number in numbers:
-                        rolled[self.names[number]] = next(rolls)
-                address += num_depths * count * step
-        return made
+    def as_integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A [B, L] view as integers of the same width."""
+        return tensor.view(INTEGER_VIEW[tensor.dtype]).view(self.batch_rows, -1)
 
-    def bytes_of_rolls(self, num_depths: int, length: int) -> int:
-        """Bytes of the rolls of one microbatch."""
-        return num_depths * self.rows * length * sum(self.widths)
 
-    def integers(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[B, L] view as integers of the same width."""
-        return tensor.view(INTEGER_VIEW[tensor.dtype]).view(self.rows, -1)
+def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> None:
+    """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise ValueError("the batch must be a dict and hold at least one tensor, got none")
+    if layout.cp_size != group.cp_size:
+        raise ValueError(
+            f"the layout is for cp_size {layout.cp_size}, the cp group has {group.cp_size} ranks: make the layout "
+            "with the group's size"
+        )
+    for name, tensor in batch.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    first_name, first = next(iter(batch.items()))
+    for name, tensor in batch.items():
+        if tensor.dtype not in INTEGER_VIEW:
+            legal = ", ".join(str(dtype)[6:] for dtype in INTEGER_VIEW)
+            raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}: convert it first")
+        if tensor.ndim < 1 or tensor.shape[-1] != layout.local_len:
+            raise ValueError(
+                f"{name} must have the layout's local length {layout.local_len} as its last dimension, got shape "
+                f"{list(tensor.shape)}: pass this rank's shard, layout.shard(tensor, cp_rank)"
+            )
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"all tensors must have one shape, got {first_name} {list(first.shape)} and {name} "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
+            raise ValueError(
+                f"{name} must be on one {group.device_type} device with the other tensors, where the cp group "
+                f"communicates, got {tensor.device}: move it there"
+            )
+    if first.numel() == 0:
+        raise ValueError(f"the batch must have at least one row, got shape {list(first.shape)}")

@@ -1,12 +1,13 @@
-"""Tokens between GPUs of one host by their own stores: symmetric memory, and two kernels an exchange.
+"""Tokens between GPUs of one host by their own stores: symmetric memory, and two kernels for an exchange.
 
-`put` packs into the peers' memory and raises a flag there, `take` waits for the flags, unrolls and acknowledges.
-All counting is done on the device, so that an exchange can be captured in a CUDA graph and replayed:
+`put_pack` packs into the peers' memory and signals it. `wait_unroll` waits for the signals, unrolls and acknowledges.
+All counting is done on the device, so an exchange can be captured in a CUDA graph and replayed:
 
-- an exchange's epoch is the number of the put, 1 for the first; its tokens go to slot epoch % SLOTS of the peer;
-- the flag of a slot and a source holds the epoch that was last put there: there is nothing to reset;
-- a slot is written again when the peer has acknowledged the epoch before, whichever way tokens travel between the
-  two; a flight that is dropped is acknowledged as well.
+- the sequence number of an exchange is the number of the put, 1 for the first. Its tokens go to buffer
+  seq_no % num_buffers of the peer;
+- the flag of a buffer and a source holds the sequence number that was last put there. It is never reset;
+- a buffer is written again after the peer has acknowledged the sequence number before, even if tokens travel one way
+  only. An exchange that is dropped is acknowledged as well.
 """
 
 from __future__ import annotations
@@ -16,82 +17,80 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed._symmetric_memory as symmetric_memory
 
-from overlap_mtp.exchange.cuda import DeviceSlot, DeviceTransport
-from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import PlanShape
-from overlap_mtp.exchange.spec import Cargo
-from overlap_mtp.exchange.transport import WORD_BYTES, Flight, Traffic, num_units
-from overlap_mtp.kernels.put_pack import put
-from overlap_mtp.kernels.signals import WORDS as FLAG_WORDS
-from overlap_mtp.kernels.wait_unroll import discard, take
+from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
+from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.plan import ExchangePlan
+from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled
+from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
+from overlap_mtp.kernels.put_pack import put_pack
+from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
 from overlap_mtp.layout import SequenceLayout
 
-SLOTS = 64  # exchanges that may be under way at a time
-DEFAULT_PATIENCE = timedelta(minutes=10)  # as NCCL's
+NUM_BUFFERS = 64  # exchanges that may be under way at a time
+DEFAULT_TIMEOUT = timedelta(minutes=10)  # as NCCL's
 
 
 @dataclass(frozen=True)
-class SymmetricLayout:
-    """Where things are in a rank's symmetric memory, in int64 words; alike on all ranks."""
+class MemoryLayout:
+    """Where things are in a rank's symmetric memory, in int64 words. It is the same on all ranks."""
 
     cp_size: int
-    slot_words: int
-    slots: int
+    buffer_words: int
+    num_buffers: int
 
     @classmethod
-    def of(cls, shapes: list[PlanShape], words: int, slots: int = SLOTS) -> SymmetricLayout:
-        """For ranks with these shapes, in rank order, and rows of so many words."""
-        rows = max(shape.num_recv_rows for shape in shapes)
-        return cls(len(shapes), -(-rows * words // FLAG_WORDS) * FLAG_WORDS, slots)
+    def of(
+        cls, plans: list[ExchangePlan], words_per_token: int, num_buffers: int = NUM_BUFFERS
+    ) -> MemoryLayout:
+        """For ranks with these plans, in rank order."""
+        words = max(plan.num_recv_rows for plan in plans) * words_per_token
+        return cls(len(plans), -(-words // FLAG_WORDS) * FLAG_WORDS, num_buffers)
 
     @property
     def signals_at(self) -> int:
-        return self.slots * self.slot_words
+        return self.num_buffers * self.buffer_words
 
     @property
     def acknowledgements_at(self) -> int:
-        return self.signals_at + self.slots * self.cp_size * FLAG_WORDS
+        return self.signals_at + self.num_buffers * self.cp_size * FLAG_WORDS
 
     @property
     def num_words(self) -> int:
-        return self.acknowledgements_at + self.slots * self.cp_size * FLAG_WORDS
+        return self.acknowledgements_at + self.num_buffers * self.cp_size * FLAG_WORDS
 
-    def constants(self, timed: bool) -> dict[str, object]:
-        """What `put` and `take` have to know; `timed`: patience is in ns, else in turns of the waiting loop."""
-        return {
-            "RING": self.slots,
-            "SLOT_WORDS": self.slot_words,
-            "SIGNALS_AT": self.signals_at,
-            "ACKNOWLEDGEMENTS_AT": self.acknowledgements_at,
-            "TIMED": timed,
-        }
+    @property
+    def constants(self) -> tuple[int, int, int, int]:
+        """What ExchangeConstants holds of it."""
+        return self.num_buffers, self.buffer_words, self.signals_at, self.acknowledgements_at
 
 
-def peer_tables(shapes: list[PlanShape], cp_rank: int, addresses: list[int]) -> tuple[list[int], list[int]]:
-    """The rows of `peers` (for put) and of `sources` (for take), one after the other.
+def peer_tables(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -> tuple[list[int], list[int]]:
+    """The rows of `peers` (for put_pack) and of `sources` (for wait_unroll), one after the other.
 
     `addresses`: where each rank's memory is, as this rank sees it.
     """
-    shape = shapes[cp_rank]
+    plan = plans[cp_rank]
     peers = [
         word
-        for peer in shape.destinations
+        for peer in plan.destinations
         for word in (
             addresses[peer],
             peer,
-            shapes[peer].first_recv_row(cp_rank),
-            shape.first_send_row(peer),
-            shape.send_stride[peer],
+            plans[peer].first_recv_row(cp_rank),
+            plan.first_send_row(peer),
+            plan.send_stride[peer],
         )
     ]
-    return peers, [word for peer in shape.sources for word in (addresses[peer], peer)]
+    return peers, [word for peer in plan.sources for word in (addresses[peer], peer)]
 
 
-class SymmetricTransport(DeviceTransport):
-    """Two kernels an exchange and no library call. Needs GPUs that can write to each other's memory.
+class SymmetricTransport(CudaTransport):
+    """Two kernels for an exchange and no library call. It needs GPUs that can write to each other's memory.
 
-    A peer that never comes ends the wait after the exchange group's timeout, and `check` then raises.
+    If a peer never comes, the wait ends after the exchange group's timeout, and `raise_if_failed` then raises.
     """
 
     name = "symmetric"
@@ -99,105 +98,95 @@ class SymmetricTransport(DeviceTransport):
     def __init__(
         self,
         group: ExchangeGroup,
-        shapes: list[PlanShape],
-        cargo: Cargo,
+        plans: list[ExchangePlan],
+        spec: ExchangeSpec,
         traffic: Traffic,
-        overlapped: bool,
-        length: int,
+        is_overlapped: bool,
+        local_len: int,
         memory: torch.Tensor,
     ) -> None:
-        """Collective over the cp group. `shapes`: of all ranks; `memory`: from `allocate`, which all of them have.
+        """Collective over the cp group. It raises if the memory cannot be shared.
 
-        Raises where it cannot be shared.
+        `plans`: of all ranks. `memory`: from `allocate`; all ranks must have it.
         """
-        shape = shapes[group.cp_rank]
-        super().__init__(group, shape, cargo, traffic, overlapped, length)
-        self._places = SymmetricLayout.of(shapes, cargo.words)
+        plan = plans[group.cp_rank]
+        super().__init__(group, plan, spec, traffic, is_overlapped, local_len)
+        self._memory_layout = MemoryLayout.of(plans, spec.words_per_token)
         self._memory = memory
-        addresses, self._mapping = share_memory(memory, group)
-        peers, sources = peer_tables(shapes, group.cp_rank, addresses)
+        self._mapping: Any = symmetric_memory.rendezvous(memory, group.process_group)
+        offset = getattr(self._mapping, "offset", 0)
+        addresses = [address + offset for address in self._mapping.buffer_ptrs]
+        peers, sources = peer_tables(plans, group.cp_rank, addresses)
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
         )
-        self._epochs = torch.zeros(len(shape.destinations) + 1, dtype=torch.int64, device=self.device)
-        patience = (group.timeout or DEFAULT_PATIENCE) / timedelta(microseconds=1) * 1000
-        self._patience = torch.tensor([int(patience)], dtype=torch.int64, device=self.device)
-        self._under_way: dict[int, None] = {}  # numbers of flights, oldest first
-        self._make_slots()
+        self._seq_nos = torch.zeros(len(plan.destinations) + 1, dtype=torch.int64, device=self.device)
+        timeout_ns = (group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
+        self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
+        self._under_way: dict[int, None] = {}  # numbers of exchanges, oldest first
+        self._make_buffers()
 
-    def launch(
+    def _constants(self, is_replayable: bool) -> ExchangeConstants:
+        return ExchangeConstants.of(self.spec, self.plan, is_replayable, self._memory_layout.constants)
+
+    def start(
         self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
-    ) -> Flight:
-        oldest = min(list(self._under_way), default=self.launched)
-        if oldest <= self.launched - SLOTS:
+    ) -> PendingExchange:
+        oldest = min(list(self._under_way), default=self.num_started)
+        if oldest <= self.num_started - NUM_BUFFERS:
             raise RuntimeError(
-                f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.launched} can start: at "
-                f"most {SLOTS} in a row may be under way over symmetric memory"
+                f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.num_started} can start: at "
+                f"most {NUM_BUFFERS} in a row may be under way over symmetric memory"
             )
-        flight = super().launch(tensors, layout, ready)
-        self._under_way[flight.number] = None
-        return flight
+        exchange = super().start(tensors, layout, ready)
+        self._under_way[exchange.number] = None
+        return exchange
 
-    def land(self, flight: Flight) -> list[dict[str, torch.Tensor]]:
-        rolled = super().land(flight)
-        self._under_way.pop(flight.number, None)
+    def finish(self, exchange: PendingExchange) -> Rolled:
+        rolled = super().finish(exchange)
+        self._under_way.pop(exchange.number, None)
         return rolled
 
-    def abandon(self, flight: Flight) -> None:
-        self._under_way.pop(flight.number, None)
-        super().abandon(flight)
+    def take_back(self, exchange: PendingExchange) -> None:
+        self._under_way.pop(exchange.number, None)
+        super().take_back(exchange)
 
     def close(self) -> None:
         try:
             super().close()
         finally:
-            del self._memory, self._mapping  # here and now; a capture may be under way when the roller goes
+            del self._memory, self._mapping  # here and now: a capture may be under way when the roller goes
 
-    def _send(self, flight: Flight, stream: int) -> None:
+    def _send(self, buffers: ExchangeBuffers, number: int) -> None:
         with self._send_span:
-            flight.slot.send_kernel(stream, as_graph=not flight.slot.captured)
+            self._launch(buffers.send, buffers)
 
     def _count(self, layout: SequenceLayout) -> None:
-        units = num_units(self.shape, layout)
-        rows = sum(1 + units * self.shape.send_stride[peer] for peer in self.shape.destinations)
-        self.traffic.add(len(self.shape.destinations), WORD_BYTES * self.cargo.words * rows)
+        sequences = self.plan.num_sequences(layout)
+        rows = sum(1 + sequences * self.plan.send_stride[peer] for peer in self.plan.destinations)
+        self.traffic.add(len(self.plan.destinations), WORD_BYTES * self.spec.words_per_token * rows)
 
-    def _recover(self, slot: DeviceSlot) -> None:
-        stream = self._side if self._overlapped else self._current_stream()
-        places = self._places
-        with torch.cuda.stream(stream):
-            discard(slot.record, self._sources, self.shape, places.slots, places.acknowledgements_at)(
-                stream.cuda_stream
-            )
-        super()._recover(slot)
+    def _recover(self, buffers: ExchangeBuffers) -> None:
+        with torch.cuda.stream(self._side if self._is_overlapped else None):
+            acknowledge(buffers.metadata, self._sources, buffers.constants)()
+        super()._recover(buffers)
 
-    def _bind(self, slot: DeviceSlot, overridable: bool) -> None:
-        slot.shared = self._mapping
-        constants = self._places.constants(timed=True)
-        given = (slot.given, slot.override, slot.record, self.table, self.cargo_table)
-        shared = (self._memory, self._epochs, self.trouble, self._patience)
-        slot.send_kernel = put((*given, self._peers, *shared), self.shape, self.cargo, constants, overridable)
-        taken = (slot.record, slot.override, self.table, self.cargo_table, self._sources, self._memory)
-        slot.unroll_kernel = take(
-            (*taken, self.trouble, self._patience), self.shape, self.cargo, constants, overridable
+    def _bind(self, buffers: ExchangeBuffers) -> None:
+        buffers.shared = self._mapping
+        host_metadata = buffers.host_metadata.tensor
+        metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
+        put = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
+        buffers.send = put_pack(
+            (host_metadata, replay_metadata, metadata, *self._tables, *put), buffers.constants
         )
+        waited = (self._sources, self._memory, self.error_flags, self._timeout)
+        buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *waited), buffers.constants)
 
 
-def allocate(shapes: list[PlanShape], cargo: Cargo) -> torch.Tensor:
-    """Zeroed int64 memory for exchanges of `cargo` between ranks of these shapes, which can be shared."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    size = SymmetricLayout.of(shapes, cargo.words).num_words
-    memory = symmetric_memory.empty(size, dtype=torch.int64, device=cargo.device)
+def allocate(plans: list[ExchangePlan], spec: ExchangeSpec) -> torch.Tensor:
+    """Allocate zeroed int64 memory that ranks with these plans can share."""
+    size = MemoryLayout.of(plans, spec.words_per_token).num_words
+    memory = symmetric_memory.empty(size, dtype=torch.int64, device=spec.device)
     memory.zero_()
-    torch.cuda.synchronize(cargo.device)
+    torch.cuda.synchronize(spec.device)
     return memory
-
-
-def share_memory(memory: torch.Tensor, group: ExchangeGroup) -> tuple[list[int], Any]:
-    """(where each rank's memory is, as this rank sees it; what keeps these mapped). Collective."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    handle = symmetric_memory.rendezvous(memory, group.group)
-    offset = getattr(handle, "offset", 0)
-    return [address + offset for address in handle.buffer_ptrs], handle

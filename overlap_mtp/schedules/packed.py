@@ -1,59 +1,72 @@
-"""What the schedules with a wire share (merged, overlap, prefetch): plans and transports."""
+"""merged, overlap and prefetch: all tensors and documents in one message, at three times.
+
+- merged: one exchange for each depth, waited for where it is started (improvement (a) of Megatron-LM's MR !3330);
+- overlap: one exchange for each depth on the side stream. Depth k + 1 travels while MTP layer k computes
+  (improvement (b)). Values that are not known in advance, such as activations, need this order;
+- prefetch: one exchange for all depths on the side stream, under the trunk. Every token that any depth needs is known
+  when the batch arrives.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.select import Flight, Transport, open_transport, shapes_of
-from overlap_mtp.exchange.spec import Cargo
+from overlap_mtp.exchange.plan import make_plans
+from overlap_mtp.exchange.select import make_transport
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec
+from overlap_mtp.exchange.transport import PendingExchange, Transport
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import Batch, Roller, Rolls
-
-Tokens = dict[str, torch.Tensor]
+from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
 
-class WiredRoller(Roller):
-    """A roller whose exchanges carry all tensors and documents, and `depths_per_exchange` depths, at once."""
+class Timing(NamedTuple):
+    """When the exchanges of a schedule happen."""
 
-    overlapped: bool
+    is_overlapped: bool  # on the side stream, started as early as possible
+    all_depths: bool  # one exchange carries them all; otherwise one exchange each
 
-    def __init__(self, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str) -> None:
-        super().__init__(group, num_depths, max_documents)
-        self._wanted = transport
-        self._transports: dict[object, Transport] = {}
-        self._transport: Transport  # for the kind of batch that came last
+
+TIMINGS = {
+    "merged": Timing(is_overlapped=False, all_depths=False),
+    "overlap": Timing(is_overlapped=True, all_depths=False),
+    "prefetch": Timing(is_overlapped=True, all_depths=True),
+}
+
+
+class PackedRoller(Roller):
+    """A roller whose exchanges carry all tensors and documents at once."""
+
+    def __init__(
+        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
+    ) -> None:
+        super().__init__(name, group, num_depths, max_documents, transport)
+        self.is_overlapped, all_depths = TIMINGS[name]
+        self._depths_per_exchange = num_depths if all_depths else 1
+        self._asked_transport = transport
+        self._transports: dict[ExchangeSpec, Transport] = {}
+        self._transport: Transport | None = None  # for the spec of the last batch
 
     @property
     def transport(self) -> str:
-        return self._transport.name if hasattr(self, "_transport") else self._wanted
+        return self._transport.name if self._transport else self._asked_transport
 
-    @property
-    def depths_per_exchange(self) -> int:
-        return 1
-
-    def _admit(self, batch: Batch, layout: SequenceLayout) -> None:
-        super()._admit(batch, layout)
-        cargo = Cargo.of(batch)
-        key = (cargo, layout.kind, None if layout.is_packed else layout.seq_len)
-        if key not in self._transports:
-            shapes = shapes_of(layout, self.depths_per_exchange, self.max_documents)
+    def _adopt(self, spec: ExchangeSpec, layout: SequenceLayout) -> None:
+        if spec not in self._transports:
+            plans = make_plans(layout, self._depths_per_exchange, self.max_documents)
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
-                self._transports[key] = open_transport(
-                    self._wanted,
-                    self._group,
-                    shapes,
-                    cargo,
-                    self.traffic,
-                    self.overlapped,
-                    layout.local_len,
+                self._transports[spec] = make_transport(
+                    self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
                 )
-        self._transport = self._transports[key]
+        self._transport = self._transports[spec]
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
-        rolls = FlyingRolls(self, self._transport, batch, layout)
-        if self.overlapped:
-            rolls.launch(ready)
+        assert self._transport is not None
+        rolls = PackedRolls(self, self._transport, batch, layout)
+        if self.is_overlapped:
+            rolls.start_next(ready)
         return rolls
 
     def close(self) -> None:
@@ -68,48 +81,48 @@ class WiredRoller(Roller):
         if errors:
             raise errors[0]
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         for transport in self._transports.values():
-            transport.check()
+            transport.raise_if_failed()
 
 
-class FlyingRolls(Rolls):
-    """The rolls of exchanges: one for all depths, or one after the other, each of what the one before brought."""
+class PackedRolls(Rolls):
+    """The rolls of one exchange, or of several: each then rolls what the one before brought."""
 
     def __init__(
-        self, roller: WiredRoller, transport: Transport, batch: Batch, layout: SequenceLayout
+        self, roller: PackedRoller, transport: Transport, batch: Batch, layout: SequenceLayout
     ) -> None:
         self._roller = roller
         self._transport = transport
         self._layout = layout
         self._newest: Batch = dict(batch)  # what the next exchange rolls
-        self._flights: list[Flight] = []
+        self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []
 
     def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
         while len(self._rolled) < depth:
             self._roller.check_open()
-            if not self._flights or self._flights[-1].landed:
-                self.launch()
-            self._land()
+            if not self._exchanges or self._exchanges[-1].is_done:
+                self.start_next()
+            self._wait()
         return dict(self._rolled[depth - 1])
 
-    def launch(self, ready: torch.cuda.Event | None = None) -> None:
-        """Sends what the next exchange carries."""
+    def start_next(self, ready: torch.cuda.Event | None = None) -> None:
+        """Start the next exchange."""
         if ready is not None and not all(tensor.is_contiguous() for tensor in self._newest.values()):
-            torch.cuda.current_stream().wait_event(ready)  # what is read now is a copy, made on this stream
+            torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
             ready = None
-        tensors = self._transport.cargo.tensors(self._newest)
-        self._flights.append(self._transport.launch(tensors, self._layout, ready))
-        self._transport.check()
+        tensors = self._transport.spec.tensors(self._newest)
+        self._exchanges.append(self._transport.start(tensors, self._layout, ready))
+        self._transport.raise_if_failed()
 
-    def _land(self) -> None:
-        self._rolled += self._transport.land(self._flights[-1])
+    def _wait(self) -> None:
+        self._rolled += self._exchanges[-1].wait()
         self._newest = self._rolled[-1]
-        self._transport.check()
-        if self._roller.overlapped and len(self._rolled) < self._roller.num_depths:
-            self.launch()  # travels while the MTP layer of this depth computes
+        self._transport.raise_if_failed()
+        if self._roller.is_overlapped and len(self._rolled) < self._roller.num_depths:
+            self.start_next()  # travels while the MTP layer of this depth computes
 
     def set_replay_layout(self, layout: SequenceLayout) -> None:
         before, now = (
@@ -120,6 +133,6 @@ class FlyingRolls(Rolls):
             raise ValueError(
                 f"a captured exchange keeps its kind of layout: it has {before}, the new one is {now}"
             )
-        for flight in self._flights:
-            self._transport.set_replay_layout(flight, layout)
-        self._transport.check()
+        for exchange in self._exchanges:
+            self._transport.set_replay_layout(exchange, layout)
+        self._transport.raise_if_failed()

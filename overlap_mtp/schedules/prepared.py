@@ -1,7 +1,10 @@
-"""prepared: no exchange. The full batch is rolled before it is sharded, and the rolls travel in the batch.
+"""prepared and none: two schedules without an exchange.
 
-The MR's alternative 2 and what most frameworks do: the floor to measure against. It needs the whole sequence on
-every rank (or in the loader), num_depths more tensors per tensor, and a model that takes them.
+prepared: the full batch is rolled before it is sharded, and the rolls travel in the batch. Most frameworks do this
+(alternative 2 of Megatron-LM's MR !3330), and it is the floor to measure against. It needs the whole sequence on every
+rank or in the loader, num_depths more tensors for each tensor, and a model that takes them.
+
+none: no roll at all. It returns wrong tokens and is for timing only: it shows what `prepared` itself costs.
 """
 
 from __future__ import annotations
@@ -10,24 +13,33 @@ import re
 
 import torch
 
-from overlap_mtp.exchange.spec import fill_of
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, fill_of
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.schedules.roller import Batch, Roller, Rolls, detached
+from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached
 
 PREPARED = re.compile(r"_depth\d+$")
 
 
 def prepared_name(name: str, depth: int) -> str:
-    """The key under which `prepare` puts the roll of `name` at `depth`."""
+    """The key that `prepare` gives to the roll of `name` at `depth`."""
     return f"{name}_depth{depth}"
 
 
-def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> dict[str, torch.Tensor]:
-    """Rolls a full-length batch ([..., S] each) at every depth, before it is sharded.
+def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> Tokens:
+    """Roll a full-length batch at every depth, before it is sharded.
 
-    Returns a flat dict of full-length tensors: the original names, and `prepared_name(name, depth)` for each
-    name and depth. Shard it like any other batch and give it to the `start` of a `prepared` roller.
+    Args:
+        batch: full-length tensors by name, [..., S] each.
+        layout: of the batch.
+        num_depths: at least 1.
+
+    Returns:
+        Full-length tensors: those of the batch, and `prepared_name(name, depth)` for each name and depth. Shard them
+        like any other batch and give them to `start` of a `prepared` roller.
+
+    Raises:
+        ValueError: if `num_depths` is below 1 or a tensor has another length.
     """
     if num_depths < 1:
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
@@ -39,34 +51,37 @@ def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> dict[str, 
 
 
 class PreparedRoller(Roller):
-    name = "prepared"
+    """Hands out the rolls that are in the batch (prepared), or the batch itself (none)."""
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         return PreparedRolls(self, detached(batch))
 
-    def _check_names(self, batch: Batch) -> None:
-        names = [name for name in batch if not PREPARED.search(name)]
-        missing = [
+    def _check_names(self, spec: ExchangeSpec) -> None:
+        if self.name == "none":
+            return
+        wanted = (
             prepared_name(name, depth)
-            for name in names
+            for name in spec.names
+            if not PREPARED.search(name)
             for depth in range(1, self.num_depths + 1)
-            if prepared_name(name, depth) not in batch
-        ]
+        )
+        missing = next((name for name in wanted if name not in spec.names), None)
         if missing:
             raise ValueError(
-                f"a batch for the prepared schedule must hold {missing[0]}: roll the full batch with "
-                f"prepare(batch, layout, num_depths={self.num_depths}) before sharding it"
+                f"a batch for the prepared schedule must hold {missing}: roll the full batch with prepare(batch, "
+                f"layout, num_depths={self.num_depths}) before sharding it"
             )
 
 
 class PreparedRolls(Rolls):
-    def __init__(self, roller: PreparedRoller, batch: dict[str, torch.Tensor]) -> None:
+    def __init__(self, roller: PreparedRoller, batch: Tokens) -> None:
         self._roller = roller
         self._batch = batch
 
-    def at(self, depth: int) -> dict[str, torch.Tensor]:
+    def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
         batch = self._batch
-        return {
-            name: batch[prepared_name(name, depth)] for name in batch if prepared_name(name, depth) in batch
-        }
+        if self._roller.name == "none":
+            return dict(batch)
+        names = {name: prepared_name(name, depth) for name in batch}
+        return {name: batch[rolled] for name, rolled in names.items() if rolled in batch}

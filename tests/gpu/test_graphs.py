@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
 from overlap_mtp.exchange.group import exchange_group_of
-from overlap_mtp.kernels.launch import Grid, Launch, Runner
+from overlap_mtp.kernels.launch import Grid, Launch
 
-from cases import NUM_DEPTHS, WIRED, error_of
+from cases import NUM_DEPTHS, PACKED, error_of
 from gpu_cases import TRANSPORTS, differences, packed, shards
 from rank_pool import RankPool
 
@@ -54,7 +54,7 @@ def replay_with_other_documents(group: dist.ProcessGroup, schedule: str, transpo
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 def test_a_captured_exchange_takes_other_tokens_and_documents(gpu_pool: RankPool, schedule, transport):
     size = gpu_pool.world_size
     assert gpu_pool.run(replay_with_other_documents, size, schedule, transport) == [[]] * size
@@ -73,18 +73,13 @@ def in_a_thread(function: Callable[[], object]) -> None:
     thread.join()
 
 
-compiled = Launch._compiled
+launch_kernel = Launch.__call__
 
 
-def collecting(launch: Launch, grid: Grid) -> Runner:
-    """A kernel in whose launch the garbage collector runs, so also while that launch is captured."""
-    runner = compiled(launch, grid)
-
-    def run(stream: int | None) -> None:
-        gc.collect()
-        runner(stream)
-
-    return run
+def collecting(launch: Launch, grid: Grid | None = None) -> None:
+    """A launch in which the garbage collector runs, so also while that launch is captured."""
+    gc.collect()
+    launch_kernel(launch, grid)
 
 
 def used_roller(group: dist.ProcessGroup, transport: str, is_closed: bool) -> list[object]:
@@ -111,7 +106,7 @@ def go_during_captures(group: dist.ProcessGroup, transport: str, is_closed: bool
         gc.disable()
         Cycle(used_roller(group, transport, is_closed))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Launch, "_compiled", collecting)
+            patched.setattr(Launch, "__call__", collecting)
             rolls = roller.start(batch, layout)
         gc.enable()
         wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, 0)
@@ -141,7 +136,7 @@ def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport, is_cl
     assert gpu_pool.run(go_during_captures, size, transport, is_closed) == [[]] * size
 
 
-def relayouts(group: dist.ProcessGroup) -> list[str]:
+def new_replay_layouts(group: dist.ProcessGroup) -> list[str]:
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS)
     rolls = roller.start(shards(layout, group, 0), layout)
@@ -152,7 +147,7 @@ def relayouts(group: dist.ProcessGroup) -> list[str]:
 
 
 def test_only_a_captured_exchange_takes_another_layout(gpu_pool: RankPool):
-    for (error,) in gpu_pool.run(relayouts, gpu_pool.world_size):
+    for (error,) in gpu_pool.run(new_replay_layouts, gpu_pool.world_size):
         assert error.startswith("RuntimeError: only")
 
 
@@ -188,7 +183,7 @@ def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]
     graphs[2].replay()
     torch.cuda.synchronize()
     wrong += differences(rolled, layout, rank, 0)
-    roller.check()
+    roller.raise_if_failed()
     for one in graphs:
         one.reset()
     del one
@@ -203,7 +198,7 @@ def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]
 def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
     for errors in gpu_pool.run(misused_captures, gpu_pool.world_size, transport):
         assert errors["outside, joined inside"].startswith("RuntimeError: exchange 1 must be joined")
-        assert errors["too many"].startswith("RuntimeError: no slot is left")
+        assert errors["too many"].startswith("RuntimeError: no buffers are left")
         assert errors["another kind"].startswith("ValueError: a captured exchange keeps its kind")
         assert errors["another length"].startswith("ValueError: a captured exchange keeps its length")
         assert errors["wrong"] == "[]"
@@ -212,20 +207,20 @@ def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
 def too_many_under_way(group: dist.ProcessGroup) -> str:
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
-    batch, flights = shards(layout, group, 0), []
+    batch, started = shards(layout, group, 0), []
 
     def start_many() -> None:
         for _ in range(70):
-            flights.append(roller.start(batch, layout))
+            started.append(roller.start(batch, layout))
 
     error = error_of(start_many)
-    for rolls in flights:
+    for rolls in started:
         rolls.at(1)
     roller.close()
-    return f"{len(flights)} {error}"
+    return f"{len(started)} {error}"
 
 
-def test_more_exchanges_than_slots_are_refused(gpu_pool: RankPool):
+def test_more_exchanges_than_buffers_are_refused(gpu_pool: RankPool):
     for answer in gpu_pool.run(too_many_under_way, gpu_pool.world_size):
         assert answer.startswith("64 RuntimeError: exchange 0 must be joined"), answer
 
@@ -234,7 +229,7 @@ def late_rank(world: dist.ProcessGroup) -> str:
     """What the others see of a rank that stays away from the second exchange."""
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=3))
     assert group is not None
-    assert exchange_group_of(group).group is not None
+    assert exchange_group_of(group).process_group is not None
     layout = packed(group.size(), 0)
     roller = make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
     batch = shards(layout, group, 0)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.multi_gpu
 
 
 def many_from_early_events(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """More exchanges than a roller has slots at first, all under way before the compute stream gets anywhere."""
+    """More exchanges than a roller has buffers at first, all under way before the compute stream gets anywhere."""
     layout, rank = packed(group.size(), 1), group.rank()
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
     batches = [shards(layout, group, turn) for turn in range(12)]
@@ -26,16 +26,16 @@ def many_from_early_events(group: dist.ProcessGroup, transport: str) -> list[str
     ready = torch.cuda.Event()
     ready.record()
     torch.cuda._sleep(50_000_000)
-    flights = [roller.start(batch, layout, ready) for batch in batches]
+    started = [roller.start(batch, layout, ready) for batch in batches]
     wrong = []
-    for turn, rolls in enumerate(flights):
+    for turn, rolls in enumerate(started):
         wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
     roller.close()
     return wrong
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_slots_made_under_way_do_not_wait_for_compute(gpu_pool: RankPool, transport):
+def test_buffers_made_under_way_do_not_wait_for_compute(gpu_pool: RankPool, transport):
     size = gpu_pool.world_size
     assert gpu_pool.run(many_from_early_events, size, transport) == [[]] * size
 
@@ -104,8 +104,8 @@ def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
         del batch
         if rank == turn % group.size():
             del rolls
-            roller.check()
-            # `_let_side_finish` must have kept the allocator from giving the batch's memory to these.
+            roller.raise_if_failed()
+            # `_release` must have kept the allocator from giving the batch's memory to these.
             _ = [torch.full(shape, -5, dtype=dtype, device="cuda") for shape, dtype in 8 * shapes]
         else:
             wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
@@ -125,19 +125,19 @@ def unroll_fails_once(group: dist.ProcessGroup, transport: str) -> list[str]:
     layout, rank = packed(group.size(), 2), group.rank()
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
     roller.start(shards(layout, group, 0), layout).at(1)
-    launch, wrong = Launch.__call__, []
+    replay, wrong = Launch.replay, []
 
     def fails(self: Launch, *args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     for turn in range(12):
         rolls = roller.start(shards(layout, group, turn), layout)
-        Launch.__call__ = fails  # type: ignore[method-assign]
+        Launch.replay = fails  # type: ignore[method-assign]
         try:
             with pytest.raises(KeyboardInterrupt):
                 rolls.at(1)
         finally:
-            Launch.__call__ = launch  # type: ignore[method-assign]
+            Launch.replay = replay  # type: ignore[method-assign]
         behind = roller.start(shards(layout, group, turn + 1), layout)
         wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, turn)
         wrong += differences([behind.at(1), behind.at(2)], layout, rank, turn + 1)

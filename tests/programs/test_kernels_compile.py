@@ -13,13 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {"table": "*i32", "trouble": "*i32"}  # all others are of int64
-LAYOUTS = ("zigzag", "contiguous")
+POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}  # all others are of int64
 
 
 def compiled_size(launch) -> int:
     """Bytes of machine code of what a launch would run."""
     kernel, constants = launch._kernel, launch._constants
+    assert len(kernel.arg_names) <= 12
     names = [name for name in kernel.arg_names if name not in constants]
     signature: dict[str, object] = {name: POINTERS.get(name, "*i64") for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -29,38 +29,38 @@ def compiled_size(launch) -> int:
 
 def launches(kind: str) -> list[object]:
     """Every kernel of an exchange, for a rank of three, all widths and several rows."""
+    from simulated import random_batch, shards_of, spec_of
+
     from overlap_mtp import SequenceLayout
-    from overlap_mtp.exchange.select import shapes_of
-    from overlap_mtp.exchange.spec import Cargo
-    from overlap_mtp.exchange.symmetric import SymmetricLayout
+    from overlap_mtp.exchange.plan import make_plans
+    from overlap_mtp.exchange.symmetric import MemoryLayout
+    from overlap_mtp.kernels.common import ExchangeConstants
     from overlap_mtp.kernels.pack import pack
-    from overlap_mtp.kernels.put_pack import put
+    from overlap_mtp.kernels.put_pack import put_pack
     from overlap_mtp.kernels.unroll import unroll
-    from overlap_mtp.kernels.wait_unroll import discard, take
+    from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
 
     layout = SequenceLayout.packed([0, 24, 48], 3, kind)
-    shapes = shapes_of(layout, 2, 100)
-    dtypes = (torch.int64, torch.int32, torch.bfloat16, torch.bool)
-    cargo = Cargo(("a", "b", "c", "padding_mask"), dtypes, torch.Size([2]), torch.device("cpu"))
-    places = SymmetricLayout.of(shapes, cargo.words)
-    constants = places.constants(timed=True)
+    plans = make_plans(layout, 2, 100)
+    spec = spec_of(shards_of(layout, random_batch(layout, 2, 0))[1], layout, 2, 100)
+    memory = MemoryLayout.of(plans, spec.words_per_token).constants
+    constants = ExchangeConstants.of(spec, plans[1], is_replayable=True, memory=memory)
     word = torch.zeros(1, dtype=torch.int64)
-    shape = shapes[1]
     return [
-        pack((word,) * 6, shape, cargo, overridable=True),
-        unroll((word,) * 6, shape, cargo, overridable=True),
-        put((word,) * 10, shape, cargo, constants, overridable=True),
-        take((word,) * 8, shape, cargo, constants, overridable=True),
-        discard(word, word, shape, 4, places.acknowledgements_at),
+        pack((word,) * 6, constants),
+        unroll((word,) * 6, constants),
+        put_pack((word,) * 10, constants),
+        wait_unroll((word,) * 8, constants),
+        acknowledge(word, word, constants),
     ]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 def test_kernels_compile_for_a_gpu(kind):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, kind], env=environment, capture_output=True, text=True, timeout=240
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, __file__, kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     sizes = [int(size) for size in done.stdout.split()]
     assert len(sizes) == 5

@@ -12,7 +12,7 @@ from cases import (
     ILLEGAL,
     NUM_DEPTHS,
     ODD_RANK,
-    WIRED,
+    PACKED,
     assert_names,
     error_of,
     local_to,
@@ -102,7 +102,7 @@ def ask_for_another_transport(group: dist.ProcessGroup, schedule: str) -> str:
     return error_of(lambda: roller.start(local_to(group, schedule, layout), layout))
 
 
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 def test_all_ranks_refuse_transports_that_differ(pool: RankPool, schedule):
     for error in pool.run(ask_for_another_transport, 2, schedule):
         assert_names(error, "transport", "rank 0", "rank 1", "auto", "process_group")

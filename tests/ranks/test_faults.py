@@ -16,7 +16,7 @@ from cases import (
     EXCHANGING,
     NUM_DEPTHS,
     ODD_RANK,
-    WIRED,
+    PACKED,
     error_of,
     local_to,
     other_dtype,
@@ -40,7 +40,7 @@ def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.
     """A cp group with its exchange group made."""
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=timeout_s))
     assert group is not None
-    assert exchange_group_of(group).group is not None
+    assert exchange_group_of(group).process_group is not None
     return group
 
 
@@ -63,7 +63,7 @@ def assert_sees_another_plan(error: str, *peers: int) -> None:
     assert any(f"rank {peer}" in error for peer in peers), error
 
 
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 def test_plans_that_differ_raise_where_they_can_be_seen(short_pool: RankPool, schedule):
     """With three zigzag ranks, 2 hears from 1, 1 from 0 and 2, and 0 from 1 (and from 2 by depth 2)."""
     results = short_pool.run(plans_differ, 3, schedule, "zigzag")
@@ -73,7 +73,7 @@ def test_plans_that_differ_raise_where_they_can_be_seen(short_pool: RankPool, sc
     assert_sees_another_plan(of_last, 0, 1)
 
 
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 def test_contiguous_plans_that_differ_raise_at_the_receiver(short_pool: RankPool, schedule):
     """Contiguous ranks hear from those above alone: the last one hears from nobody and cannot know."""
     results = short_pool.run(plans_differ, 3, schedule, "contiguous")

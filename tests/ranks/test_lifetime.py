@@ -109,15 +109,15 @@ def accumulated_gradients(group: dist.ProcessGroup, schedule: str) -> tuple[torc
     weight = torch.zeros(VOCABULARY, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
 
     roller = make_roller(schedule, group, NUM_DEPTHS)
-    flights = [
+    started = [
         roller.start(local(group, schedule, full, layout), layout)
         for full, layout in zip(fulls, layouts, strict=True)
     ]
     losses = []
-    for rolls, of_microbatch in zip(flights, factors, strict=True):
+    for rolls, of_microbatch in zip(started, factors, strict=True):
         embedded = [F.embedding(rolls.at(depth)["input_ids"], weight) for depth in range(1, NUM_DEPTHS + 1)]
         losses.append(sum((e * f).sum() for e, f in zip(embedded, of_microbatch, strict=True)))
-    del flights, rolls, embedded
+    del started, rolls, embedded
     for i in range(20):
         other = roller.start(local(group, schedule, tokens(), layouts[i % 3]), layouts[i % 3])
         for depth in range(1, NUM_DEPTHS + 1):
@@ -170,15 +170,15 @@ def join_late(group: dist.ProcessGroup, schedule: str) -> list[str]:
     layouts = [layout_of(group.size(), i) for i in range(5)]
     roller = make_roller(schedule, group, NUM_DEPTHS)
     fulls = [full_batch(layout, i) for i, layout in enumerate(layouts)]
-    flights = [
+    started = [
         roller.start(local(group, schedule, full, layout), layout)
         for full, layout in zip(fulls, layouts, strict=True)
     ]
     for depth in range(1, NUM_DEPTHS + 1):
-        for rolls in reversed(flights):
+        for rolls in reversed(started):
             rolls.at(depth)
     wrong = []
-    for full, layout, rolls in zip(fulls, layouts, flights, strict=True):
+    for full, layout, rolls in zip(fulls, layouts, started, strict=True):
         wrong += wrong_rolls(group, rolls, full, layout)
     roller.close()
     return wrong
@@ -236,22 +236,22 @@ def interleave(group: dist.ProcessGroup, first: str, second: str) -> list[str]:
     """Two rollers of one cp group, each with three microbatches in flight among the other's."""
     rollers = [make_roller(first, group, NUM_DEPTHS), make_roller(second, group, NUM_DEPTHS)]
     wrong = []
-    flights = []
+    started = []
     for i in range(6):
         layout = layout_of(group.size(), i)
         full = full_batch(layout, i)
         schedule = (first, second)[i % 2]
-        flights.append((rollers[i % 2].start(local(group, schedule, full, layout), layout), full, layout))
+        started.append((rollers[i % 2].start(local(group, schedule, full, layout), layout), full, layout))
     for depth in range(1, NUM_DEPTHS + 1):
-        for rolls, _, _ in flights:
+        for rolls, _, _ in started:
             rolls.at(depth)
     rollers[0].close()
-    for rolls, full, layout in flights[1::2]:
+    for rolls, full, layout in started[1::2]:
         wrong += wrong_rolls(group, rolls, full, layout)
     layout, full = layout_of(group.size()), full_batch(layout_of(group.size()), 99)
     rolls = rollers[1].start(local(group, second, full, layout), layout)
     wrong += wrong_rolls(group, rolls, full, layout)
-    for rolls, full, layout in flights[::2]:
+    for rolls, full, layout in started[::2]:
         wrong += wrong_rolls(group, rolls, full, layout)
     rollers[1].close()
     return wrong
@@ -275,17 +275,17 @@ def test_two_rollers_share_a_cp_group(pool: RankPool, first, second):
 def with_delays(group: dist.ProcessGroup, transport: str, function, *args):
     """Runs a function of this file over a transport, every exchange delayed on its stream, by up to 2 ms before
     and after it."""
-    from overlap_mtp.exchange.nccl import ProcessGroupTransport
+    from overlap_mtp.exchange.nccl import NcclTransport
     from overlap_mtp.exchange.symmetric import SymmetricTransport
 
     rng = random.Random(group.rank())
-    kinds = (ProcessGroupTransport, SymmetricTransport)
+    kinds = (NcclTransport, SymmetricTransport)
     sends = [kind._send for kind in kinds]
 
     def delayed(send):
-        def late(self, flight, stream):
+        def late(self, buffers, number):
             torch.cuda._sleep(rng.randrange(4_000_000))
-            send(self, flight, stream)
+            send(self, buffers, number)
             torch.cuda._sleep(rng.randrange(4_000_000))
 
         return late

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from overlap_mtp import make_roller
-from overlap_mtp.exchange.select import Transport
+from overlap_mtp.exchange.transport import Transport
 
-from cases import NUM_DEPTHS, WIRED, error_of, full_batch, local_to, packed, wrong_rolls
+from cases import NUM_DEPTHS, PACKED, error_of, full_batch, local_to, packed, wrong_rolls
 from rank_pool import RankPool, device_of
 
 
@@ -67,7 +67,7 @@ def infer_then_train(group: dist.ProcessGroup, schedule: str) -> list[str]:
 
 
 def ask_again(group: dist.ProcessGroup, schedule: str) -> list[str]:
-    """A join that failed once is asked for again: the same exchange lands, no other is sent."""
+    """A join that failed once is asked for again: it is the same exchange, no other is sent."""
     layout = packed(group.size())
     roller = make_roller(schedule, group, NUM_DEPTHS)
     batch = local_to(group, schedule, layout)
@@ -77,17 +77,17 @@ def ask_again(group: dist.ProcessGroup, schedule: str) -> list[str]:
     per_batch = roller.traffic.messages - before
     rolls = roller.start(batch, layout)
     transport = roller._transport  # type: ignore[attr-defined]
-    land = type(transport).land
+    finish = type(transport).finish
 
-    def fails(self: Transport, flight: object) -> None:
+    def fails(self: Transport, exchange: object) -> None:
         raise KeyboardInterrupt
 
-    type(transport).land = fails
+    type(transport).finish = fails
     try:
         with pytest.raises(KeyboardInterrupt):
             rolls.at(1)
     finally:
-        type(transport).land = land
+        type(transport).finish = finish
     wrong = wrong_rolls(rolls, layout, group.rank())
     if roller.traffic.messages != before + 2 * per_batch:
         wrong.append(f"{roller.traffic.messages - before - per_batch} messages, not {per_batch}")
@@ -98,14 +98,14 @@ def ask_again(group: dist.ProcessGroup, schedule: str) -> list[str]:
 CASES = (change_the_dict, write_into_rolls, infer_then_train, ask_again)
 
 
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_are_the_callers(pool: RankPool, case, schedule):
     assert pool.run(case, 2, schedule) == [[]] * 2
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("schedule", WIRED)
+@pytest.mark.parametrize("schedule", PACKED)
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_are_the_callers_on_gpus(gpu_pool: RankPool, case, schedule):
     size = gpu_pool.world_size

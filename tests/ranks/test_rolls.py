@@ -41,12 +41,12 @@ def rolls_differ(
     for schedule in schedules:
         roller = make_roller(schedule, group, num_depths, transport, max_documents=layout.num_documents)
         full = [full_batch(layout, batch, dtypes, seed + i) for i in range(3)]
-        flights = []
+        started = []
         for one in full:
             given_to_all = prepare(one, layout, num_depths) if schedule == "prepared" else one
             local = {name: layout.shard(t, rank).to(device) for name, t in given_to_all.items()}
-            flights.append(roller.start(local, layout))
-        for i, (one, rolls) in enumerate(zip(full, flights, strict=True)):
+            started.append(roller.start(local, layout))
+        for i, (one, rolls) in enumerate(zip(full, started, strict=True)):
             for depth in range(1, num_depths + 1):
                 rolled = rolls.at(depth)
                 assert sorted(rolled) == sorted(one)

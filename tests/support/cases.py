@@ -14,7 +14,7 @@ from rank_pool import device_of
 from strategies import same_bits
 
 EXCHANGING = ("sync", "merged", "overlap", "prefetch")
-WIRED = ("merged", "overlap", "prefetch")
+PACKED = ("merged", "overlap", "prefetch")
 NUM_DEPTHS = 2
 PACKED_LEN = 24
 

@@ -132,7 +132,7 @@ def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, di
         if rank < size:
             assert group is not None
             groups[size] = group
-            assert exchange_group_of(group).group is not None
+            assert exchange_group_of(group).process_group is not None
         else:
             for _ in range(2):
                 dist.new_group([rank], use_local_synchronization=True)

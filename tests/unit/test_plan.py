@@ -1,4 +1,4 @@
-"""Plans and kernels without any process: the ranks of a layout are simulated, their wires carried by hand."""
+"""Plans and kernels without any process: the ranks of a layout are simulated, their messages carried by hand."""
 
 from __future__ import annotations
 
@@ -6,40 +6,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import Batch, poisoned, random_batch, shards_of, spec_of
 
-from overlap_mtp.exchange.plan import PlanShape, new_record, plan_shape
-from overlap_mtp.exchange.spec import Cargo
+from overlap_mtp.exchange.outputs import Outputs, allocate_outputs
+from overlap_mtp.exchange.plan import ExchangePlan, make_metadata, make_plans
+from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.kernels import pack as triton_pack
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels import unroll as triton_unroll
+from overlap_mtp.kernels.common import ExchangeConstants
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 
-from strategies import DTYPES, layouts, random_tensor, same_bits
-
-POISON = 0x5A
-Batch = dict[str, torch.Tensor]
+from strategies import layouts, same_bits
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.full((*shape, dtype.itemsize), POISON, dtype=torch.uint8).view(dtype).reshape(shape)
-
-
-def poisoned_outputs(cargo: Cargo, tensors: list[torch.Tensor], num_depths: int, length: int):
-    (outputs,) = cargo.outputs(tensors, num_depths, length)
-    for rolled in outputs.depths:
-        for tensor in rolled.values():
-            tensor.view(torch.uint8).fill_(POISON)
-    return outputs
-
-
-def carry(shapes: list[PlanShape], sent: list[torch.Tensor]) -> list[torch.Tensor]:
+def carry(plans: list[ExchangePlan], sent: list[torch.Tensor]) -> list[torch.Tensor]:
     """What all_to_all_single does: message p -> r is the rows that p has for r."""
     received = []
-    for r, receiver in enumerate(shapes):
+    for r, receiver in enumerate(plans):
         rows = [
-            wire[shape.first_send_row(r) :][: shape.send_rows[r]]
-            for shape, wire in zip(shapes, sent, strict=True)
+            buffer[plan.first_send_row(r) :][: plan.send_rows[r]]
+            for plan, buffer in zip(plans, sent, strict=True)
         ]
         assert [len(one) for one in rows] == list(receiver.recv_rows)
         received.append(torch.cat(rows))
@@ -49,83 +37,87 @@ def carry(shapes: list[PlanShape], sent: list[torch.Tensor]) -> list[torch.Tenso
 class Plain:
     """One rank's part in an exchange, by the reference."""
 
-    def __init__(self, layout: SequenceLayout, shape: PlanShape, batch: Batch) -> None:
-        self.shape, self.cargo = shape, Cargo.of(batch)
-        self.record, self.table = (
-            torch.from_numpy(new_record(layout, shape)),
-            torch.from_numpy(shape.table),
-        )
-        self.given = [batch[name] for name in self.cargo.names]
-        self.tensors = [self.cargo.integers(tensor) for tensor in self.given]
-        self.cargo_table = torch.from_numpy(self.cargo.table)
-        self.length = layout.local_len
+    def __init__(self, layout: SequenceLayout, plan: ExchangePlan, spec: ExchangeSpec, batch: Batch) -> None:
+        self.plan, self.spec, self.local_len = plan, spec, layout.local_len
+        self.metadata = torch.from_numpy(make_metadata(layout, plan))
+        self.tensors = spec.tensors(batch)
+        self.outputs = poisoned_outputs(spec, self.tensors, plan.num_depths)
 
-    def pack(self, wire: torch.Tensor) -> None:
-        reference.pack(self.tensors, self.record, self.table, self.shape, wire)
+    def pack(self, send_buffer: torch.Tensor) -> None:
+        views = [self.spec.as_integers(one) for one in self.tensors]
+        reference.pack(views, self.metadata, self.plan, send_buffer)
 
-    def unroll(self, wire: torch.Tensor, trouble: torch.Tensor) -> list[Batch]:
-        outputs = poisoned_outputs(self.cargo, self.given, self.shape.num_depths, self.length)
-        integers = [
-            [self.cargo.integers(rolled[name]) for rolled in outputs.depths] for name in self.cargo.names
-        ]
+    def unroll(self, recv_buffer: torch.Tensor, error_flags: torch.Tensor) -> list[Batch]:
         reference.unroll(
-            self.tensors, integers, self.cargo.fills, self.record, self.table, self.shape, wire, trouble
+            [self.spec.as_integers(one) for one in self.tensors],
+            [
+                [self.spec.as_integers(rolled[name]) for rolled in self.outputs.depths]
+                for name in self.spec.names
+            ],
+            self.spec.fills,
+            self.metadata,
+            self.plan,
+            recv_buffer,
+            error_flags,
         )
-        return outputs.depths
+        return self.outputs.depths
 
 
 class Interpreted(Plain):
     """The same by the Triton kernels."""
 
-    def pack(self, wire: torch.Tensor) -> None:
-        self.outputs = poisoned_outputs(self.cargo, self.given, self.shape.num_depths, self.length)
-        addresses = [t.data_ptr() for t in self.tensors] + self.outputs.bases
-        given = torch.cat([self.record, torch.tensor(addresses)])
-        self.device_record = poisoned(len(given))
-        self.override = torch.full_like(given, -1)
-        buffers = (given, self.override, self.device_record, self.table, self.cargo_table, wire)
-        triton_pack.pack(buffers, self.shape, self.cargo, block=64)(None)
+    def _bound(self) -> tuple[torch.Tensor, torch.Tensor, ExchangeConstants]:
+        tables = (torch.from_numpy(self.plan.table), torch.from_numpy(self.spec.table))
+        return *tables, ExchangeConstants.of(self.spec, self.plan)
 
-    def unroll(self, wire: torch.Tensor, trouble: torch.Tensor) -> list[Batch]:
-        buffers = (self.device_record, self.override, self.table, self.cargo_table, wire, trouble)
-        launch = triton_unroll.unroll(buffers, self.shape, self.cargo, block=64)
-        launch(None, triton_unroll.unroll_grid(self.length, self.shape, self.cargo, block=64))
+    def pack(self, send_buffer: torch.Tensor) -> None:
+        *tables, constants = self._bound()
+        addresses = [one.data_ptr() for one in self.tensors] + self.outputs.addresses
+        host_metadata = torch.cat([self.metadata, torch.tensor(addresses)])
+        self.device_metadata = poisoned(len(host_metadata))
+        self.replay_metadata = torch.full_like(host_metadata, -1)
+        buffers = (host_metadata, self.replay_metadata, self.device_metadata, *tables, send_buffer)
+        triton_pack.pack(buffers, constants, block=64)()
+
+    def unroll(self, recv_buffer: torch.Tensor, error_flags: torch.Tensor) -> list[Batch]:
+        *tables, constants = self._bound()
+        buffers = (self.device_metadata, self.replay_metadata, *tables, recv_buffer, error_flags)
+        grid = triton_unroll.unroll_grid(self.local_len, constants, block=64)
+        triton_unroll.unroll(buffers, constants, block=64)(grid)
         return self.outputs.depths
+
+
+def poisoned_outputs(spec: ExchangeSpec, tensors: list[torch.Tensor], num_depths: int) -> Outputs:
+    (outputs,) = allocate_outputs(spec, tensors, num_depths)
+    for rolled in outputs.depths:
+        for tensor in rolled.values():
+            tensor.view(torch.uint8).fill_(0x5A)
+    return outputs
 
 
 def roll_by_plan(
     layout: SequenceLayout, batch: Batch, num_depths: int, max_documents: int, by: type[Plain]
 ) -> list[Batch]:
     """Rolls of full tensors [B, S] through plans and kernels, by depth."""
-    ranks = range(layout.cp_size)
-    shapes = [plan_shape(layout, rank, num_depths, max_documents) for rank in ranks]
-    parts = [
-        by(layout, shapes[rank], {name: layout.shard(t, rank) for name, t in batch.items()}) for rank in ranks
-    ]
+    plans, shards = make_plans(layout, num_depths, max_documents), shards_of(layout, batch)
+    spec = spec_of(shards[0], layout, num_depths, max_documents)
+    parts = [by(layout, plan, spec, shard) for plan, shard in zip(plans, shards, strict=True)]
     sent = []
     for part in parts:
-        sent.append(poisoned(part.shape.num_send_rows, part.cargo.words))
+        sent.append(poisoned(part.plan.num_send_rows, spec.words_per_token))
         part.pack(sent[-1])
-    shards = []
-    for part, wire in zip(parts, carry(shapes, sent), strict=True):
-        trouble = torch.zeros(4, dtype=torch.int32)
-        shards.append(part.unroll(wire, trouble))
-        assert not trouble.any()
+    rolled = []
+    for part, received in zip(parts, carry(plans, sent), strict=True):
+        error_flags = torch.zeros(4, dtype=torch.int32)
+        rolled.append(part.unroll(received, error_flags))
+        assert not error_flags.any()
     return [
-        {name: layout.unshard([shard[depth][name] for shard in shards]) for name in batch}
+        {name: layout.unshard([one[depth][name] for one in rolled]) for name in batch}
         for depth in range(num_depths)
     ]
 
 
-def random_batch(layout: SequenceLayout, rows: int, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        f"t{i}": random_tensor((rows, layout.seq_len), dtype, generator) for i, dtype in enumerate(DTYPES)
-    }
-    return {**batch, "padding_mask": random_tensor((rows, layout.seq_len), torch.bool, generator)}
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layout=layouts(), num_depths=st.integers(1, 9), rows=st.integers(1, 3), seed=st.integers(0, 999))
 def test_plan_gives_the_reference_rolls(layout, num_depths, rows, seed):
     batch = random_batch(layout, rows, seed)
@@ -137,7 +129,7 @@ def test_plan_gives_the_reference_rolls(layout, num_depths, rows, seed):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     layout=layouts(cp_sizes=(1, 2, 3)),
     num_depths=st.integers(1, 4),

@@ -1,0 +1,77 @@
+"""Memory for the rolls of a microbatch. Nothing else has used it or will: it belongs to the caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overlap_mtp.exchange.spec import ExchangeSpec
+
+MICROBATCHES = 8  # whose rolls are allocated at a time, unless that is more than
+MAX_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The rolls of one microbatch, to be written."""
+
+    depths: list[dict[str, torch.Tensor]]  # [num_depths], each tensor of the batch's shape
+    addresses: list[int]  # of all tensors of depth 1 in the order of the names, then of depth 2, ...
+
+
+def allocate_outputs(
+    spec: ExchangeSpec, tensors: list[torch.Tensor], num_depths: int, microbatches: int = 1
+) -> list[Outputs]:
+    """Allocate the rolls of some microbatches.
+
+    Args:
+        spec: of the batch.
+        tensors: of the batch (`ExchangeSpec.tensors`).
+        num_depths: how many depths an exchange carries.
+        microbatches: how many.
+
+    Returns:
+        The outputs of each microbatch.
+    """
+    with torch.inference_mode(False):
+        # `.data` gives each tensor a version counter of its own: a write to one must not count as a write to others.
+        rolls = [
+            [roll.data for roll in tensor.new_empty((microbatches * num_depths, *tensor.shape)).unbind(0)]
+            for tensor in tensors
+        ]
+    made = []
+    for first in range(0, microbatches * num_depths, num_depths):
+        depths = [
+            {name: rolls[n][at] for n, name in enumerate(spec.names)}
+            for at in range(first, first + num_depths)
+        ]
+        made.append(Outputs(depths, [roll.data_ptr() for rolled in depths for roll in rolled.values()]))
+    return made
+
+
+class OutputPool:
+    """Outputs that are allocated for several microbatches at a time.
+
+    That saves 100 to 150 µs of host time a microbatch (prefetch, 2 x H100, h2048 and h4096): allocations and views of
+    eight small tensors cost more than all else in an exchange.
+    """
+
+    def __init__(self, spec: ExchangeSpec, num_depths: int) -> None:
+        self._spec, self._num_depths = spec, num_depths
+        self._ready: list[Outputs] = []
+        self._ready_for: Any = None
+
+    def take(self, tensors: list[torch.Tensor], stream: torch.cuda.Stream) -> Outputs:
+        """Take the outputs of one microbatch. Their memory belongs to `stream`, which must be the current one."""
+        key = (tensors[0].shape[-1], stream)
+        if not self._ready or self._ready_for != key:
+            size = self._num_depths * sum(tensor.nbytes for tensor in tensors)
+            microbatches = min(MICROBATCHES, max(1, MAX_BYTES // size))
+            self._ready = allocate_outputs(self._spec, tensors, self._num_depths, microbatches)
+            self._ready_for = key
+        return self._ready.pop()
+
+    def clear(self) -> None:
+        self._ready.clear()
