@@ -176,11 +176,14 @@ class CudaTransport(Transport):
         side, compute, buffers = self._side, exchange.stream, exchange.buffers
         # The kernels count exchanges on the device, in replays too: a replay and an exchange must not run side by side.
         side.wait_event(ready if ready and (is_capturing or not self._has_captures) else buffers.forked)
-        with torch.cuda.stream(side):
+        torch.cuda.set_stream(side)  # half the host time of a `with torch.cuda.stream(side)`
+        try:
             if is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
             self._send(buffers, exchange.number)
-            buffers.sent.record(side)
+        finally:
+            torch.cuda.set_stream(compute)
+        buffers.sent.record(side)
         if self._has_captures and not is_capturing:
             compute.wait_event(buffers.sent)
 

@@ -72,12 +72,14 @@ class ExchangeSpec(NamedTuple):
         try:
             names = tuple(sorted(batch))
             tensors = [batch[name] for name in names]
-            shape, device = tensors[0].shape, tensors[0].device
-            fits = all(tensor.shape == shape and tensor.device == device for tensor in tensors)
+            shapes = [tensor.shape for tensor in tensors]
+            devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
+            shape, device = shapes[0], devices[0]
         except (AttributeError, IndexError, KeyError, TypeError):
             check_batch(batch, layout, group)
             raise
+        fits = shapes.count(shape) == len(shapes) == devices.count(device)
         if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
             check_batch(batch, layout, group)
         if layout.is_packed and layout.num_documents > max_documents:
@@ -141,7 +143,8 @@ class ExchangeSpec(NamedTuple):
 
     def tensors(self, batch: Batch) -> list[torch.Tensor]:
         """The batch's tensors in the order of `names`, contiguous."""
-        return [batch[name].contiguous() for name in self.names]
+        tensors = [batch[name] for name in self.names]
+        return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
     def as_integers(self, tensor: torch.Tensor) -> torch.Tensor:
         """A [B, L] view as integers of the same width."""

@@ -1,4 +1,4 @@
-"""What an exchange costs, from inside the process: no profiler, no other step to compare with."""
+"""What rolls cost, from inside the process: no profiler, and no other step to compare with."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from dataclasses import dataclass
 import torch
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import Roller, Rolls
+from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the rolls since the last reading."""
+    """The cost of the rolls since the last reading."""
 
     host_us: float  # inside `start` and `at`
-    stall_us: float | None  # for which they held up the compute stream; None on CPU and in captured graphs
+    stall_us: float | None  # how long they held up the compute stream; None on CPU and in captured graphs
 
 
 class TimedRoller:
-    """A roller that says what its rolls cost, in use like the roller itself.
+    """A roller that says what its rolls cost. Use it like the roller itself.
 
         timed = TimedRoller(roller)
         rolls = timed.start(batch, layout) ... tokens = rolls.at(depth)
         torch.cuda.synchronize(); cost = timed.read()
 
-    A CUDA event on the compute stream before and after each call: where the device is behind the host, the time
-    between the two is what the call keeps the stream from computing (waiting for a peer, exchanging, unrolling);
-    where it is ahead, they pass when the host comes by, so that the host's time in the call is counted as well. What
-    two events with nothing between them take is measured in each reading and taken off. Adds 2 µs of host time a
-    call.
+    It records a CUDA event on the compute stream before and after each call. If the device is behind the host, the
+    time between the two is what the call keeps the stream from computing: waiting for a peer, exchanging, unrolling.
+    If the device is ahead, the events pass when the host gets there, so the host's time in the call counts, too. Each
+    reading measures two events with nothing between them and subtracts that. It adds 2 µs of host time a call.
     """
 
     def __init__(self, roller: Roller) -> None:
@@ -58,15 +57,15 @@ class TimedRoller:
         before = self._enter()
         self.rolls = self.roller.start(batch, layout, ready)
         self._leave(before)
-        return TimedRolls(self.rolls, self)
+        return _TimedRolls(self.rolls, self)
 
     def read(self) -> Cost:
-        """The cost since the last reading. On CUDA the device must have finished the calls (synchronise before)."""
-        exposed = None
+        """Return the cost since the last reading. On CUDA, synchronise before: the device must have finished."""
+        stall = None
         if self._spans:
             empty = min((a.elapsed_time(b) for a, b in self._empty), default=0.0)
-            exposed = 1000 * sum(max(0.0, a.elapsed_time(b) - empty) for a, b in self._spans)
-        cost = Cost(1e6 * self._seconds, exposed)
+            stall = 1000 * sum(max(0.0, a.elapsed_time(b) - empty) for a, b in self._spans)
+        cost = Cost(1e6 * self._seconds, stall)
         self._spare += [event for pair in self._spans + self._empty for event in pair]
         self._spans, self._empty, self._seconds = [], [], 0.0
         return cost
@@ -87,11 +86,11 @@ class TimedRoller:
             self._spans.append((event, self._now()))
 
 
-class TimedRolls(Rolls):
+class _TimedRolls(Rolls):
     def __init__(self, rolls: Rolls, timed: TimedRoller) -> None:
         self._rolls, self._timed = rolls, timed
 
-    def at(self, depth: int) -> dict[str, torch.Tensor]:
+    def at(self, depth: int) -> Tokens:
         before = self._timed._enter()
         tokens = self._rolls.at(depth)
         self._timed._leave(before)
