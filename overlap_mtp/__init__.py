@@ -1,6 +1,7 @@
 """The boundary exchange of multi-token prediction under context parallelism, hidden under compute."""
 
 from overlap_mtp.layout import SequenceLayout, pad_documents
+from overlap_mtp.model.mtp import MultiTokenPrediction
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules import SCHEDULES, Roller, Rolls, make_roller
 from overlap_mtp.schedules.prepared import prepare, prepared_name
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCHEDULES",
+    "MultiTokenPrediction",
     "Roller",
     "Rolls",
     "SequenceLayout",

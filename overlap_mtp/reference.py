@@ -10,11 +10,22 @@ from overlap_mtp.layout import SequenceLayout
 def roll_reference(
     tensor: torch.Tensor, layout: SequenceLayout, depth: int, fill: float | bool = 0
 ) -> torch.Tensor:
-    """The full sequence shifted left by `depth` inside each document.
+    """Shift the full sequence left by `depth`, inside each document.
 
-    `tensor` [..., S] -> [..., S] of the same dtype: entry i becomes entry i + depth where that is a valid
-    token of i's document, else `fill`. Defines what every schedule computes (Megatron-LM `roll_tensor`,
-    extended to padded documents).
+    It defines what every schedule computes: Megatron-LM's `roll_tensor`, extended to padded documents.
+
+    Args:
+        tensor: [..., S].
+        layout: of the sequence.
+        depth: at least 1.
+        fill: what stands in for a token that is not there.
+
+    Returns:
+        [..., S] of the same dtype. Entry i is entry i + depth if that is a valid token of the same document, otherwise
+        `fill`.
+
+    Raises:
+        ValueError: if the depth is below 1 or the length is not the layout's.
     """
     if depth < 1:
         raise ValueError(f"depth must be >= 1, got {depth}")

@@ -1,9 +1,9 @@
 """NVTX ranges in the domain `overlap_mtp`, for Nsight Systems and (as record_function) for torch.profiler.
 
-The ranges, all of them: `step <schedule>`, `trunk`, `depth <k>`, `loss`, `backward` of a training step, and of the
-exchange `pack`, `send-recv`, `join` and `unroll`. A label is the name, its detail and the rank, as in
-"step prefetch r0" or "send-recv r1"; the payload is rank << 48 | depth << 40 | bytes. LABEL reads a label back.
-A range costs 0.3 µs when no tool listens; OVERLAP_MTP_TRACING=0 in the environment switches all of them off.
+These are all: `step <schedule>`, `trunk`, `depth <k>`, `loss` and `backward` of a training step; `pack`, `send-recv`,
+`join` and `unroll` of an exchange. A label is the name, its detail and the rank: "step prefetch r0", "send-recv r1".
+LABEL reads a label back. The payload is rank << 48 | depth << 40 | bytes. A range costs 0.3 µs if no tool listens.
+OVERLAP_MTP_TRACING=0 in the environment switches all of them off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DOMAIN = nvtx.get_domain(DOMAIN)
 
 
 class Span:
-    """A range that can be entered any number of times, nested too: `with span("pack"): ...`."""
+    """A range that can be entered any number of times, also nested: `with span("pack"): ...`."""
 
     def __init__(self, label: str, payload: int) -> None:
         self.label = label
@@ -38,6 +38,7 @@ class Span:
         if not ENABLED:
             return
         _DOMAIN.push_range(self._attributes)
+        # Private, but a record_function that nobody reads takes over 10 µs, and an exchange has four ranges.
         if torch._C._autograd._profiler_enabled():
             annotation: Any = torch.profiler.record_function(self.label)
             self._annotations.append(annotation.__enter__())
@@ -57,7 +58,17 @@ class Span:
 
 @cache
 def span(name: str, detail: str | int = "", depth: int = 0, num_bytes: int = 0) -> Span:
-    """The range of that name. Call it when torch.distributed is up, where it ever is: the rank is read once."""
+    """Return the range of a name. Call it after torch.distributed is initialised: the rank is read once.
+
+    Args:
+        name: one of NAMES.
+        detail: a word after the name.
+        depth: for the payload.
+        num_bytes: for the payload.
+
+    Returns:
+        The range. The same arguments give the same one.
+    """
     assert name in NAMES
     rank = dist.get_rank() if dist.is_initialized() else 0
     label = f"{name} {detail} r{rank}" if detail != "" else f"{name} r{rank}"
@@ -67,8 +78,8 @@ def span(name: str, detail: str | int = "", depth: int = 0, num_bytes: int = 0) 
 class BackwardSpan:
     """Marks the backward pass between two tensors, on the thread that runs it.
 
-    x = marks.ends(x)        # where the forward begins
-    loss = marks.begins(f(x))  # where it ends
+    x = marks.ends(x)          # at the beginning of the forward pass
+    loss = marks.begins(f(x))  # at its end
     """
 
     def __init__(self) -> None:
@@ -91,7 +102,7 @@ class BackwardSpan:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity; calls `when` where its backward runs."""
+    """The identity. It calls `when` in its backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, when: Any) -> torch.Tensor:
