@@ -1,7 +1,7 @@
-"""Causal attention over a sequence that context-parallel ranks share: gather keys and values, attend locally.
+"""Causal attention over a sequence that context-parallel ranks share.
 
-Each rank keeps its queries, gathers all keys and values, and lets each run of queries see its document from the
-start to the run's end. Which positions those are is data of `AttentionPlan`, for every layout alike.
+Each rank keeps its own queries and gathers all keys and values. A query sees the keys of its document up to its own
+position. An `AttentionPlan` says which keys these are; the rest of the code is the same for every layout.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.tensors import upload
 
-# torch 2.13 renames the collectives.
+# torch 2.13 renamed these collectives.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-# torch 2.11 has no such option and takes fewer key than query heads as they come.
+# torch 2.11 does not have this option. It accepts fewer key heads than query heads without it.
 GQA: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
@@ -32,7 +32,7 @@ GQA: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Which gathered key each local query sees, as a mask: any device and dtype."""
+    """A mask of the gathered keys that each local query sees. Works for any device and dtype."""
 
     mask: torch.Tensor  # bool [L, cp_size * L], keys in the order of the gathered shards
 
@@ -45,7 +45,7 @@ class MaskPlan:
         return cls(upload(sees, device))
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """q [B, L, heads, head_dim], kv [B, cp_size * L, kv_heads, 2, head_dim] -> like q."""
+        """Attend with q [B, L, heads, head_dim] to kv [B, cp_size * L, kv_heads, 2, head_dim]; shaped as q."""
         k, v = kv.unbind(-2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True).transpose(1, 2)
@@ -53,13 +53,13 @@ class MaskPlan:
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """One segment per run of queries and batch row, for flash attention (CUDA, half precision)."""
+    """Segments for flash attention (CUDA, half precision): one for each run of queries and batch row."""
 
     cu_seqlens_q: torch.Tensor  # int32 [segments + 1]
     cu_seqlens_k: torch.Tensor
     longest_q: int
     longest_k: int
-    key_index: torch.Tensor  # int32 [keys of all segments], into the gathered shards of all rows
+    key_index: torch.Tensor  # int32 [keys of all segments], indices into the gathered shards of all rows
 
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, batch_size: int, device: torch.device) -> VarlenPlan:
@@ -77,17 +77,11 @@ class VarlenPlan:
         ]
         key_index = (index + rows * layout.seq_len).astype(np.int32).ravel()
         table = upload(np.concatenate([*cu, key_index]), device)
-        size = cu[0].size
-        return cls(
-            table[:size],
-            table[size : 2 * size],
-            int(lengths_q.max()),
-            int(lengths_k.max()),
-            table[2 * size :],
-        )
+        cu_seqlens_q, cu_seqlens_k, keys = table.tensor_split([cu[0].size, 2 * cu[0].size])
+        return cls(cu_seqlens_q, cu_seqlens_k, int(lengths_q.max()), int(lengths_k.max()), keys)
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """Shapes as in MaskPlan.attend."""
+        """Do what MaskPlan.attend does."""
         k, v = kv.flatten(0, 1).index_select(0, self.key_index).unbind(-2)
         out = varlen_attn(
             q.flatten(0, 1),
@@ -97,7 +91,7 @@ class VarlenPlan:
             self.cu_seqlens_k,
             self.longest_q,
             self.longest_k,
-            window_size=(-1, 0),  # causal, aligned at the end of each segment
+            window_size=(-1, 0),  # causal; queries are the last positions of their segment's keys
             **GQA,
         )
         assert isinstance(out, torch.Tensor)
@@ -111,17 +105,24 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 def attention_plan(
     layout: SequenceLayout, cp_rank: int, batch_size: int, like: torch.Tensor
 ) -> AttentionPlan:
-    """The plan for tensors of the device and dtype of `like`."""
+    """Return the plan for a batch.
+
+    Args:
+        layout: the layout of the batch.
+        cp_rank: this rank in the cp group.
+        batch_size: rows of the batch.
+        like: a tensor with the device and dtype of the hidden states. They choose between flash attention and a mask.
+    """
     if like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16):
         return VarlenPlan.of(layout, cp_rank, batch_size, like.device)
     return MaskPlan.of(layout, cp_rank, like.device)
 
 
 class GatherSequence(torch.autograd.Function):
-    """[B, L, ...] -> [cp_size, B, L, ...], shards in rank order; gradients are summed over ranks.
+    """Gather [B, L, ...] into [cp_size, B, L, ...], shards in rank order. Gradients are summed over ranks.
 
-    The functional collectives of torch do the same at 0.2 ms more host time a layer (measured on H200, torch
-    2.11): on small steps the host sets the pace.
+    torch's functional collectives do the same but take 0.2 ms more host time a layer (measured on H200, torch 2.11),
+    which small steps cannot hide.
     """
 
     @staticmethod
@@ -139,7 +140,7 @@ class GatherSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: torch.Tensor, cp_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[B, L, ...] -> [B, cp_size * L, ...], shards in rank order; gradients are summed over ranks."""
+    """Gather [B, L, ...] into [B, cp_size * L, ...], shards in rank order. Gradients are summed over ranks."""
     if cp_group is None or cp_group.size() == 1:
         return x
     gathered: torch.Tensor = GatherSequence.apply(x, cp_group)  # type: ignore[no-untyped-call]
@@ -147,9 +148,15 @@ def gather_sequence(x: torch.Tensor, cp_group: dist.ProcessGroup | None) -> torc
 
 
 def rope(position_ids: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """(cos, signed sin) of the rotary embedding's angles (RoFormer, arXiv 2104.09864), [B, L, 1, 1, head_dim].
+    """Return cos and signed sin of the rotary embedding's angles (RoFormer, arXiv 2104.09864).
 
-    The angles are computed in fp32 or better, whatever `dtype` they are returned in.
+    Args:
+        position_ids: each token's position in its document, [B, L].
+        config: gives `head_dim` and `rope_theta`.
+        dtype: the dtype of the result. The angles are computed in fp32 or better.
+
+    Returns:
+        Two tensors [B, L, 1, 1, head_dim].
     """
     precise = torch.promote_types(dtype, torch.float32)
     exponent = (
@@ -161,7 +168,7 @@ def rope(position_ids: torch.Tensor, config: ModelConfig, dtype: torch.dtype) ->
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Turns pairs (i, i + head_dim / 2) of the last dimension by their angles."""
+    """Rotate the pairs (i, i + head_dim / 2) of the last dimension by their angles."""
     cos, signed_sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
@@ -174,21 +181,27 @@ class Attention(nn.Module):
         self.config = config
         self.cp_group = cp_group
         self.queries_per_key = config.num_heads // config.num_kv_heads
-        # Per key head: its query heads, the key, the value.
+        # For each key head: its query heads, the key, the value.
         width = config.num_kv_heads * (self.queries_per_key + 2) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor, rope: Rope, plan: AttentionPlan) -> torch.Tensor:
-        """x [B, L, hidden] of this rank's tokens; `rope` of their positions. Gathers keys and values once.
+        """Attend to all tokens of the sequence. Gathers keys and values once.
 
-        Under tensor parallelism x is this rank's part of the L tokens, and the heads are its part of them.
+        Args:
+            x: this rank's tokens, [B, L, hidden]. Under tensor parallelism, this tp rank's part of the L tokens.
+            rope: what `rope` returns for their positions.
+            plan: what `attention_plan` returns for the batch.
+
+        Returns:
+            A tensor shaped as `x`.
         """
         qkv = self.qkv_proj(x)
         qkv = qkv.view(*qkv.shape[:2], -1, self.queries_per_key + 2, self.config.head_dim)
-        turned = rotate(qkv[..., :-1, :], rope)
-        q = turned[..., :-1, :].flatten(2, 3)
-        kv = torch.stack([turned[..., -1, :], qkv[..., -1, :]], dim=-2)
+        rotated = rotate(qkv[..., :-1, :], rope)
+        q = rotated[..., :-1, :].flatten(2, 3)
+        kv = torch.stack([rotated[..., -1, :], qkv[..., -1, :]], dim=-2)
         attended = plan.attend(q, gather_sequence(kv, self.cp_group))
         out: torch.Tensor = self.out_proj(attended.flatten(-2))
         return out

@@ -1,57 +1,56 @@
-"""The model's sizes, and the presets that figures are compared on."""
+"""The sizes of a model, and the presets that the recorded measurements use."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+SIZES = ("hidden_size", "num_layers", "num_depths", "num_heads", "num_kv_heads", "ffn_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with `num_layers` trunk layers and `num_depths` MTP depths (one layer each)."""
+    """The sizes of a decoder with `num_layers` trunk layers and `num_depths` MTP depths of one layer each.
+
+    Raises:
+        ValueError: if a value is out of range, or if two of them do not fit together.
+    """
 
     hidden_size: int
     num_layers: int
     num_depths: int
     num_heads: int
     num_kv_heads: int
-    ffn_size: int  # inner width of SwiGLU
+    ffn_size: int  # inner width of SwiGLU, also of each expert
     vocab_size: int
     mtp_loss_factor: float = 0.3  # DeepSeek-V3, arXiv 2412.19437, section 4.2
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    repeat_mtp_layer: bool = False  # one MTP layer for all depths
-    detach_mtp: bool = False  # MTP losses train the MTP block alone
-    derive_labels: bool = False  # labels are the ids that follow
-    num_experts: int = 0  # of every feed-forward layer; 0: one SwiGLU, no router
+    repeat_mtp_layer: bool = False  # all depths share one MTP layer
+    detach_mtp: bool = False  # the MTP losses train the MTP block only
+    derive_labels: bool = False  # labels are the next ids: the batch brings none
+    num_experts: int = 0  # in each feed-forward layer; 0 means one SwiGLU and no router
     experts_per_token: int = 2
-    aux_loss_factor: float = 0.01  # of the mean over layers
+    aux_loss_factor: float = 0.01  # of the load-balancing loss, which is a mean over layers
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_layers",
-            "num_depths",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_size",
-            "vocab_size",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary embedding turns "
-                f"pairs), got {self.hidden_size}"
+                f"hidden_size must be a multiple of 2 * num_heads = {2 * self.num_heads}, got {self.hidden_size}: "
+                "the rotary embedding rotates pairs of each head's dimensions"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
             )
         for name in ("mtp_loss_factor", "aux_loss_factor"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
         for name in ("rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be >= 0, got {self.num_experts}")
@@ -62,79 +61,33 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def depths_rolled(self) -> int:
-        """How far the batch is rolled: one further where the rolls give the labels too."""
+        """How many depths the batch is rolled by: derived labels need one more than `num_depths`."""
         return self.num_depths + self.derive_labels
 
     @property
     def num_sums(self) -> int:
-        """Losses that GPT.forward gives: LM, each MTP depth, and with experts the load-balancing one."""
+        """How many loss sums GPT.forward returns: LM, each MTP depth, and load balancing if there are experts."""
         return 1 + self.num_depths + bool(self.num_experts)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and the batch that it is measured with."""
+    """A model and the size of the batches that it is measured with."""
 
     model: ModelConfig
-    batch_size: int
     tokens_per_rank: int
+    batch_size: int = 1
 
 
+# Each model's values are in the order of SIZES.
 PRESETS = {
-    "tiny": Preset(
-        ModelConfig(
-            hidden_size=64,
-            num_layers=2,
-            num_depths=2,
-            num_heads=4,
-            num_kv_heads=2,
-            ffn_size=128,
-            vocab_size=256,
-        ),
-        batch_size=1,
-        tokens_per_rank=256,
-    ),
-    "small": Preset(
-        ModelConfig(
-            hidden_size=512,
-            num_layers=4,
-            num_depths=2,
-            num_heads=8,
-            num_kv_heads=4,
-            ffn_size=1408,
-            vocab_size=256,
-        ),
-        batch_size=1,
-        tokens_per_rank=1024,
-    ),
-    "h2048": Preset(
-        ModelConfig(
-            hidden_size=2048,
-            num_layers=2,
-            num_depths=2,
-            num_heads=16,
-            num_kv_heads=8,
-            ffn_size=5632,
-            vocab_size=32768,
-        ),
-        batch_size=1,
-        tokens_per_rank=1024,
-    ),
-    "h4096": Preset(
-        ModelConfig(
-            hidden_size=4096,
-            num_layers=4,
-            num_depths=2,
-            num_heads=32,
-            num_kv_heads=8,
-            ffn_size=11264,
-            vocab_size=32768,
-        ),
-        batch_size=1,
-        tokens_per_rank=4096,
-    ),
+    "tiny": Preset(ModelConfig(64, 2, 2, 4, 2, 128, 256), tokens_per_rank=256),
+    "small": Preset(ModelConfig(512, 4, 2, 8, 4, 1408, 256), tokens_per_rank=1024),
+    "h2048": Preset(ModelConfig(2048, 2, 2, 16, 8, 5632, 32768), tokens_per_rank=1024),
+    "h4096": Preset(ModelConfig(4096, 4, 2, 32, 8, 11264, 32768), tokens_per_rank=4096),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,7 @@ from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attentio
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
 from overlap_mtp.model.moe import MoE, RouterStats, balance_loss
-from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction
-from overlap_mtp.model.recompute import recomputed
-from overlap_mtp.recent import Recent
+from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction, recomputed
 from overlap_mtp.schedules.roller import Rolls
 from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import BackwardSpan, span
@@ -40,7 +38,10 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward layer or experts. With `recompute` backward computes it all again."""
+    """Attention, then a feed-forward layer or experts.
+
+    With `recompute`, backward computes the layer again instead of keeping its activations.
+    """
 
     def __init__(self, config: ModelConfig, cp_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
@@ -53,34 +54,34 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None = None
     ) -> tuple[torch.Tensor, RouterStats | None]:
-        """`before_ffn` is recorded right before the feed-forward layer, whose matrix products are long kernels."""
+        """Run the layer. `before_ffn` is recorded just before the feed-forward layer, whose kernels are long."""
         return recomputed(self._forward, self.recompute)(x, inputs, before_ffn)
 
     def _forward(
         self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None
     ) -> tuple[torch.Tensor, RouterStats | None]:
         x = x + self.attention(self.attention_norm(x), inputs.rope, inputs.plan)
-        normed, load = self.ffn_norm(x), None
+        normed, stats = self.ffn_norm(x), None
         if before_ffn is not None:
             before_ffn.record()
         if isinstance(self.ffn, MoE):
-            out, load = self.ffn(normed, inputs.valid)
+            out, stats = self.ffn(normed, inputs.valid)
         else:
             out = self.ffn(normed)
-        return x + out, load
+        return x + out, stats
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What every layer of a microbatch is given beside hidden states."""
+    """The inputs, besides hidden states, that all layers of a microbatch share."""
 
     rope: Rope
     plan: AttentionPlan
-    valid: torch.Tensor | None = None  # [L] bool, for experts: which of the tokens that they route count
+    valid: torch.Tensor | None = None  # bool [L], for experts: the tokens that enter their statistics
 
 
 class Starts(Protocol):
-    """What starts an exchange: a roller, or something around one."""
+    """Anything that starts an exchange: a Roller, a TimedRoller or a MultiTokenPrediction."""
 
     def start(
         self,
@@ -91,9 +92,15 @@ class Starts(Protocol):
 
 
 class GPT(nn.Module):
-    """Trunk, MTP block and shared embedding and output head; `forward` gives the sums of its losses.
+    """A decoder trunk and an MTP block that share the embedding and the output head.
 
-    `parallel.parallelize` spreads it over tensor-parallel ranks and shards its parameters; it alone sets `tp_group`.
+    `overlap_mtp.training.parallel.parallelize` splits it over tensor-parallel ranks, shards its parameters and sets
+    `tp_group`.
+
+    Args:
+        config: the model's sizes.
+        cp_group: the ranks that share the sequence; None if this rank holds all of it.
+        schedule, max_documents: as in `make_roller`.
     """
 
     def __init__(
@@ -126,7 +133,7 @@ class GPT(nn.Module):
         )
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ready: torch.cuda.Event | None = None
-        self._dense_plans: Recent[AttentionPlan] = Recent()
+        self._dense_plans: dict[Hashable, AttentionPlan] = {}
         self.apply(_initialise)
 
     def forward(
@@ -134,86 +141,95 @@ class GPT(nn.Module):
         batch: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         roller: Starts | None = None,
-        guesses: DraftAcceptance | None = None,
+        acceptance: DraftAcceptance | None = None,
     ) -> torch.Tensor:
-        """Loss sums [num_sums] over this rank's valid tokens: LM, MTP depth 1, 2, ..., load balancing of experts.
+        """Return the sums of the losses over this rank's valid tokens.
 
-        `batch`: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and
-        optionally `loss_mask`, [B, L] each. `roller`: by default the MTP block's own. `guesses` is given what was
-        guessed right. The sums are fp32 or better; `model.loss.combine`
-        turns them into the loss with `counts`.
+        The exchange starts after the first layer's kernels are launched. The GPU is then busy, so the host time of
+        starting (0.2 ms on cold caches, measured on H200) is hidden too. On the GPU the exchange begins together with
+        that layer's feed-forward part, whose kernels are much longer than the exchange.
 
-        The exchange starts behind the first layer's launches: from then on the device is busy, so that the host
-        time of starting (0.2 ms on cold caches, measured on H200) is hidden as well as the messages are. On the
-        device it begins with that layer's feed-forward part, under kernels that are much longer than it is, and so
-        does not fall into the pauses between short ones.
+        Args:
+            batch: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and
+                optionally `loss_mask`, [B, L] each.
+            layout: the layout of the batch.
+            roller: starts the exchange; by default the MTP block's own roller.
+            acceptance: receives how many drafted tokens were right.
+
+        Returns:
+            [num_sums]: LM, MTP depth 1, 2, ..., and load balancing if there are experts; fp32 or better.
+            `overlap_mtp.model.loss.combine` turns them and the counts of `counts` into the loss.
+
+        Raises:
+            ValueError: if the batch lacks a tensor, or has labels although the configuration derives them.
         """
         if missing := [name for name in ("input_ids", "position_ids") if name not in batch]:
             raise ValueError(f"the batch has no {' and no '.join(missing)}")
         if ("labels" in batch) is self.config.derive_labels:
-            has = (
-                "labels, and derive_labels"
-                if self.config.derive_labels
-                else "no labels, and no derive_labels"
-            )
             raise ValueError(
-                f"labels are either in the batch or derived from input_ids: this batch has {has}"
+                "the batch has labels although derive_labels is set: remove the labels"
+                if self.config.derive_labels
+                else "the batch has no labels and derive_labels is not set: add labels or set derive_labels"
             )
         ids, position_ids = batch["input_ids"], batch["position_ids"]
         backward, ready = BackwardSpan(), None
         if ids.is_cuda:
             ready = self._ready = self._ready or torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        loads: list[RouterStats | None] = []
+        stats: list[RouterStats | None] = []
         with span("trunk"):
             hidden = backward.ends(self.embedding(ids))
-            turns = rope(position_ids, self.config, hidden.dtype)
-            inputs = LayerInputs(turns, self._plan(layout, ids.shape[0], hidden), self._routed(layout, ids))
+            angles = rope(position_ids, self.config, hidden.dtype)
+            inputs = LayerInputs(angles, self._plan(layout, ids.shape[0], hidden), self._routed(layout, ids))
             for number, layer in enumerate(self.layers):
-                # A compiled layer is one piece, and nothing can be recorded in its midst.
-                marks = (ready,) if number == 0 and ready and not self._is_compiled else ()
-                hidden, load = layer(hidden, inputs, *marks)
-                loads.append(load)
+                # A compiled layer is one graph: no event can be recorded inside it.
+                events = (ready,) if number == 0 and ready and not self._is_compiled else ()
+                hidden, layer_stats = layer(hidden, inputs, *events)
+                stats.append(layer_stats)
                 if number == 0:
                     rolls = (roller or self.mtp).start(batch, layout, ready)
         tokens = dict(batch)
         if self.config.derive_labels:
             tokens["labels"] = rolls.at(1)["input_ids"]
-        sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, guesses)]
-        for prediction in self.mtp(hidden, rolls, self.embedding, inputs):
-            sums.append(
-                self._loss_sum(prediction.hidden, prediction.tokens, layout, prediction.depth, guesses)
-            )
-            loads.append(prediction.extra)
+        sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, acceptance)]
+        for p in self.mtp(hidden, rolls, self.embedding, inputs):
+            sums.append(self._loss_sum(p.hidden, p.tokens, layout, p.depth, acceptance))
+            stats.append(p.extra)
         if self.config.num_experts:
             groups = [group for group in (self.tp_group, self.cp_group) if group is not None]
             num_tokens = ids.shape[0] * int(layout.valid_lengths.sum())
-            sums.append(balance_loss([load for load in loads if load], num_tokens, self.config, groups))
+            sums.append(balance_loss([one for one in stats if one], num_tokens, self.config, groups))
         return backward.begins(torch.stack(sums))
 
     def recompute_layers(self, wanted: bool = True) -> None:
-        """Full recompute: backward computes every trunk layer and MTP depth again, each from its own inputs.
+        """Let backward compute every trunk layer and MTP depth again instead of keeping their activations.
 
-        The rolls are among these inputs, so that none of them is sent again. Keys and values are gathered again.
+        Each layer is computed from its own inputs. The rolls are among these inputs, so no roll is sent again. Keys
+        and values are gathered again.
         """
         for block in (*self.layers, *self.mtp.depths):
             assert isinstance(block, DecoderLayer | MTPDepth)
             block.recompute = wanted
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compiles what trunk layers and MTP depths compute, by torch.compile, in place.
+        """Compile every trunk layer and MTP depth with torch.compile, in place.
 
-        Exchanges, FSDP's gathers and recomputation stay outside, so that they may be had or not. Raises ValueError
-        for a model that is split over tp ranks: compiled, torch 2.13 refuses it or gives wrong gradients.
+        The exchange, FSDP's gathers and recomputation stay outside of the compiled graphs.
+
+        Raises:
+            ValueError: if the model is split over tp ranks. torch 2.13 then refuses it or computes wrong gradients.
         """
         if self.tp_group is not None:
-            raise ValueError("compiled layers and tp > 1 do not go together: leave one of them")
+            raise ValueError("compiled layers and tp > 1 do not go together: set tp to 1 or do not compile")
         for block in (*self.layers, *self.mtp.depths):
             block._forward = torch.compile(block._forward, backend=backend)
         self._is_compiled = True
 
     def counts(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
-        """What `forward`'s sums are to be divided by, as far as this cp rank knows: [num_sums]. No communication."""
+        """Return this cp rank's part of the counts that divide `forward`'s sums: [num_sums]. No communication.
+
+        `batch` and `layout` are those of `forward`. See `overlap_mtp.model.loss.count_tokens`.
+        """
         config = self.config
         counts = count_tokens(batch, layout, self.cp_rank, config.num_depths, config.derive_labels)
         if config.num_experts:
@@ -227,7 +243,7 @@ class GPT(nn.Module):
         tokens: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
         depth: int,
-        guesses: DraftAcceptance | None,
+        acceptance: DraftAcceptance | None,
     ) -> torch.Tensor:
         labels, derived = tokens["labels"], self.config.derive_labels
         with span("loss", depth=depth):
@@ -236,12 +252,12 @@ class GPT(nn.Module):
             if depth and self.config.detach_mtp:
                 weight = weight.detach()
             logits = functional_call(self.head, {"weight": weight}, (hidden,))
-            if guesses is not None:
-                guesses.right.append(accepted_sum(logits.detach(), labels, mask))
+            if acceptance is not None:
+                acceptance.right.append(accepted_sum(logits.detach(), labels, mask))
             return masked_loss_sum(logits, labels, mask)
 
     def _routed(self, layout: SequenceLayout, ids: torch.Tensor) -> torch.Tensor | None:
-        """Which of the tokens that this rank's experts route are tokens of a document, [L] or a tp rank's part."""
+        """Return which of the tokens that this rank routes belong to a document: bool [L], or a tp rank's part."""
         if not self.config.num_experts:
             return None
         valid = upload(layout.valid(self.cp_rank), ids.device)
@@ -250,8 +266,12 @@ class GPT(nn.Module):
     def _plan(self, layout: SequenceLayout, rows: int, hidden: torch.Tensor) -> AttentionPlan:
         if layout.is_packed:
             return attention_plan(layout, self.cp_rank, rows, hidden)
-        key = (layout.key, rows, hidden.device, hidden.dtype)
-        return self._dense_plans.get(key, lambda: attention_plan(layout, self.cp_rank, rows, hidden))
+        plans, key = self._dense_plans, (layout.key, rows, hidden.device, hidden.dtype)
+        if key not in plans:
+            if len(plans) == 64:
+                del plans[next(iter(plans))]  # the oldest
+            plans[key] = attention_plan(layout, self.cp_rank, rows, hidden)
+        return plans[key]
 
 
 def _initialise(module: nn.Module) -> None:

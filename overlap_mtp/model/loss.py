@@ -1,7 +1,7 @@
-"""Losses as sums over valid tokens, and the counts that they are divided by.
+"""Losses as sums over this rank's valid tokens, and the token counts that divide them.
 
-A rank's sum over its own tokens is divided by the count over all ranks, so that ranks with unequal numbers of
-valid tokens weigh every token alike, and a rank without any adds 0.
+Each rank divides the sum over its own tokens by the count over all ranks. All tokens then have the same weight even
+if ranks hold different numbers of valid tokens, and a rank without valid tokens adds 0.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ def token_mask(
     like: torch.Tensor,
     derive_labels: bool = False,
 ) -> torch.Tensor:
-    """What each token's loss weighs at a depth: `mask` (already rolled by it), 0 outside documents.
+    """Return the weight of each token's loss at one depth.
 
-    Without a mask, 1 for every token whose label at that depth is inside its document. With `derive_labels` a label is
-    the id after the last one seen: a document's last token has none. Broadcasts to [B, L].
+    Args:
+        mask: the batch's loss mask, already rolled by `depth`, [B, L]; None gives every valid token weight 1.
+        layout: the layout of the batch.
+        cp_rank: this rank in the cp group.
+        depth: 0 for the LM loss, k for MTP depth k.
+        like: any tensor on the device of the result.
+        derive_labels: a token's label is the id after it. The last token of a document then has no label.
+
+    Returns:
+        A tensor that broadcasts to [B, L]. It is 0 for tokens whose label lies outside their document.
     """
     padded = bool((layout.valid_ends < layout.cu_seqlens[1:]).any())
     if mask is not None and not derive_labels and (depth > 0 or not padded):
@@ -37,11 +45,19 @@ def token_mask(
 
 
 def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of cross entropies: logits [B, L, vocab], labels [B, L], mask broadcast to [B, L]; fp32 or better.
+    """Return the sum of the tokens' cross entropies, each times its mask.
 
-    The mask alone decides what counts: a label of -100 adds nothing, but is counted unless its mask is 0. Logits whose
-    vocabulary is split over ranks are a DTensor; forward and backward then run under `loss_parallel()`, and each rank
-    gets the whole sum.
+    Only the mask decides which tokens count. A label of -100 adds nothing to the sum, but its token is still counted
+    unless its mask is 0.
+
+    Args:
+        logits: [B, L, vocab]. If tensor-parallel ranks share the vocabulary, a DTensor; run forward and backward
+            inside `loss_parallel()` then.
+        labels: integers [B, L].
+        mask: weights that broadcast to [B, L].
+
+    Returns:
+        A scalar in fp32 or better; for a DTensor, the whole sum on each rank.
     """
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(precise.flatten(0, 1), labels.flatten().long(), reduction="none")
@@ -51,31 +67,42 @@ def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
 
 
 class DraftAcceptance:
-    """Where a forward pass leaves what it guessed right. No list: FSDP2 hands copies of containers on."""
+    """Collects how many drafted tokens were right in one forward pass.
+
+    It is not a plain list because FSDP2 passes copies of containers to a module's forward.
+    """
 
     def __init__(self) -> None:
-        self.right: list[torch.Tensor] = []  # accepted_sum of LM and of each depth
+        self.right: list[torch.Tensor] = []  # accepted_sum of the LM head, then of each depth
 
 
 @torch.no_grad()
 def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """How much of the mask lies on tokens whose likeliest next one is the label. Arguments as in masked_loss_sum.
+    """Return the sum of the mask over tokens whose most likely next token is the label.
 
-    Where the vocabulary is split over ranks, each sends its best logit of every token and no more.
+    If tensor-parallel ranks share the vocabulary, each rank sends only its best logit of every token and that
+    logit's index.
+
+    Args:
+        logits: [B, L, vocab], a DTensor if the vocabulary is shared.
+        labels: integers [B, L].
+        mask: weights that broadcast to [B, L].
+
+    Returns:
+        A scalar of dtype `sum_dtype(mask.dtype)`.
     """
     if isinstance(logits, DTensor):
         mesh = logits.device_mesh
-        best, place = logits.to_local().max(-1)
-        place = place + mesh.get_local_rank() * (logits.shape[-1] // mesh.size())
-        both = torch.stack([best.double(), place.double()])
-        gathered = DTensor.from_local(
-            both[None], mesh, [Shard(0)], run_check=False
-        ).full_tensor()  # [tp, 2, B, L]
+        best, index = logits.to_local().max(-1)
+        index = index + mesh.get_local_rank() * (logits.shape[-1] // mesh.size())
+        both = torch.stack([best.double(), index.double()])
+        shards = DTensor.from_local(both[None], mesh, [Shard(0)], run_check=False)
+        gathered = shards.full_tensor()  # [tp, 2, B, L]
         winner = gathered[:, 0].argmax(0, keepdim=True)
-        guess = gathered[:, 1].gather(0, winner)[0].long()
+        drafted = gathered[:, 1].gather(0, winner)[0].long()
     else:
-        guess = logits.argmax(-1)
-    return torch.where(guess == labels, mask, 0).to(sum_dtype(mask.dtype)).expand_as(labels).sum()
+        drafted = logits.argmax(-1)
+    return torch.where(drafted == labels, mask, 0).to(sum_dtype(mask.dtype)).expand_as(labels).sum()
 
 
 def count_tokens(
@@ -85,12 +112,21 @@ def count_tokens(
     num_depths: int,
     derive_labels: bool = False,
 ) -> torch.Tensor:
-    """What the loss sums of `GPT.forward` are to be divided by, as far as this rank knows: [1 + num_depths].
+    """Return this rank's part of the counts that divide the loss sums. Needs no roll and no communication.
 
-    Entry k is the sum of the mask over this rank's valid tokens that are at least k into their document: what
-    the mask rolled by k sums to over all ranks, without a roll. int64, or fp32 or better for a float mask. Sum it
-    over the cp and dp ranks and over the microbatches of a step. With `derive_labels` a document's last token does not
-    count, whose label is not there.
+    Entry k is the sum of the mask over this rank's valid tokens that have at least k tokens before them in their
+    document. Added up over all ranks, it equals the sum of the mask rolled by k. Before `combine`, add it up over the
+    cp and dp ranks and over the microbatches of a step.
+
+    Args:
+        batch: `input_ids` and optionally `loss_mask`, [B, L] each.
+        layout: the layout of the batch.
+        cp_rank: this rank in the cp group.
+        num_depths: the number of MTP depths.
+        derive_labels: labels are the next ids. The last token of a document then does not count.
+
+    Returns:
+        [1 + num_depths]; int64, or fp32 or better if the mask is a float tensor.
     """
     mask = batch.get("loss_mask")
     ids = batch["input_ids"]
@@ -105,9 +141,16 @@ def count_tokens(
 def combine(
     sums: torch.Tensor, counts: torch.Tensor, mtp_loss_factor: float, aux_loss_factor: float | None = None
 ) -> torch.Tensor:
-    """LM loss + factor / D * sum of the depths' losses, each its sum over its count; 0 where nothing counts.
+    """Return this rank's term of the loss: LM loss + mtp_loss_factor * mean over depths of the MTP losses.
 
-    With `aux_loss_factor` the last entry is the load-balancing loss of experts, added with that factor.
+    Args:
+        sums: this rank's loss sums [1 + num_depths]; with `aux_loss_factor`, one entry more for load balancing.
+        counts: what divides them, of the same shape, added up over all ranks. If a count is 0, that loss is 0.
+        mtp_loss_factor: the weight of the MTP losses.
+        aux_loss_factor: the weight of the load-balancing loss; None if there are no experts.
+
+    Returns:
+        A scalar. Its sum over the ranks is the loss of the batch.
     """
     means = sums / torch.where(counts > 0, counts, 1).to(sums.dtype)
     if aux_loss_factor is None:

@@ -4,48 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.model.recompute import recomputed
 from overlap_mtp.schedules import Roller, Rolls, make_roller
 from overlap_mtp.tracing import span
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
+    """Wrap `function` in activation checkpointing if `wanted`."""
+    if not (wanted and torch.is_grad_enabled()):
+        return function
+    # The layers draw no random numbers, so there is no random state to restore.
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What depth k predicts from: its normalised hidden states and the tokens rolled by k."""
+    """The inputs of one depth's loss."""
 
     depth: int
-    hidden: torch.Tensor  # [B, L, hidden], ready for the output head
+    hidden: torch.Tensor  # [B, L, hidden], normalised: the input of the output head
     tokens: dict[str, torch.Tensor]  # labels, loss_mask, ... rolled by depth
-    extra: Any = None  # what the layer returned besides hidden states
+    extra: Any = None  # the second value that the layer returned, if it returned one
 
 
 class MultiTokenPrediction(nn.Module):
-    """D depths that each predict one token further (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+    """Predict one token further at each of D depths (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
     Depth k merges the hidden states of depth k - 1 with the embedding of the tokens k ahead and runs one layer:
-    h_k = layer(eh_proj([enorm(embed(roll_k(input_ids))), hnorm(h_{k-1})])). Embedding and output head are the
-    model's own.
+    h_k = layer(eh_proj([enorm(embed(roll_k(input_ids))), hnorm(h_{k-1})])). The embedding and the output head belong
+    to the model.
 
         rolls = mtp.start(batch, layout)                   # before the trunk, or early in it
         hidden = trunk(batch)
         for p in mtp(hidden, rolls, embedding, *layer_arguments):
             loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
         ...
-        mtp.roller.close()                                 # at the end of all steps
+        mtp.roller.close()                                 # after the last step
 
-    `make_layer(depth)` gives the layer of a depth, called as layer(hidden, *layer_arguments): it returns hidden
-    states, or a tuple of them and something of its own. `cp_group` are the ranks that share the sequence; None
-    where this rank holds all of it. `schedule`, `transport` and `max_documents` are those of `make_roller`.
-    `repeat_layer`: one set of parameters for all depths. `detach`: the losses of the depths train this block alone,
-    not what it is given. `derive_labels`: the batch has no labels, they are the ids that follow, rolled one depth
-    further in the same message.
+    Args:
+        hidden_size: the width of the hidden states.
+        num_depths: D.
+        make_layer: returns the layer of a depth (1 .. D). The layer is called as layer(hidden, *layer_arguments) and
+            returns hidden states, or a tuple of hidden states and one other value.
+        cp_group: the ranks that share the sequence; None if this rank holds all of it.
+        schedule, transport, max_documents: as in `make_roller`.
+        norm_eps: the epsilon of the RMS norms.
+        repeat_layer: use the same parameters for all depths.
+        detach: let the losses of the depths train this block only, not the trunk and the embedding.
+        derive_labels: take labels from the ids that follow. The batch then has no labels, and ids are rolled one
+            depth further in the same message.
+
+    Raises:
+        ValueError: if `make_roller` refuses the schedule, the transport or a size.
     """
 
     def __init__(
@@ -79,10 +100,21 @@ class MultiTokenPrediction(nn.Module):
         layout: SequenceLayout,
         ready: torch.cuda.Event | None = None,
     ) -> Rolls:
-        """Starts the exchange of this rank's `batch` ([B, L] each).
+        """Start the exchange of this rank's batch.
 
-        Call it before the trunk, or behind its first layer's launches: those then hide the host time of starting.
-        `ready` as in Roller.start.
+        Call it before the trunk, or after launching the trunk's first layer: the GPU then works on that layer while
+        the host starts the exchange.
+
+        Args:
+            batch: this rank's tensors by name, [B, L] each.
+            layout: the layout of the batch.
+            ready: as in `Roller.start`.
+
+        Returns:
+            The rolls, for `forward`.
+
+        Raises:
+            ValueError: as `Roller.start` does.
         """
         return self.roller.start(batch, layout, ready)
 
@@ -93,7 +125,17 @@ class MultiTokenPrediction(nn.Module):
         embed: Callable[[torch.Tensor], torch.Tensor],
         *layer_arguments: Any,
     ) -> list[Prediction]:
-        """The predictions of depths 1 .. D, from the trunk's hidden states [B, L, hidden] before its norm."""
+        """Run all depths.
+
+        Args:
+            hidden: the trunk's hidden states before its final norm, [B, L, hidden].
+            rolls: what `start` returned.
+            embed: maps ids [B, L] to embeddings [B, L, hidden].
+            *layer_arguments: passed to each layer.
+
+        Returns:
+            The predictions of depths 1 .. D.
+        """
         predictions = []
         if self.detach:
             hidden = hidden.detach()
@@ -112,8 +154,10 @@ class MultiTokenPrediction(nn.Module):
 
 
 class MTPDepth(nn.Module):
-    """One depth: gives the next depth's hidden states, the same normalised for the output head, and what else its
-    layer gives. With `recompute` the backward pass computes it all again, from rolls that are kept."""
+    """One depth: return hidden states for the next depth, the same normalised for the head, and the layer's extra.
+
+    With `recompute`, backward computes the depth again instead of keeping its activations. The rolls are kept.
+    """
 
     def __init__(self, hidden_size: int, layer: nn.Module, norm_eps: float) -> None:
         super().__init__()

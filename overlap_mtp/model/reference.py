@@ -1,4 +1,4 @@
-"""The loss of the full batch on one process, in the plainest torch: what the model must equal."""
+"""The definition of the model's loss: the full batch on one process, in plain torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import torch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT
 
-# By layer: for each document the probabilities [length, E] and the experts that were chosen [length, k].
+# By layer: for each document the router's probabilities [length, E] and the chosen experts [length, k].
 Routed = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
-    """The loss of the full batch ([B, S] each) with the model's parameters, one document at a time.
+    """Return the loss of the full batch with the model's parameters, computed one document at a time.
 
-    Shares no code with the model: formulas on its parameters, explicit softmax, and Python slices for the rolls.
-    Its gradients are what context-parallel gradients must sum to.
+    It shares no code with the model: it applies formulas to the parameters, with explicit softmax and with Python
+    slices as rolls. The gradients of context-parallel ranks must sum to its gradients.
+
+    Args:
+        model: gives the parameters and the configuration.
+        batch: what `GPT.forward` takes, of all ranks together: [B, S] each.
+        layout: the layout of the batch.
+
+    Returns:
+        A scalar.
     """
     weights = dict(model.named_parameters())
     config = model.config
-    ahead = int(config.derive_labels)  # labels are the ids, one further on
+    ahead = int(config.derive_labels)  # labels are then the ids that follow
     sums = [torch.zeros((), dtype=model.embedding.weight.dtype) for _ in range(1 + config.num_depths)]
     counts = [0.0] * (1 + config.num_depths)
     routed: Routed = {}
@@ -49,7 +57,7 @@ def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: Sequen
 
 
 def _balance(tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Switch Transformer's load-balancing loss of one layer, over all tokens that it routed."""
+    """Return Switch Transformer's load-balancing loss of one layer, over all tokens that it routed."""
     probabilities = torch.cat([one for one, _ in tokens])
     chosen = torch.cat([one for _, one in tokens])
     num_experts = probabilities.shape[1]
@@ -65,7 +73,7 @@ def _hidden_by_depth(
     document: Mapping[str, torch.Tensor],
     routed: Routed,
 ) -> list[torch.Tensor]:
-    """Normalised hidden states [length, hidden] of the trunk and of each depth, for one document."""
+    """Return the normalised hidden states [length, hidden] of the trunk and of each depth, for one document."""
     config, ids = model.config, document["input_ids"].long()
     embedding, positions = weights["embedding.weight"], document["position_ids"]
     hidden = embedding[ids]
@@ -142,7 +150,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _rope(x: torch.Tensor, position_ids: torch.Tensor, theta: float) -> torch.Tensor:
-    """Pairs (i, i + head_dim / 2) as complex numbers, each turned by its angle."""
+    """Rotate the pairs (i, i + head_dim / 2), seen as complex numbers, by their angles."""
     half = x.shape[-1] // 2
     frequency = theta ** -(torch.arange(half, dtype=x.dtype) / half)
     turn = torch.polar(torch.ones_like(x[:, :half]), position_ids[:, None].to(x.dtype) * frequency)
