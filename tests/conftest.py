@@ -1,4 +1,4 @@
-"""Kernels are interpreted where there is no GPU: the variable must be set before they are imported."""
+"""Fixtures, and settings that have to be made before any test module is imported."""
 
 import os
 from collections.abc import Iterator
@@ -13,19 +13,22 @@ settings.register_profile("overlap_mtp", deadline=None)
 settings.load_profile("overlap_mtp")
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+torch.set_num_threads(1)  # tests' tensors are tiny: on busy cores, a second thread takes three times the time
+settings.register_profile("overlap_mtp", deadline=None)  # a first example may compile kernels
+settings.load_profile("overlap_mtp")
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    """Eight gloo ranks; not for longer, since gloo's threads poll, a hundred times a second for every group."""
+    """Eight gloo ranks. They end with the module: gloo's threads poll a hundred times a second for every group."""
     with RankPool(8) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
-    """Four gloo ranks, for what needs a world of no more."""
+    """Four gloo ranks, for tests that need no more."""
     with RankPool(4) as four:
         yield four
 
