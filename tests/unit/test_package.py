@@ -1,0 +1,22 @@
+"""What pyproject.toml says of the package is true."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import overlap_mtp
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_installed():
+    """`make` installs a link to the sources, so nobody would notice a missing entry there."""
+    folders = {path.parent for path in (ROOT / "overlap_mtp").rglob("*.py")} | {ROOT / "overlap_mtp/kernels"}
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+
+
+def test_the_version_is_the_same_everywhere():
+    assert overlap_mtp.__version__ == PYPROJECT["project"]["version"]
