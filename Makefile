@@ -1,13 +1,16 @@
-# `make compare` and `make test` need Python >= 3.11 and nothing else; the set-up is done once.
+# All targets need Python >= 3.11 and nothing else: the first one installs the rest into .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: compare test lint clean
+.PHONY: compare quick test lint clean
 
 compare: $(READY)
 	$(BIN)/python experiments/compare_modes.py $(ARGS)
+
+quick: $(READY)
+	$(BIN)/python -m pytest tests/unit -n 2 $(ARGS)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not multi_gpu" -n 2 --dist loadfile $(ARGS)
@@ -24,4 +27,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
