@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 Times = npt.NDArray[np.float64]
 RESAMPLES = 2000
+LEAST_DELTA_MS = 1e-6  # a resampled difference below the clock's resolution counts as this much
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,30 @@ class Estimate:
     low: float
     high: float
 
-    @classmethod
-    def of(cls, value: float, samples: Times) -> Estimate:
-        low, high = np.percentile(samples, [2.5, 97.5])
-        return cls(float(value), float(low), float(high))
+
+def _estimate(statistic: Callable[..., Times], *samples: Times, seed: int) -> list[Estimate]:
+    """Estimate each row of what `statistic` returns. The bootstrap draws whole rounds, the same for all samples."""
+    found = scipy.stats.bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=seed,
+    )
+    values = statistic(*samples, axis=-1)
+    return [Estimate(*map(float, one)) for one in zip(values, *found.confidence_interval, strict=True)]
 
 
 def median(samples: Times, seed: int = 0) -> Estimate:
-    """The median of independent samples."""
-    draws = np.random.default_rng(seed).integers(0, samples.size, (RESAMPLES, samples.size))
-    return Estimate.of(float(np.median(samples)), np.median(samples[draws], axis=1))
+    """Estimate the median of independent samples.
+
+    Args:
+        samples: float64 [n].
+        seed: of the resampling.
+    """
+    return _estimate(lambda times, axis: np.median(times, axis)[None], samples, seed=seed)[0]
 
 
 @dataclass(frozen=True)
@@ -40,38 +57,38 @@ class Comparison:
     p90_ms: float
     step_delta_us: Estimate  # median paired difference
     ratio: Estimate  # 1 + that over the baseline's median
-    efficiency: Estimate | None  # 1 - exposed / exposed of sync (Flux, arXiv 2406.06858)
+    efficiency: Estimate | None  # 1 - step delta / step delta of `sync` (Flux, arXiv 2406.06858)
 
 
 def compare(
     times_ms: dict[str, Times], baseline: str, worst: str | None, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Compares every schedule's step times [rounds] with the baseline's, round by round.
+    """Compare every schedule's step times with the baseline's, round by round.
 
-    The bootstrap draws whole rounds, the same for all schedules, so that intervals are of paired differences.
-    `worst` is the schedule that efficiency is measured against, where it ran; there is no efficiency where what
-    it exposes is not above 0 beyond doubt.
+    Args:
+        times_ms: step times by schedule, each float64 [rounds].
+        baseline: the schedule to compare with.
+        worst: the schedule that efficiency is measured against, or None. There is no efficiency if the interval of
+            its own step delta reaches down to 0.
+        seed: of the resampling.
     """
-    rounds = len(times_ms[baseline])
-    draws = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    draws = np.concatenate([np.arange(rounds)[None], draws])  # the first row: the sample itself
-    added = {name: np.median((t - times_ms[baseline])[draws], axis=1) for name, t in times_ms.items()}
-    floor = np.median(times_ms[baseline][draws], axis=1)
-    worst_exposes = worst is not None and np.percentile(added[worst], 2.5) > 0
+    base = times_ms[baseline]
+
+    def added(times: Times, base: Times, axis: int) -> Times:
+        delta = np.median(times - base, axis)
+        return np.stack([1000 * delta, 1 + delta / np.median(base, axis)])
+
+    def efficiency(times: Times, base: Times, slow: Times, axis: int) -> Times:
+        of_worst = np.maximum(np.median(slow - base, axis), LEAST_DELTA_MS)
+        return (1 - np.median(times - base, axis) / of_worst)[None]
+
+    has_efficiency = worst is not None and _estimate(added, times_ms[worst], base, seed=seed)[0].low > 0
     comparisons = {}
     for name, times in times_ms.items():
-        efficiency = None
-        if worst_exposes and worst is not None and name != worst:
-            samples = 1 - added[name] / np.maximum(added[worst], np.finfo(np.float64).tiny)
-            efficiency = Estimate.of(samples[0], samples)
-        ratios = 1 + added[name] / floor
-        p10, median, p90 = np.percentile(times, [10, 50, 90])
-        comparisons[name] = Comparison(
-            float(median),
-            float(p10),
-            float(p90),
-            Estimate.of(1000 * added[name][0], 1000 * added[name]),
-            Estimate.of(ratios[0], ratios),
-            efficiency,
-        )
+        delta, ratio = _estimate(added, times, base, seed=seed)
+        hidden = None
+        if has_efficiency and worst is not None and name != worst:
+            hidden = _estimate(efficiency, times, base, times_ms[worst], seed=seed)[0]
+        p10, middle, p90 = (float(one) for one in np.percentile(times, [10, 50, 90]))
+        comparisons[name] = Comparison(middle, p10, p90, delta, ratio, hidden)
     return comparisons
