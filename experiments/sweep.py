@@ -1,139 +1,98 @@
 """What does each schedule cost across presets, kinds of documents and directions? Many comparisons in one launch.
 
-    python experiments/sweep.py --out experiments/results/2xH200
+    python experiments/sweep.py --out experiments/results/step_time/2xH200/default
     torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents dense,32 --directions train
 
-Each comparison is one of `compare_modes`, with a record and pictures of its own; `summary.md` has a line for each
-schedule of each.
+Each comparison is one of `compare_modes` and has a record and pictures of its own. `summary.md` has a line for each
+schedule of each record in `--out`.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
 
+import compare_modes
 import torch
 import torch.distributed as dist
-import typer
-from compare_modes import ALL_MODES, MAX_DOCUMENTS, check_modes, efficiency_of, run_with_progress, stall_of
 from rich.console import Console
 
-from compare.comparison import Comparison, Settings
+from compare.comparison import Comparison, Problem, Settings
+from compare.report import markdown_of, table_of
 from harness import plots
+from harness.command import RankOptions, parse_options, split, usage_errors, write_record
 from harness.launch import run_on_ranks
-from overlap_mtp.model.config import PRESETS
 
 DIRECTIONS = {"train": False, "forward": True}
 
 
-def main(
-    presets: Annotated[str, typer.Option(help="Comma-separated.")] = "h2048,h4096",
-    documents: Annotated[str, typer.Option(help="`dense` or numbers of packed documents.")] = "dense,8,32",
-    directions: Annotated[str, typer.Option(help="train (forward and backward), forward.")] = "train,forward",
-    modes: Annotated[str, typer.Option(help="Comma-separated schedules.")] = ",".join(ALL_MODES),
-    transport: Annotated[str, typer.Option(help="Where a mode names none.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="As in compare_modes.")] = False,
-    captured: Annotated[bool, typer.Option("--graph", help="As in compare_modes.")] = False,
-    ranks: Annotated[int | None, typer.Option(min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
-    rounds: Annotated[int, typer.Option(min=2)] = 60,
-    warmup: Annotated[int, typer.Option(min=1)] = 5,
-    out: Annotated[Path, typer.Option()] = Path("out/sweep"),
-) -> None:
-    """Compares the schedules in every combination of presets, documents and directions."""
-    try:
-        world = int(os.environ.get("WORLD_SIZE", 0)) or ranks or torch.cuda.device_count() or 2
-        runs = [
-            (
-                f"{preset}-{kind}-{direction}{'-compile' if compiled else ''}{'-graph' if captured else ''}",
-                replace(
-                    _settings(preset, kind, direction, modes, world, rounds, warmup),
-                    transport=transport,
-                    compiled=compiled,
-                    captured=captured,
-                ),
-            )
-            for preset in presets.split(",")
-            for kind in documents.split(",")
-            for direction in directions.split(",")
-        ]
-        run_on_ranks(sweep_on_rank, world, device, runs, out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+@dataclass(frozen=True)
+class Options:
+    """Many comparisons."""
+
+    presets: str = "h2048,h4096"
+    """Comma-separated presets."""
+    documents: str = "dense,8,32"
+    """Comma-separated: `dense`, or numbers of packed documents."""
+    directions: str = "train,forward"
+    """Comma-separated: train (forward and backward), forward."""
+    out: Path = Path("out/sweep")
+    """Folder for the records, the pictures and the summary."""
+    settings: Settings = field(default_factory=lambda: Settings(rounds=60))
+    where: RankOptions = field(default_factory=RankOptions)
+
+    def problems(self) -> dict[str, Problem]:
+        """Return what to compare, by name. Raises ValueError for anything illegal."""
+        suffix = ("-compile" if self.settings.compiled else "") + ("-graph" if self.settings.captured else "")
+        return {
+            f"{preset}-{documents}-{direction}{suffix}": self._problem(preset, documents, direction)
+            for preset in split(self.presets)
+            for documents in split(self.documents)
+            for direction in split(self.directions)
+        }
+
+    def _problem(self, preset: str, documents: str, direction: str) -> Problem:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"directions must be among {', '.join(DIRECTIONS)}, got {direction!r}")
+        if documents != "dense" and not documents.isdecimal():
+            raise ValueError(f"documents must be `dense` or whole numbers, got {documents!r}")
+        one = compare_modes.Options(preset, settings=self.settings, where=self.where)
+        if documents != "dense":
+            one = replace(one, documents="packed", num_documents=int(documents))
+        return replace(one, forward_only=DIRECTIONS[direction]).problem()
 
 
-def _settings(
-    preset: str, documents: str, direction: str, modes: str, world: int, rounds: int, warmup: int
-) -> Settings:
-    if preset not in PRESETS or direction not in DIRECTIONS:
-        raise ValueError(
-            f"presets must be among {', '.join(PRESETS)} and directions among {', '.join(DIRECTIONS)}, got "
-            f"{preset!r} and {direction!r}"
-        )
-    chosen = PRESETS[preset]
-    return Settings(
-        chosen.model,
-        check_modes(modes),
-        chosen.tokens_per_rank * world,
-        chosen.batch_size,
-        "zigzag",
-        None if documents == "dense" else int(documents),
-        MAX_DOCUMENTS if documents == "dense" else max(MAX_DOCUMENTS, int(documents)),
-        DIRECTIONS[direction],
-        rounds,
-        warmup,
-        data=None,
-        token_dtype="uint16",
-    )
-
-
-def sweep_on_rank(device: torch.device, runs: list[tuple[str, Settings]], out: Path) -> None:
-    console = Console(quiet=dist.get_rank() != 0, width=120)
-    results = {}
-    for name, settings in runs:
-        result = run_with_progress(Comparison(settings, device), console)
+def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: Settings, out: Path) -> None:
+    """Run one rank of all comparisons; rank 0 writes the records, pictures and summary."""
+    console = Console(quiet=dist.get_rank() != 0, width=compare_modes.WIDTH)
+    for name, problem in problems.items():
+        own = replace(settings, profile_out=settings.profile_out / name)
+        result = compare_modes.run_with_progress(Comparison(problem, own, device), console)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if result is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            write_record(result, out / f"{name}.json")
             plots.draw(result, out, f"{name}-")
-            results[name] = result
-            (out / "summary.md").write_text(markdown_of(results))
-            console.print(markdown_of({name: result}), soft_wrap=True)
+            console.print(table_of(result))
+            write_summary(out)
 
 
-def markdown_of(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table with a line for each schedule of each comparison."""
-    columns = [
-        "run",
-        "schedule",
-        "step ms",
-        "/ prepared [95 %]",
-        "step delta µs [95 %]",
-        "stall_estimate µs [95 %]",
-    ]
-    columns += ["efficiency", "host µs", "sent", "same"]
-    lines = [f"| {' | '.join(columns)} |", "|" + len(columns) * "---|"]
-    for name, result in results.items():
-        for mode, row in result["rows"].items():
-            ratio, exposed = row["ratio"], row["step_delta_us"]
-            same = row["rolls_equal"] and row["loss_equal"]
-            lines.append(
-                f"| {name} | {mode} | {row['median_ms']:.2f} "
-                f"| {ratio['value']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}] "
-                f"| {exposed['value']:.0f} [{exposed['low']:.0f}, {exposed['high']:.0f}] "
-                f"| {stall_of(row)} | {efficiency_of(mode, row)} "
-                f"| {row['host_us']:.0f} | {row['messages_per_step']:.0f} "
-                f"| {'-' if mode == 'none' else 'yes' if same else 'NO'} |"
-            )
-    return "\n".join(lines) + "\n"
+def write_summary(folder: Path) -> None:
+    """Write `summary.md`: a table of all records of comparisons in the folder."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    compared = {name: one for name, one in records.items() if one["experiment"] == "compare_modes"}
+    (folder / "summary.md").write_text(markdown_of(compared))
+
+
+def main() -> None:
+    options = parse_options(Options, "Compare the schedules in every combination of the options.")
+    with usage_errors():
+        problems, where = options.problems(), options.where
+        run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -27,15 +27,21 @@ class EagerStep:
 
     @property
     def rolls(self) -> Rolls:
-        """Of the last step."""
+        """The rolls of the last step."""
         return self.timed.rolls
 
     def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
-        """Gives the next step its input; what a data loader would do, outside of the step."""
+        """Set the input of the next step. The step's time does not include this: a data loader would do it.
+
+        Args:
+            batch: this rank's tensors, each [B, L].
+            layout: who holds which token.
+            counts: the numbers of tokens that the losses are divided by.
+        """
         self._input = batch, layout, counts
 
     def run(self) -> torch.Tensor:
-        """The loss of a step, detached; gradients are left in the parameters."""
+        """Run a step and return its loss, detached. Gradients are left in the parameters."""
         batch, layout, counts = self._input
         with torch.set_grad_enabled(not self.forward_only):
             loss = combine(self.model(batch, layout, self.timed), counts, self.model.config.mtp_loss_factor)
@@ -44,13 +50,14 @@ class EagerStep:
         return loss.detach()
 
     def close(self) -> None:
+        """Close the roller."""
         self.timed.roller.close()
 
 
 class CapturedStep(EagerStep):
-    """The same as one CUDA graph with the exchange inside, captured for the first batch and replayed from then on.
+    """The same as one CUDA graph that holds the exchange too: captured for the first batch, then replayed.
 
-    For one dense layout. Loss and gradients are the graph's own: the next step overwrites them.
+    All batches must have the first one's dense layout. The next step overwrites loss and gradients.
     """
 
     def __init__(self, model: GPT, roller: Roller, forward_only: bool) -> None:
@@ -95,7 +102,7 @@ class CapturedStep(EagerStep):
             parameter.grad = None
 
     def close(self) -> None:
-        """Must come before the process group is destroyed, which waits for graphs that hold its communicators."""
+        """Reset the graph. The process group can be destroyed only after that: the graph holds its communicators."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None

@@ -12,12 +12,17 @@ import triton
 
 import overlap_mtp
 
-# What of the environment changes how ranks reach one another, and in which order a device runs work.
+# Variables that change how ranks reach one another, or in which order a device runs work.
 LINK_VARIABLES = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_NET", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def describe(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Hardware, versions and date of a run."""
+    """Return the hardware, the versions and the date of a run, for its record.
+
+    Args:
+        device: of this rank.
+        ranks: how many ranks the run has.
+    """
     where: dict[str, Any] = {
         "date": date.today().isoformat(),
         "ranks": ranks,

@@ -1,4 +1,4 @@
-"""What a comparison looks like: step time by schedule, and what the exchange adds to a step."""
+"""The pictures of a comparison: step time by schedule, and what the exchange adds to a step."""
 
 from __future__ import annotations
 
@@ -20,55 +20,56 @@ COLOURS = {
 }
 
 
-def colour_of(mode: str) -> str:
-    """The schedule's colour, whatever the transport."""
-    return COLOURS.get(mode.partition(":")[0], "#555555")
-
-
 def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
-    """Writes `step_time.png` and `exposed.png` (prefixed with `name`) into `out`."""
-    rows, where = result["rows"], result["where"]
-    modes = list(rows)
-    colours = [colour_of(mode) for mode in modes]
-    title = caption(result)
+    """Draw the record of a comparison.
 
-    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    medians = [rows[mode]["median_ms"] for mode in modes]
-    spread = [
-        [rows[mode]["median_ms"] - rows[mode]["p10_ms"] for mode in modes],
-        [rows[mode]["p90_ms"] - rows[mode]["median_ms"] for mode in modes],
-    ]
-    bars = axes.bar(modes, medians, color=colours, yerr=spread, capsize=4, error_kw={"linewidth": 1})
-    labels = [f"{rows[mode]['ratio']['value']:.3f} x" for mode in modes]
-    axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9)
-    _name_bars(axes, modes)
-    axes.set_ylabel("step time (ms), median and p10 to p90")
-    axes.set_title(title, fontsize=9)
-    paths = [_save(figure, out / f"{name}step_time.png")]
+    Args:
+        result: the record.
+        out: an existing folder.
+        name: a prefix of the files' names.
 
+    Returns:
+        The paths of `step_time.png` and `step_delta.png`.
+    """
+    rows = result["rows"]
+    spread = {mode: (row["median_ms"], row["p10_ms"], row["p90_ms"]) for mode, row in rows.items()}
+    ratios = [f"{row['ratio']['value']:.3f} x" for row in rows.values()]
+    deltas = {
+        mode: tuple(row["step_delta_us"][part] for part in ("value", "low", "high"))
+        for mode, row in rows.items()
+        if mode != "prepared"
+    }
+    title = f"{caption(result)}, {result['where']['date']}"
+    what = "step time (ms), median and p10 to p90; ratio to `prepared`"
+    paths = [_draw_bars(spread, ratios, what, title, out / f"{name}step_time.png")]
+    labels = [f"{value:,.0f} µs" for value, *_ in deltas.values()]
+    what = "added to a `prepared` step (µs), 95 % interval"
+    return [*paths, _draw_bars(deltas, labels, what, title, out / f"{name}step_delta.png")]
+
+
+def _draw_bars(bars: dict[str, Any], labels: list[str], what: str, title: str, path: Path) -> Path:
+    """Draw a bar for each schedule: its value, with an error bar from `low` to `high`."""
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    shown = [mode for mode in modes if mode != "prepared"]
-    values = [rows[mode]["step_delta_us"]["value"] for mode in shown]
-    interval = [
-        [rows[mode]["step_delta_us"]["value"] - rows[mode]["step_delta_us"]["low"] for mode in shown],
-        [rows[mode]["step_delta_us"]["high"] - rows[mode]["step_delta_us"]["value"] for mode in shown],
+    values, low, high = zip(*bars.values(), strict=True)
+    errors = [
+        [max(0, value - one) for value, one in zip(values, low, strict=True)],
+        [max(0, one - value) for value, one in zip(values, high, strict=True)],
     ]
-    bars = axes.bar(shown, values, color=[colour_of(mode) for mode in shown], yerr=interval, capsize=4)
-    axes.bar_label(bars, [f"{value:,.0f} µs" for value in values], padding=4, fontsize=9)
-    _name_bars(axes, shown)
+    colours = [COLOURS.get(mode.partition(":")[0], "#555555") for mode in bars]  # whatever the transport
+    drawn = axes.bar(list(bars), values, color=colours, yerr=errors, capsize=4, error_kw={"linewidth": 1})
+    axes.bar_label(drawn, labels, padding=4, fontsize=9)
+    axes.set_xticks(range(len(bars)), [mode.replace(":", "\n") for mode in bars], fontsize=8)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)
-    axes.set_ylabel("added to a `prepared` step (µs), 95 % interval")
-    axes.set_title(f"{title}, {where['date']}", fontsize=9)
-    return [*paths, _save(figure, out / f"{name}exposed.png")]
-
-
-def _name_bars(axes: Any, modes: list[str]) -> None:
-    axes.set_xticks(range(len(modes)), [mode.replace(":", "\n") for mode in modes], fontsize=8)
+    axes.set_ylabel(what, fontsize=9)
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
 
 
 def caption(result: dict[str, Any]) -> str:
-    """One line that says what was run on what."""
+    """Return one line that says what was run on what."""
     settings, where = result["settings"], result["where"]
     documents = settings["num_documents"]
     return (
@@ -77,9 +78,3 @@ def caption(result: dict[str, Any]) -> str:
         f"{'dense' if documents is None else f'{documents} documents'}, "
         f"{'forward' if settings['forward_only'] else 'forward + backward'}"
     )
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
