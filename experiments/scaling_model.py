@@ -1,181 +1,200 @@
-"""What share of a step would the exchange take on more ranks than were measured, on a fast link and a slow one?
+"""What would the exchange add to a step on more ranks than were measured, on a fast link and a slow one?
 
-    python experiments/scaling_model.py --fast experiments/results/2xH200 --slow experiments/results/2xH200-socket
+    S=experiments/results/step_time/2xH200
+    python experiments/scaling_model.py --fast $S/default $S/without-sync --slow $S/nvlink-off
 
-Fits a few costs (of a message, of launching it, of a byte) to some recorded runs, checks them on the others, and
-counts with the library's own plans what larger cp groups exchange. `--fast` and `--slow` are folders of records of
-`sweep.py` and `roll_latency.py`; each may be given several times, and more ranks than the fewest are held out. The
-slow folder is made by the same commands under NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket, and with
-transport process_group: symmetric memory knows nothing of these variables. Needs no GPU and no ranks. Writes
-`scaling_model.json` and a picture into `--out`.
+Reads records of `sweep.py`. A step gets longer by what the host spends beyond its slack, or by what the device does in
+the open, whichever is more. The host pays for each roll and message of `sync`, and for each microbatch and exchange of
+the other schedules; the device for each message of `sync`, each blocking exchange and each unroll. These costs are
+fitted to some records (non-negative least squares) and checked on the others. The slack of a step is the most host
+time that was seen to cost nothing. Needs no GPU. Writes `scaling_model.json` and a picture into `--out`.
+
+What the model cannot say:
+- Everything above the recorded cp sizes is extrapolation: no second host, no congestion, no late peer is in it.
+- The step without exchange stays as recorded. Attention over longer documents would make it longer.
+- An exchange costs the same however many bytes it has; `overlap` and `prefetch` pay for launch and unroll only.
+- Hosts differ: the same `sync` step took up to twice as long in another launch. No cost explains that.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import scaling_report as report
-import typer
-from cost_model import SCHEDULES, Costs, Load, Measured, count, fit
-from rich.console import Console
-from step_records import (
-    Record,
-    documents_of,
-    isolated_in,
-    load_of,
-    measured_in,
-    plain_steps,
-    read_records,
-    step_of,
-    transport_in,
-)
+import numpy.typing as npt
+from matplotlib import pyplot as plt
+from scipy.optimize import nnls
 
+from harness.command import parse_options, split, usage_errors, write_record
+from harness.plots import COLOURS
+
+SCHEDULES = ("sync", "merged", "overlap", "prefetch")
 CP_SIZES = (2, 4, 8, 16, 32, 64, 128)
-ASSUMPTIONS = (
-    "Every cp_size above the recorded ones is extrapolation.",
-    "Tokens a rank stay, so that the sequence grows with cp_size; the step without exchange stays as recorded: "
-    "attention over longer documents would make it longer, and the shares smaller.",
-    "A message costs the same at any cp_size: congestion and waits for late peers would make the shares larger.",
-    "Messages of one exchange to several peers are paid one by one: sent at once they would cost less.",
-    "What is hidden costs nothing: no slower compute beside it, no unroll behind it.",
-    "A step is as long as its device needs, or its host: what both add is not summed.",
-)
+EXTRAPOLATED, TENSORS = "h4096-train", 4  # the step; the tensors of a batch
+HOST = ("roll of sync", "message of sync", "microbatch", "exchange")
+DEVICE = ("message of sync", "blocking exchange", "unroll")
+Array = npt.NDArray[np.float64]
+Costs = dict[str, dict[str, float]]  # in µs: "host", "device", and "slack" by step
 
 
-def main(
-    fast: Annotated[list[Path], typer.Option(help="Folder of records on the fast link.")],
-    slow: Annotated[list[Path] | None, typer.Option(help="Folder of records on the slow link.")] = None,
-    fit_documents: Annotated[str, typer.Option(help="What is fitted to; the rest is held out.")] = "dense,8",
-    transport: Annotated[
-        str, typer.Option(help="Of the fast link's records; auto: symmetric where they have it.")
-    ] = "auto",
-    preset: Annotated[str, typer.Option(help="Whose steps are extrapolated.")] = "h4096",
-    out: Annotated[Path, typer.Option(help="Where the record and the picture go.")] = Path("out/scaling"),
-) -> None:
-    """Fits a cost model of the exchange to records, checks it on others, and extrapolates it."""
-    console = Console(width=report.WIDTH)
-    try:
-        chosen = {1 if one == "dense" else int(one) for one in fit_documents.split(",")}
-        links = {"fast": link_of(fast, chosen, transport, preset)}
-        if slow:
-            links["slow"] = link_of(slow, chosen, "process_group", preset)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    result = {"experiment": "scaling_model", "preset": preset, "assumptions": ASSUMPTIONS, "links": links}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scaling_model.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture = report.draw(result, out / "scaling_model.png")
+@dataclass(frozen=True)
+class Options:
+    """Which records to fit."""
+
+    fast: tuple[Path, ...]
+    """Folders with the records of the fast link."""
+    slow: tuple[Path, ...] = ()
+    """Folders with the records of the slow link."""
+    fit_documents: str = "dense,32"
+    """Comma-separated: the documents of the records to fit to. The others are held out."""
+    out: Path = Path("out/scaling_model")
+    """Folder for the record and the picture."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A schedule in a recorded comparison. Times are what it adds to `prepared`, in µs."""
+
+    run: str
+    step: str  # size and direction
+    schedule: str
+    cp_size: int
+    depths: int
+    documents: int  # 1: dense
+    floor_us: float  # the step of `prepared`
+    host_us: float
+    stall_us: float
+    step_delta_us: float
+
+    def counts(self) -> tuple[Array, Array]:
+        """Return how often a rank pays each HOST cost and each DEVICE cost in a step."""
+        neighbours = 1 if self.cp_size == 2 else 2
+        exchanges = 1 if self.schedule == "prefetch" else self.depths
+        if self.schedule == "sync":
+            rolls = TENSORS * self.depths
+            messages = rolls * self.documents * neighbours
+            return np.array([rolls, messages, 0.0, 0]), np.array([messages, 0.0, 0])
+        blocking = exchanges * neighbours if self.schedule == "merged" else 0
+        return np.array([0.0, 0, 1, exchanges]), np.array([0.0, blocking, exchanges])
+
+    def predict(self, costs: Costs) -> float:
+        """Return what the exchange should add to the step, in µs."""
+        counts = zip(self.counts(), ("host", "device"), strict=True)
+        host, device = (float(one @ list(costs[kind].values())) for one, kind in counts)
+        return max(host - costs["slack"].get(self.step, 0.0), device)
+
+
+def fit(measured: list[Measured]) -> Costs:
+    """Fit the costs of a link. Raises ValueError if there is nothing to fit to."""
+    if not measured:
+        raise ValueError("no record to fit to: choose others with --fit-documents")
+    slack = dict.fromkeys([one.step for one in measured], 0.0)
+    for one in measured:
+        slack[one.step] = max(slack[one.step], one.host_us - one.step_delta_us)
+    hidden = [one for one in measured if one.host_us <= slack[one.step]]  # stalls of the device alone
+    host = _nnls([one.counts()[0] for one in measured], [one.host_us for one in measured])
+    device = _nnls([one.counts()[1] for one in hidden], [one.stall_us for one in hidden])
+    named = {"host": dict(zip(HOST, host, strict=True)), "device": dict(zip(DEVICE, device, strict=True))}
+    return {**named, "slack": slack}
+
+
+def _nnls(counts: list[Array], values: list[float]) -> list[float]:
+    """Minimise relative errors: hundreds of messages must not outweigh one exchange."""
+    weights = 1 / np.maximum(values, 1.0)
+    return list(nnls(np.array(counts) * weights[:, None], values * weights)[0].tolist())
+
+
+def read(folders: tuple[Path, ...]) -> list[Measured]:
+    """Read the comparisons of eager steps on GPUs. Raises ValueError if a folder has none."""
+    measured: list[Measured] = []
+    for folder in folders:
+        found: list[Measured] = []
+        for path in sorted(folder.glob("*.json")):
+            record = json.loads(path.read_text())
+            if record.get("experiment") == "compare_modes" and not record["settings"]["captured"]:
+                found += _rows_of(path.stem, record)
+        if not found:
+            raise ValueError(f"{folder} must hold records of sweep.py made on GPUs, found none")
+        measured += found
+    return measured
+
+
+def _rows_of(run: str, record: dict[str, Any]) -> list[Measured]:
+    settings, rows = record["settings"], record["rows"]
+    floor, model = rows["prepared"], settings["model"]
+    step = f"h{model['hidden_size']}-{'forward' if settings['forward_only'] else 'train'}"
+    load = (record["where"]["ranks"], model["num_depths"], settings["num_documents"] or 1)
+    found = []
+    for schedule in SCHEDULES:
+        row = rows.get(schedule, rows.get(f"{schedule}:process_group"))
+        if row is not None and row["stall_us"] is not None:
+            host, stall = row["host_us"] - floor["host_us"], row["stall_us"]["value"]
+            times = (1000 * floor["median_ms"], host, stall, row["step_delta_us"]["value"])
+            found.append(Measured(run, step, schedule, *load, *times))
+    return found
+
+
+def describe(measured: list[Measured], fit_documents: set[int]) -> dict[str, Any]:
+    """Fit one link; return its costs, all predictions, their errors, and shares of a step by cp size."""
+    costs = fit([one for one in measured if one.documents in fit_documents])
+    rows, shares, errors = [], {}, {}
+    for one in measured:
+        predicted, known = one.predict(costs), "fit" if one.documents in fit_documents else "held out"
+        error = (predicted - one.step_delta_us) / (one.floor_us + one.step_delta_us)
+        rows.append({**asdict(one), "set": known, "predicted_us": predicted, "error_of_step": error})
+        if one.step == EXTRAPOLATED and one.documents in (1, 32):
+            grow = [one.documents * size // one.cp_size if one.documents > 1 else 1 for size in CP_SIZES]
+            grown = [replace(one, cp_size=n, documents=d) for n, d in zip(CP_SIZES, grow, strict=True)]
+            kind = "dense" if one.documents == 1 else f"{32 // one.cp_size} documents a rank"
+            deltas = [size.predict(costs) for size in grown]
+            shares[f"{one.schedule}, {kind}"] = [delta / (one.floor_us + delta) for delta in deltas]
+    for known in sorted({row["set"] for row in rows}):
+        off = [abs(row["error_of_step"]) for row in rows if row["set"] == known]
+        errors[known] = {"rows": len(off), "median": float(np.median(off)), "largest": max(off)}
+    return {"costs_us": costs, "errors_of_step": errors, "shares": shares, "rows": rows}
+
+
+def draw(links: dict[str, Any], path: Path) -> None:
+    """Draw predicted against measured, and shares by cp size, for each link."""
+    size = (9, 3.6 * len(links))
+    figure, grid = plt.subplots(len(links), 2, figsize=size, layout="constrained", squeeze=False)
+    for (name, link), (checked, shares) in zip(links.items(), grid, strict=True):
+        for schedule in SCHEDULES:
+            rows = [row for row in link["rows"] if row["schedule"] == schedule]
+            x, y = [row["step_delta_us"] for row in rows], [row["predicted_us"] for row in rows]
+            checked.scatter(x, y, s=14, color=COLOURS[schedule], label=schedule)
+        checked.plot([-1e3, 0, 3e4], [-1e3, 0, 3e4], color="black", linewidth=0.8)
+        checked.set(xlabel="step delta, measured (µs)", ylabel="predicted (µs)")
+        checked.set_xscale("symlog", linthresh=1e3)
+        checked.set_yscale("symlog", linthresh=1e3)
+        checked.set(xticks=(-1e3, 0, 1e3, 1e4), yticks=(-1e3, 0, 1e3, 1e4))
+        checked.set_title(f"{name} link: {len(link['rows'])} recorded steps", fontsize=9)
+        checked.legend(fontsize=7)
+        for label, values in link["shares"].items():
+            style = ":" if label.endswith("dense") else "-"
+            shares.plot(CP_SIZES, values, style, color=COLOURS[label.split(",")[0]], marker="o", label=label)
+        shares.set(xscale="log", yscale="log", ylim=(1e-6, 1), xlabel="cp size", ylabel="share of the step")
+        shares.set_xticks(CP_SIZES, [str(size) for size in CP_SIZES])
+        shares.set_title(f"{name} link: {EXTRAPOLATED}, above 2 ranks extrapolated", fontsize=9)
+        shares.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    options = parse_options(Options, "Fit a cost model of the exchange to records and extrapolate it.")
+    with usage_errors():
+        documents = {1 if one == "dense" else int(one) for one in split(options.fit_documents)}
+        given = {"fast": options.fast, "slow": options.slow}
+        links = {name: describe(read(folders), documents) for name, folders in given.items() if folders}
+    path = write_record({"experiment": "scaling_model", "links": links}, options.out / "scaling_model.json")
+    draw(links, path.with_suffix(".png"))
     for name, link in links.items():
-        for table in report.tables_of(name, link):
-            console.print(table)
-    for line in ASSUMPTIONS:
-        console.print(f"- {line}")
-    console.print(f"wrote {out / 'scaling_model.json'}, {picture}", soft_wrap=True)
-
-
-def link_of(folders: list[Path], fit_documents: set[int], transport: str, preset: str) -> dict[str, Any]:
-    """The costs of one link, how well they do on each run, and the shares that follow."""
-    records = read_records(folders)
-    transport = transport_in(records, transport)
-    measured = measured_in(records, fit_documents, transport)
-    isolated = isolated_in(records, transport)
-    costs = fit(measured, isolated)
-    checks = [check(one, costs) for one in measured]
-    steps = plain_steps(records)
-    return {
-        "records": sorted({name.split("/")[0] for name in records}),
-        "where": next(iter(steps.values()))["where"],
-        "recorded_cp_sizes": sorted({one["where"]["ranks"] for one in steps.values()}),
-        "transport": transport,
-        "rows_of_roll_latency": len(isolated),
-        "costs": asdict(costs),
-        "checks": checks,
-        "errors": {kind: errors_of([c for c in checks if c["set"] == kind]) for kind in ("fit", "held out")},
-        "shares": shares_of(costs, steps, preset),
-    }
-
-
-def check(one: Measured, costs: Costs) -> dict[str, Any]:
-    """What the model says of a measured step, beside what was measured."""
-    predicted = costs.step_delta_us(one.load, one.step)
-    error = predicted - one.step_delta_us
-    certain = one.low_us > 0  # where nothing was found to be exposed, there is nothing to be relative to
-    return {
-        "run": one.run,
-        "schedule": one.load.schedule,
-        "set": "held out" if one.held_out else "fit",
-        "step_delta_us": one.step_delta_us,
-        "low_us": one.low_us,
-        "high_us": one.high_us,
-        "predicted_us": predicted,
-        "relative_error": error / one.step_delta_us if certain else None,
-        "error_of_step": error / (one.step.floor_us + one.step_delta_us),
-        "within_interval": one.low_us <= predicted <= one.high_us,
-        "host_us": one.host_us,
-        "predicted_host_us": costs.host_us(one.load),
-    }
-
-
-def errors_of(checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and largest error: of the step, and of what was exposed where something was."""
-    relative = [abs(one["relative_error"]) for one in checks if one["relative_error"] is not None]
-    of_step = [abs(one["error_of_step"]) for one in checks]
-    return {
-        "steps": len(checks),
-        "within_interval": sum(one["within_interval"] for one in checks),
-        "of_step": {"median": float(np.median(of_step)), "largest": max(of_step)} if of_step else None,
-        "exposing": len(relative),
-        "of_exposed": {"median": float(np.median(relative)), "largest": max(relative)} if relative else None,
-    }
-
-
-def shares_of(costs: Costs, steps: dict[str, Record], preset: str) -> list[dict[str, Any]]:
-    """Shares of a training step by schedule and cp_size, from the steps of `preset` on the fewest ranks.
-
-    Documents either stay as many as they are, and grow longer, or keep their length, and grow in number. Of several
-    launches with as many documents the first counts.
-    """
-    chosen = [
-        record
-        for name, record in steps.items()
-        if name.split("/")[1].startswith(f"{preset}-") and not record["settings"]["forward_only"]
-    ]
-    if not chosen:
-        raise ValueError(f"there is no record of a training step of preset {preset!r}")
-    fewest = min(record["where"]["ranks"] for record in chosen)
-    by_documents = {documents_of(one): one for one in reversed(chosen) if one["where"]["ranks"] == fewest}
-    lines = []
-    for _, record in sorted(by_documents.items()):
-        step, documents = step_of(record, list(steps.values())), documents_of(record)
-        for grows in (False, True) if documents > 1 else (False,):
-            for schedule in SCHEDULES:
-                base = load_of(record, schedule)
-                loads = [
-                    _scaled(base, size, fewest if grows else size) for size in CP_SIZES if size >= fewest
-                ]
-                lines.append(
-                    {
-                        "documents": documents,
-                        "documents_grow": grows,
-                        "schedule": schedule,
-                        "cp_sizes": [load.cp_size for load in loads],
-                        "num_documents": [load.documents for load in loads],
-                        "messages": [count(load).messages for load in loads],
-                        "shares": [costs.share(load, step) for load in loads],
-                    }
-                )
-    return lines
-
-
-def _scaled(load: Load, cp_size: int, recorded_at: int) -> Load:
-    """The load on `cp_size` ranks, with documents for each rank as there are on `recorded_at` ranks."""
-    documents = load.documents * cp_size // recorded_at
-    return Load(load.schedule, cp_size, load.depths, documents, max(load.max_documents, documents))
+        print(f"{name} link:", json.dumps([link["costs_us"], link["errors_of_step"]], indent=1))
+    print(f"wrote {path}, {path.with_suffix('.png')}; everything above the recorded cp sizes is extrapolated")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
