@@ -1,13 +1,13 @@
 """What do the rolls of one microbatch cost the host and the GPU, by schedule, transport, depths and documents?
 
-    python experiments/roll_latency.py --out experiments/results/2xH200
+    python experiments/roll_latency.py --out experiments/results/rolls_alone/2xH200
     torchrun --nproc-per-node 4 experiments/roll_latency.py --cp-sizes 4,2
     python experiments/roll_latency.py --device cpu --tokens 64 --documents 1,8 --rounds 5
 
-Rolls isolated, without a model: four tensors of batch size 1, in interleaved rounds in random order, a new packing
-each. Host time is that inside `start` and all `at`, in a row of repetitions (`host_us`) and at once behind another
-configuration, on cold caches (`cold_us`); wall time is from an idle device to an idle device, plan and
-upload of the packing included; GPU time is that of a CUDA graph of the same calls. Where megatron-core is installed
+Times the rolls alone, without a model: four tensors of batch size 1, in interleaved rounds in random order, with a new
+packing each. Host time is the time inside `start` and all `at`: in a row of repetitions (`host_us`), and directly after
+another configuration, on cold caches (`cold_us`). Wall time is from an idle device to an idle device and includes plan
+and upload of the packing. GPU time is that of a CUDA graph of the same calls. If megatron-core is installed
 (`pip install --no-deps megatron-core`), its `roll_tensor` runs in the same rounds. Writes `roll_latency.json` and a
 picture into `--out`.
 """
@@ -15,126 +15,97 @@ picture into `--out`.
 from __future__ import annotations
 
 import gc
-import json
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness import environment
+from harness.command import (
+    Numbers,
+    RankOptions,
+    Words,
+    check_least,
+    parse_options,
+    usage_errors,
+    write_record,
+)
 from harness.launch import run_on_ranks
 from latency import megatron_rolls, report
 from latency.bench import Bench
 from latency.cases import EXCHANGING, MEGATRON, Configuration, Method, Workload, new_layout
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
 
-WAYS = (*SCHEDULES, MEGATRON)
+ALL_SCHEDULES = (*SCHEDULES, MEGATRON)
 BASE_DEPTHS, BASE_DOCUMENTS, MANY_DOCUMENTS = 2, 8, 32
+GRAPH_REPEATS = 7
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to time. `cp_sizes` empty: all ranks, and pairs of them where there are four or more."""
+class Options:
+    """What to time."""
 
-    depths: tuple[int, ...]
-    documents: tuple[int, ...]
-    tokens: tuple[int, ...]
-    cp_sizes: tuple[int, ...]
-    schedules: tuple[str, ...]
-    transports: tuple[str, ...]
-    cross: bool
-    rounds: int
-    slow_seconds: float
-    replays: int
+    depths: Numbers = (1, 2, 4, 8)
+    """Numbers of depths."""
+    documents: Numbers = (1, 8, 32, 128)
+    """Numbers of documents; 1 is a dense sequence."""
+    tokens: Numbers = (4096, 8192)
+    """Tokens of a rank."""
+    cp_sizes: Numbers | None = None
+    """Ranks that share a sequence; by default all, and pairs of them if there are 4 or more."""
+    schedules: Words = ALL_SCHEDULES
+    """Schedules, or megatron."""
+    transports: Words = ("process_group", "symmetric")
+    """Transports of the schedules that have a choice."""
+    cross: bool = False
+    """Time every combination, instead of lines through one workload."""
+    rounds: int = 60
+    """Timed rounds."""
+    slow_seconds: float = 0.6
+    """A slow configuration runs in fewer rounds, for about this long."""
+    replays: int = 200
+    """Replays of a CUDA graph, back to back."""
+    out: Path = Path("out/latency")
+    """Folder for the record and the picture."""
+    where: RankOptions = field(default_factory=RankOptions)
 
-
-def main(
-    depths: Annotated[str, typer.Option(help="Comma-separated numbers of depths.")] = "1,2,4,8",
-    documents: Annotated[str, typer.Option(help="Comma-separated; 1 is a dense sequence.")] = "1,8,32,128",
-    tokens: Annotated[str, typer.Option(help="Comma-separated tokens of a rank.")] = "4096,8192",
-    cp_sizes: Annotated[
-        str, typer.Option(help="Comma-separated; default: all ranks, and pairs where there are 4 or more.")
-    ] = "",
-    schedules: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(WAYS),
-    transports: Annotated[str, typer.Option(help="Comma-separated.")] = "process_group,symmetric",
-    cross: Annotated[
-        bool, typer.Option("--cross", help="Every combination, not lines through one workload.")
-    ] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Default: all GPUs, else 2 CPU ranks.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
-    rounds: Annotated[int, typer.Option(min=2)] = 60,
-    slow_seconds: Annotated[
-        float, typer.Option(min=0, help="A slow configuration runs in fewer rounds, for about so long.")
-    ] = 0.6,
-    replays: Annotated[int, typer.Option(min=1, help="Of a CUDA graph, back to back.")] = 200,
-    out: Annotated[Path, typer.Option(help="Where the record and the picture go.")] = Path("out/latency"),
-) -> None:
-    """Times one microbatch's rolls under every schedule and transport."""
-    try:
-        settings = Settings(
-            _numbers(depths, "depths"),
-            _numbers(documents, "documents"),
-            _numbers(tokens, "tokens"),
-            _numbers(cp_sizes, "cp-sizes") if cp_sizes else (),
-            tuple(schedules.split(",")),
-            tuple(transports.split(",")),
-            cross,
-            rounds,
-            slow_seconds,
-            replays,
-        )
-        on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-        here = torch.cuda.device_count() if on_gpu else 2
-        check(settings, int(os.environ.get("WORLD_SIZE", 0)) or ranks or here)
-        run_on_ranks(time_on_rank, ranks, device, settings, out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    def check(self) -> None:
+        """Raise ValueError for what no rank could run."""
+        check_least(self, rounds=2, slow_seconds=0, replays=1)
+        ranks = self.where.count
+        unknown = [one for one in self.schedules if one not in ALL_SCHEDULES]
+        if unknown:
+            raise ValueError(f"schedules must be among {', '.join(ALL_SCHEDULES)}, got {unknown[0]!r}")
+        for size in self.cp_sizes or ():
+            if ranks % size:
+                raise ValueError(f"cp-sizes must divide the number of ranks {ranks}, got {size}")
+        for workload in workloads_of(self, ranks):
+            new_layout(workload, (0,))
 
 
-def _numbers(text: str, name: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"{name} must be comma-separated whole numbers above 0, got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+def lines_through(options: Options, cp_size: int) -> dict[str, list[Workload]]:
+    """Return workloads by line: each line varies one size and keeps the others at those of the base workload.
 
-
-def check(settings: Settings, world: int) -> None:
-    """Raises ValueError for what no rank could run."""
-    unknown = [one for one in settings.schedules if one not in WAYS]
-    if unknown:
-        raise ValueError(f"schedules must be among {', '.join(WAYS)}, got {unknown[0]!r}")
-    for size in settings.cp_sizes:
-        if world % size:
-            raise ValueError(f"cp-sizes must divide the number of ranks {world}, got {size}")
-    for workload in workloads_of(settings, world):
-        new_layout(workload, (0,))
-
-
-def lines_through(settings: Settings, cp_size: int) -> dict[str, list[Workload]]:
-    """Points by line: each line varies one thing and holds the others at the base workload."""
-    depths = _nearest(BASE_DEPTHS, settings.depths)
-    tokens = settings.tokens[0]
-    many = _nearest(MANY_DOCUMENTS, settings.documents)
-    lines = {
-        f"documents, D = {depths}": [Workload(cp_size, depths, n, tokens) for n in settings.documents],
-        "depths, dense": [
-            Workload(cp_size, d, 1, tokens) for d in settings.depths if 1 in settings.documents
-        ],
-        f"depths, {many} documents": [
-            Workload(cp_size, d, many, tokens) for d in settings.depths if many > 1
-        ],
-        "tokens": [
-            Workload(cp_size, depths, _nearest(BASE_DOCUMENTS, settings.documents), t)
-            for t in settings.tokens
-        ],
-    }
+    Args:
+        options: the sizes to vary over.
+        cp_size: of all workloads.
+    """
+    depths = _nearest(BASE_DEPTHS, options.depths)
+    documents = _nearest(BASE_DOCUMENTS, options.documents)
+    many = _nearest(MANY_DOCUMENTS, options.documents)
+    tokens = options.tokens[0]
+    lines = {f"documents, D = {depths}": [Workload(cp_size, depths, n, tokens) for n in options.documents]}
+    if 1 in options.documents:
+        lines["depths, dense"] = [Workload(cp_size, d, 1, tokens) for d in options.depths]
+    if many > 1:
+        lines[f"depths, {many} documents"] = [Workload(cp_size, d, many, tokens) for d in options.depths]
+    lines["tokens"] = [Workload(cp_size, depths, documents, t) for t in options.tokens]
     return {name: line for name, line in lines.items() if len(line) > 1 or name.startswith("documents")}
 
 
@@ -142,52 +113,64 @@ def _nearest(wanted: int, among: tuple[int, ...]) -> int:
     return min(among, key=lambda one: abs(one - wanted))
 
 
-def workloads_of(settings: Settings, world: int) -> list[Workload]:
-    """All workloads to time: the lines (documents only on a part of the ranks), or every combination."""
-    sizes = settings.cp_sizes or ((world, 2) if world >= 4 and world % 2 == 0 else (world,))
-    workloads: list[Workload] = []
-    for size in sizes:
-        if settings.cross:
-            every = product(settings.depths, settings.documents, settings.tokens)
-            workloads += [Workload(size, *one) for one in every]
-        else:
-            lines = list(lines_through(settings, size).values())
-            workloads += [
-                workload for line in (lines if size == sizes[0] else lines[:1]) for workload in line
-            ]
+def all_lines(options: Options, ranks: int) -> dict[str, list[Workload]]:
+    """Return the lines of all cp sizes. Sizes after the first have the line of documents only."""
+    first, *rest = options.cp_sizes or ((ranks, 2) if ranks >= 4 and ranks % 2 == 0 else (ranks,))
+    lines = lines_through(options, first)
+    for size in rest:
+        name, line = next(iter(lines_through(options, size).items()))
+        lines[f"cp_size {size}: {name}"] = line
+    return lines
+
+
+def workloads_of(options: Options, ranks: int) -> list[Workload]:
+    """Return all workloads to time: those of the lines, or every combination."""
+    workloads = [workload for line in all_lines(options, ranks).values() for workload in line]
+    if options.cross:
+        sizes = dict.fromkeys(workload.cp_size for workload in workloads)
+        every = product(sizes, options.depths, options.documents, options.tokens)
+        workloads = [Workload(*one) for one in every]
     return list(dict.fromkeys(workloads))
 
 
-def methods_for(workload: Workload, settings: Settings, missing: dict[str, str]) -> list[Method]:
-    """Who rolls at a workload. `missing`: transports and schedules that are not there."""
-    methods: list[Method] = []
-    for schedule in settings.schedules:
-        if schedule == MEGATRON:  # a dense roll has no cu_seqlens
-            places = megatron_rolls.WHERE[:1] if workload.documents == 1 else megatron_rolls.WHERE
-            methods += [Method(schedule, where) for where in places if schedule not in missing]
-        elif schedule in EXCHANGING:
-            methods += [Method(schedule, one) for one in settings.transports if one not in missing]
-        else:
-            methods.append(Method(schedule))
-    return methods
+def methods_for(workload: Workload, options: Options, missing: dict[str, str]) -> list[Method]:
+    """Return who rolls at a workload.
+
+    Args:
+        workload: if it is dense, Megatron-LM's rolls have no cu_seqlens, so that there is one form of them.
+        options: the schedules and transports.
+        missing: the transports and schedules that do not work here.
+    """
+    choices = dict.fromkeys(EXCHANGING, options.transports)
+    choices[MEGATRON] = megatron_rolls.CU_SEQLENS_ON[: 1 if workload.documents == 1 else 2]
+    return [
+        Method(schedule, choice)
+        for schedule in options.schedules
+        for choice in choices.get(schedule, ("",))
+        if schedule not in missing and choice not in missing
+    ]
 
 
 def find_missing(
-    settings: Settings, device: torch.device, console: Console
+    options: Options, device: torch.device, console: Console
 ) -> tuple[dict[str, str], str | None]:
-    """What cannot run here and why, and the version of megatron-core."""
+    """Try transports and Megatron-LM.
+
+    Returns:
+        What does not work here, by name, with the reason; and the version of megatron-core.
+    """
     missing: dict[str, str] = {}
     version = None
     layout = SequenceLayout.dense(2 * dist.get_world_size(), dist.get_world_size())
     tokens = torch.ones(1, layout.local_len, dtype=torch.int64, device=device)
-    for transport in settings.transports:
-        try:  # one that cannot work here says so on all ranks, when it is made or at its first roll
+    for transport in options.transports:
+        try:  # a transport that cannot work here raises on all ranks, when it is made or at its first roll
             roller = make_roller("prefetch", dist.group.WORLD, 1, transport=transport)
             roller.start({"input_ids": tokens}, layout).at(1)
             roller.close()
         except ValueError as error:
             missing[transport] = str(error)
-    if MEGATRON in settings.schedules:
+    if MEGATRON in options.schedules:
         try:
             version = megatron_rolls.version()
         except ImportError as error:
@@ -197,57 +180,66 @@ def find_missing(
     return missing, version
 
 
-def time_on_rank(device: torch.device, settings: Settings, out: Path) -> None:
-    """One rank; rank 0 shows progress, prints the tables and writes the record."""
+def time_on_rank(device: torch.device, options: Options) -> None:
+    """Run one rank; rank 0 shows progress, prints the tables and writes the record."""
     console = Console(quiet=dist.get_rank() != 0, width=report.WIDTH)
-    missing, version = find_missing(settings, device, console)
-    workloads = workloads_of(settings, dist.get_world_size())
+    missing, version = find_missing(options, device, console)
     configurations = [
         Configuration(workload, method)
-        for workload in workloads
-        for method in methods_for(workload, settings, missing)
+        for workload in workloads_of(options, dist.get_world_size())
+        for method in methods_for(workload, options, missing)
     ]
+    rows = measure(configurations, device, options, console)
+    if rows is None:
+        return
+    settings = {**asdict(options), "out": None, "where": None}
+    result = {
+        "experiment": "roll_latency",
+        "where": environment.describe(device, dist.get_world_size()),
+        "megatron_core": version,
+        "skipped": missing,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+        "rows": rows,
+    }
+    path = write_record(result, options.out / "roll_latency.json")
+    lines = all_lines(options, dist.get_world_size())
+    report.draw(result, lines, path.with_suffix(".png"))
+    for table in report.tables_of(result, lines):
+        console.print(table)
+    console.print(f"wrote {path}, {path.with_suffix('.png')}", soft_wrap=True)
+
+
+def measure(
+    configurations: list[Configuration], device: torch.device, options: Options, console: Console
+) -> list[report.Row] | None:
+    """Time all configurations; return their rows on rank 0. Collective."""
     bench = Bench(configurations, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=console.quiet) as progress:
 
-        def counter(what: str, total: int) -> Any:
+        def counter(what: str, total: int) -> Callable[[], Any]:
             task = progress.add_task(what, total=total)
             return lambda: progress.advance(task)
 
-        bench.prepare(settings.rounds, settings.slow_seconds, counter("first rolls", len(configurations)))
-        bench.run(settings.rounds, counter("rounds", settings.rounds))
+        bench.prepare(options.rounds, options.slow_seconds, counter("first rolls", len(configurations)))
+        bench.run(options.rounds, counter("rounds", options.rounds))
         if device.type == "cuda":
-            bench.graphs(settings.replays, 7, counter("graphs", len(configurations)))
+            bench.graphs(options.replays, GRAPH_REPEATS, counter("graphs", len(configurations)))
     rows = report.rows_of(bench.candidates)
     bench.close()
     del bench
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    if rows is None:
-        return
-    result = {
-        "experiment": "roll_latency",
-        "where": environment.describe(device, dist.get_world_size()),
-        "megatron_core": version,
-        "skipped": missing,
-        "settings": asdict(settings),
-        "rows": rows,
-    }
-    lines = lines_through(settings, workloads[0].cp_size)
-    for size in dict.fromkeys(
-        workload.cp_size for workload in workloads[1:] if workload.cp_size != workloads[0].cp_size
-    ):
-        name, line = next(iter(lines_through(settings, size).items()))
-        lines[f"cp_size {size}: {name}"] = line
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "roll_latency.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture = report.draw(result, lines, out / "roll_latency.png")
-    for table in report.tables_of(result, lines):
-        console.print(table)
-    console.print(f"wrote {out / 'roll_latency.json'}, {picture}", soft_wrap=True)
+    return rows
+
+
+def main() -> None:
+    options = parse_options(Options, "Time one microbatch's rolls under every schedule and transport.")
+    with usage_errors():
+        options.check()
+        run_on_ranks(time_on_rank, options.where.ranks, options.where.device, options)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

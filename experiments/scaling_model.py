@@ -12,7 +12,7 @@ time that was seen to cost nothing. Needs no GPU. Writes `scaling_model.json` an
 What the model cannot say:
 - Everything above the recorded cp sizes is extrapolation: no second host, no congestion, no late peer is in it.
 - The step without exchange stays as recorded. Attention over longer documents would make it longer.
-- An exchange costs the same however many bytes it has; `overlap` and `prefetch` pay for launch and unroll only.
+- Bytes cost nothing; `overlap` and `prefetch` pay for launch and unroll only.
 - Hosts differ: the same `sync` step took up to twice as long in another launch. No cost explains that.
 """
 
@@ -28,12 +28,12 @@ import numpy.typing as npt
 from matplotlib import pyplot as plt
 from scipy.optimize import nnls
 
-from harness.command import parse_options, split, usage_errors, write_record
+from harness.command import Numbers, parse_options, usage_errors, write_record
 from harness.plots import COLOURS
 
 SCHEDULES = ("sync", "merged", "overlap", "prefetch")
 CP_SIZES = (2, 4, 8, 16, 32, 64, 128)
-EXTRAPOLATED, TENSORS = "h4096-train", 4  # the step; the tensors of a batch
+EXTRAPOLATED, TENSORS = "h4096-train", 4  # the step; tensors of a batch
 HOST = ("roll of sync", "message of sync", "microbatch", "exchange")
 DEVICE = ("message of sync", "blocking exchange", "unroll")
 Array = npt.NDArray[np.float64]
@@ -48,8 +48,8 @@ class Options:
     """Folders with the records of the fast link."""
     slow: tuple[Path, ...] = ()
     """Folders with the records of the slow link."""
-    fit_documents: str = "dense,32"
-    """Comma-separated: the documents of the records to fit to. The others are held out."""
+    fit_documents: Numbers = (1, 32)
+    """Numbers of documents (1: dense) of the records to fit to. The others are held out."""
     out: Path = Path("out/scaling_model")
     """Folder for the record and the picture."""
 
@@ -137,7 +137,7 @@ def _rows_of(run: str, record: dict[str, Any]) -> list[Measured]:
     return found
 
 
-def describe(measured: list[Measured], fit_documents: set[int]) -> dict[str, Any]:
+def describe(measured: list[Measured], fit_documents: tuple[int, ...]) -> dict[str, Any]:
     """Fit one link; return its costs, all predictions, their errors, and shares of a step by cp size."""
     costs = fit([one for one in measured if one.documents in fit_documents])
     rows, shares, errors = [], {}, {}
@@ -186,9 +186,9 @@ def draw(links: dict[str, Any], path: Path) -> None:
 def main() -> None:
     options = parse_options(Options, "Fit a cost model of the exchange to records and extrapolate it.")
     with usage_errors():
-        documents = {1 if one == "dense" else int(one) for one in split(options.fit_documents)}
         given = {"fast": options.fast, "slow": options.slow}
-        links = {name: describe(read(folders), documents) for name, folders in given.items() if folders}
+        known = {name: read(folders) for name, folders in given.items() if folders}
+        links = {name: describe(rows, options.fit_documents) for name, rows in known.items()}
     path = write_record({"experiment": "scaling_model", "links": links}, options.out / "scaling_model.json")
     draw(links, path.with_suffix(".png"))
     for name, link in links.items():

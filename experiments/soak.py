@@ -1,11 +1,10 @@
-"""Does a bit ever go wrong? Many exchanges, several under method, every stream and rank delayed at random.
+"""Does a bit ever go wrong? Many exchanges, several in flight, every stream and rank delayed at random.
 
-    python experiments/soak.py --exchanges 100000 --out experiments/results/2xH200
+    python experiments/soak.py --exchanges 100000 --out experiments/results/rolls_alone/2xH200
     python experiments/soak.py --device cpu --exchanges 200
 
-Windows of up to six microbatches with a new layout each are started, joined in another order, some of them dropped;
-all rolls are compared with those made from the full batch. Writes `soak.json` into `--out`; exits with 1 where a bit
-was wrong.
+Starts up to six microbatches, each with a new layout, and joins them in another order; some are dropped. Compares all
+rolls with those made from the full batch. Writes `soak.json` into `--out`; exits with 1 if a bit was wrong.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from __future__ import annotations
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from rich.console import Console
 
 from harness import environment
+from harness.command import RankOptions, Words, check_least, parse_options, usage_errors, write_record
 from harness.launch import run_on_ranks
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import exchange_group_of
@@ -30,10 +29,23 @@ from overlap_mtp.schedules.roller import Rolls
 
 NUM_DEPTHS = 3
 TOKENS = 64  # a rank: short chunks, so that tokens come from several peers
-KINDS = 24  # of batches, made before the clock starts
-WINDOW = 6  # microbatches under method
+CASES = 24  # batches, made before the clock starts
+WINDOW = 6  # microbatches in flight
 LONGEST_DELAY = 1_000_000  # cycles: 0.5 ms
 SCHEDULES = ("prefetch", "overlap", "merged")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long to run."""
+
+    exchanges: int = 100_000
+    """Exchanges with each transport."""
+    transports: Words | None = None
+    """By default process_group, and on GPUs symmetric too."""
+    out: Path = Path("out/soak")
+    """Folder for the record."""
+    where: RankOptions = field(default_factory=RankOptions)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Case:
 
 
 def make_case(seed: int, rank: int, ranks: int, device: torch.device) -> Case:
-    """Documents of random lengths, some shorter than a chunk can be cut."""
+    """Make a batch of documents of random lengths. Some are shorter than the number of chunks."""
     rng = random.Random(seed)
     lengths = [rng.choice([0, 1, 3, 8, 17, 30]) for _ in range(8)]
     _, layout = pad_documents([torch.zeros(n) for n in lengths], ranks, seq_len=ranks * TOKENS * 4)
@@ -69,10 +81,10 @@ class Soak:
     def __init__(self, device: torch.device, transport: str) -> None:
         group = dist.group.WORLD
         assert group is not None
-        self.device, self.transport, rank = device, transport, group.rank()
-        self.cases = [make_case(seed, rank, group.size(), device) for seed in range(KINDS)]
+        self.transport, rank = transport, group.rank()
+        self.cases = [make_case(seed, rank, group.size(), device) for seed in range(CASES)]
         self.rollers = {name: make_roller(name, group, NUM_DEPTHS, transport, 16) for name in SCHEDULES}
-        self.alike, self.own = random.Random(1), random.Random(1000 + rank)
+        self.common_rng, self.own_rng = random.Random(1), random.Random(1000 + rank)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
         self.streams: list[Any] = []
         if device.type == "cuda":
@@ -80,9 +92,11 @@ class Soak:
         self.exchanges = self.dropped = 0
 
     def run(self, exchanges: int) -> dict[str, Any]:
+        """Send `exchanges` exchanges or a few more; return the counts of all ranks' wrong words."""
         begin = time.perf_counter()
         while self.exchanges < exchanges:
             self._window()
+        dist.all_reduce(self.wrong)
         wrong = int(self.wrong)  # waits for the device
         for roller in self.rollers.values():
             roller.close()
@@ -95,15 +109,16 @@ class Soak:
         }
 
     def _window(self) -> None:
-        name = self.alike.choice(SCHEDULES)
-        flights: list[tuple[Case, Rolls]] = []
-        for _ in range(self.alike.randint(1, WINDOW)):
-            case = self.alike.choice(self.cases)
+        """Start some microbatches, join them in another order, and drop one now and then."""
+        name = self.common_rng.choice(SCHEDULES)
+        started: list[tuple[Case, Rolls]] = []
+        for _ in range(self.common_rng.randint(1, WINDOW)):
+            case = self.common_rng.choice(self.cases)
             self._delay()
-            flights.append((case, self.rollers[name].start(case.batch, case.layout)))
-        self.alike.shuffle(flights)
-        for case, rolls in flights:
-            if name == "prefetch" and self.alike.random() < 0.02:
+            started.append((case, self.rollers[name].start(case.batch, case.layout)))
+        self.common_rng.shuffle(started)
+        for case, rolls in started:
+            if name == "prefetch" and self.common_rng.random() < 0.02:
                 self.dropped += 1
                 self.exchanges += 1
                 continue
@@ -114,48 +129,33 @@ class Soak:
             self.exchanges += 1 if name == "prefetch" else NUM_DEPTHS
 
     def _delay(self) -> None:
-        """Now and then a stream of this rank stands still for a while."""
+        """Now and then let a stream of this rank stand still for a while."""
         for stream in self.streams:
-            if self.own.random() < 0.05:
+            if self.own_rng.random() < 0.05:
                 with torch.cuda.stream(stream):
-                    torch.cuda._sleep(self.own.randrange(LONGEST_DELAY))  # type: ignore[no-untyped-call]
+                    torch.cuda._sleep(self.own_rng.randrange(LONGEST_DELAY))  # type: ignore[no-untyped-call]
 
 
-def main(
-    exchanges: Annotated[int, typer.Option(min=1, help="With each transport.")] = 100_000,
-    transports: Annotated[str | None, typer.Option(help="Comma-separated; default: all there are.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
-    out: Annotated[Path, typer.Option()] = Path("out/soak"),
-) -> None:
-    """Sends many exchanges over each transport and counts wrong words."""
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    chosen = transports or ("process_group,symmetric" if on_gpu else "process_group")
-    try:
-        run_on_ranks(soak_on_rank, ranks, device, exchanges, chosen.split(","), out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    wrong = [run["wrong_words"] for run in json.loads((out / "soak.json").read_text())["runs"]]
-    raise typer.Exit(1 if any(wrong) else 0)
-
-
-def soak_on_rank(device: torch.device, exchanges: int, transports: list[str], out: Path) -> None:
-    runs = []
-    for transport in transports:
-        run = Soak(device, transport).run(exchanges)
-        total = torch.tensor(run["wrong_words"], device=device)
-        dist.all_reduce(total)
-        runs.append({**run, "wrong_words": int(total)})
+def soak_on_rank(device: torch.device, exchanges: int, transports: tuple[str, ...], out: Path) -> None:
+    """Run one rank; rank 0 writes the record."""
+    runs = [Soak(device, transport).run(exchanges) for transport in transports]
     if dist.get_rank() == 0:
-        result = {
-            "experiment": "soak",
-            "where": environment.describe(device, dist.get_world_size()),
-            "runs": runs,
-        }
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+        where = environment.describe(device, dist.get_world_size())
+        write_record({"experiment": "soak", "where": where, "runs": runs}, out / "soak.json")
         Console().print(runs)
 
 
+def main() -> None:
+    options = parse_options(Options, "Send many exchanges over each transport and count wrong words.")
+    with usage_errors():
+        check_least(options, exchanges=1)
+        where, out = options.where, options.out
+        default = ("process_group", "symmetric") if where.on_gpu else ("process_group",)
+        transports = options.transports or default
+        run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, transports, out)
+    if any(run["wrong_words"] for run in json.loads((out / "soak.json").read_text())["runs"]):
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -22,7 +22,7 @@ from rich.console import Console
 from compare.comparison import Comparison, Problem, Settings
 from compare.report import markdown_of, table_of
 from harness import plots
-from harness.command import RankOptions, parse_options, split, usage_errors, write_record
+from harness.command import RankOptions, Words, parse_options, usage_errors, write_record
 from harness.launch import run_on_ranks
 
 DIRECTIONS = {"train": False, "forward": True}
@@ -32,12 +32,12 @@ DIRECTIONS = {"train": False, "forward": True}
 class Options:
     """Many comparisons."""
 
-    presets: str = "h2048,h4096"
-    """Comma-separated presets."""
-    documents: str = "dense,8,32"
-    """Comma-separated: `dense`, or numbers of packed documents."""
-    directions: str = "train,forward"
-    """Comma-separated: train (forward and backward), forward."""
+    presets: Words = ("h2048", "h4096")
+    """Sizes: tiny, small, h2048, h4096."""
+    documents: Words = ("dense", "8", "32")
+    """`dense`, or numbers of packed documents."""
+    directions: Words = ("train", "forward")
+    """train (forward and backward) or forward."""
     out: Path = Path("out/sweep")
     """Folder for the records, the pictures and the summary."""
     settings: Settings = field(default_factory=lambda: Settings(rounds=60))
@@ -48,9 +48,9 @@ class Options:
         suffix = ("-compile" if self.settings.compiled else "") + ("-graph" if self.settings.captured else "")
         return {
             f"{preset}-{documents}-{direction}{suffix}": self._problem(preset, documents, direction)
-            for preset in split(self.presets)
-            for documents in split(self.documents)
-            for direction in split(self.directions)
+            for preset in self.presets
+            for documents in self.documents
+            for direction in self.directions
         }
 
     def _problem(self, preset: str, documents: str, direction: str) -> Problem:

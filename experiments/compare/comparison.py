@@ -18,7 +18,7 @@ import tyro
 
 from compare.steps import CapturedStep, EagerStep
 from harness import environment, statistics
-from harness.command import check_least, split
+from harness.command import Words, check_least
 from harness.profiler import recording
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.exchange.select import TRANSPORTS
@@ -57,8 +57,8 @@ class Problem:
 class Settings:
     """How the schedules are timed."""
 
-    modes: str = ",".join(ALL_MODES)
-    """Comma-separated schedules; `prefetch:process_group` names a transport too."""
+    modes: Words = ALL_MODES
+    """Schedules; `prefetch:process_group` names a transport too. `prepared`, the baseline, always runs."""
     layout: Kind = "zigzag"
     """How tokens are dealt to ranks."""
     transport: str = "auto"
@@ -80,18 +80,12 @@ class Settings:
     token_dtype: str = "uint16"
     """Type of the ids in a .bin: uint16 or uint32."""
 
-    @property
-    def mode_list(self) -> tuple[str, ...]:
-        """The modes to run; `prepared`, the baseline, is always among them."""
-        chosen = split(self.modes)
-        return chosen if BASELINE in chosen else (*chosen, BASELINE)
-
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
         check_least(self, rounds=2, warmup=1)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
-        for mode in self.mode_list:
+        for mode in self.modes:
             schedule, _, transport = mode.partition(":")
             if schedule not in ALL_MODES or transport not in ("", *TRANSPORTS):
                 raise ValueError(
@@ -166,7 +160,7 @@ class Comparison:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         if settings.compiled:
             self.model.compile_layers()
-        self.steps = {mode: self._make_step(mode) for mode in settings.mode_list}
+        self.steps = {mode: self._make_step(mode) for mode in dict.fromkeys((*settings.modes, BASELINE))}
 
     def _make_step(self, mode: str) -> EagerStep:
         schedule, _, transport = mode.partition(":")
@@ -310,7 +304,7 @@ class Comparison:
             "max_documents": self.problem.max_documents,
             **asdict(replace(self.settings, profile=None)),
             "profile_out": None,
-            "modes": self.settings.mode_list,
+            "modes": list(self.steps),
             "data": "standard library" if data is None else data.name,
         }
 

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
+import tyro.constructors
 
 from harness.launch import choose_device
 
@@ -60,9 +61,33 @@ def check_least(options: object, **least: float) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
-def split(text: str) -> tuple[str, ...]:
-    """Return the parts of a comma-separated option, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _words(arguments: list[str]) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(part.strip() for part in arguments[0].split(",")))
+    if not all(parts):
+        raise ValueError(f"must be words with a comma between them, got {arguments[0]!r}")
+    return parts
+
+
+def _numbers(arguments: list[str]) -> tuple[int, ...]:
+    parts = _words(arguments)
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"must be whole numbers above 0 with a comma between them, got {arguments[0]!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _comma_separated(parse: Callable[[list[str]], Any], metavar: str) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(str(part) for part in value)],
+    )
+
+
+# Types of options: one argument with commas, each part once.
+Words = Annotated[tuple[str, ...], _comma_separated(_words, "WORD,...")]
+Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "INT,...")]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Timing many configurations of rolls in interleaved rounds, and what one of them costs as a CUDA graph."""
+"""Time many configurations of rolls in interleaved rounds, and each of them as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,38 +12,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from latency.cases import EXCHANGING, Candidate, Case, Configuration, Workload, new_layout
+from latency.cases import EXCHANGING, Candidate, Case, Configuration, new_layout
 
 WARM_UPS = 3
 MIN_ROUNDS = 5
-REPEATS = 5  # of a short configuration in a row
+REPEATS = 5  # in a row, of a short configuration
 SHORT_US = 5_000
 
 
 class Bench:
     """All configurations on this rank. Every method is collective over all ranks.
 
-    A configuration that raises on one rank is left out on all of them from then on, and says why.
+    If a configuration raises on one rank, all ranks leave it out from then on, and its record says why.
     """
 
     def __init__(self, configurations: list[Configuration], device: torch.device, seed: int = 0) -> None:
         self.device, self.seed = device, seed
         self.groups = _groups({one.workload.cp_size for one in configurations})
-        self._layout_at = {
-            workload: at for at, workload in enumerate({one.workload: 0 for one in configurations})
-        }
-        cases = {workload: self._case(workload) for workload in self._layout_at}
+        workloads = dict.fromkeys(one.workload for one in configurations)
+        self._seeds = {workload: seed + at for at, workload in enumerate(workloads)}
+        cases = {one: Case(one, self.groups[one.cp_size], device, self._seeds[one]) for one in workloads}
         self.candidates = [Candidate(one, cases[one.workload]) for one in configurations]
 
-    def _case(self, workload: Workload) -> Case:
-        return Case(
-            workload, self.groups[workload.cp_size], self.device, self.seed + self._layout_at[workload]
-        )
-
     def prepare(self, rounds: int, slow_seconds: float, on_each: Callable[[], None] = lambda: None) -> None:
-        """First use of every configuration: connections, compilation, its bits, and how often it will run.
+        """Use every configuration for the first time: connect, compile, check its bits, choose its rounds.
 
-        All run `rounds` times, except those of which that would take more than `slow_seconds` each.
+        Args:
+            rounds: how often a configuration will run.
+            slow_seconds: a configuration that would take longer than this in all rounds runs in fewer of them.
+            on_each: is called after each configuration.
         """
         for candidate in self.candidates:
             took_us = 0.0
@@ -62,8 +59,13 @@ class Bench:
             self._agree([candidate])
             on_each()
 
-    def run(self, rounds: int, on_each: Callable[[], None] = lambda: None) -> None:
-        """All rounds, each in an order of its own. A slow configuration sits out most of them, evenly."""
+    def run(self, rounds: int, on_round: Callable[[], None] = lambda: None) -> None:
+        """Run all rounds, each in another random order. A slow configuration runs in few of them, evenly spread.
+
+        Args:
+            rounds: as for `prepare`.
+            on_round: is called after each round.
+        """
         gc.collect()
         gc.disable()  # a collection inside a roll would be counted as the schedule's
         try:
@@ -75,12 +77,12 @@ class Bench:
                         self._time(due[at], index)
                 self._agree(due)
                 gc.collect()
-                on_each()
+                on_round()
         finally:
             gc.enable()
 
     def _time(self, candidate: Candidate, index: int) -> None:
-        """A microbatch on whatever the others have left in the caches, then some in a row, where they are short."""
+        """Time a microbatch on the caches that others have left, then some in a row if they are short."""
         repeats = range(1 + REPEATS if candidate.is_short else 1)
         arguments = [self._argument(candidate, index, repeat) for repeat in repeats]
         self.meet()
@@ -96,15 +98,20 @@ class Bench:
         candidate.wall_us.append(float(wall_us))
 
     def _argument(self, candidate: Candidate, index: int, repeat: int = 0) -> Any:
-        """A packing that the roller has not seen, the same for all methods."""
+        """Return a packing that the roller has not seen, the same for all methods."""
         workload = candidate.configuration.workload
-        seed = (self.seed, self._layout_at[workload], WARM_UPS + index, repeat)
+        seed = (self.seed, self._seeds[workload], WARM_UPS + index, repeat)
         return candidate.argument(new_layout(workload, seed))
 
     def graphs(self, replays: int, repeats: int, on_each: Callable[[], None] = lambda: None) -> None:
-        """GPU time of a microbatch's rolls, several captured into a CUDA graph that is replayed back to back.
+        """Measure the GPU time of a microbatch's rolls: replay a CUDA graph of several, back to back.
 
-        Several, because a graph with one small exchange takes as long as it takes to launch it.
+        A graph of a single small exchange would take as long as its launch.
+
+        Args:
+            replays: how often a graph is replayed in a row.
+            repeats: how often that is measured.
+            on_each: is called after each configuration.
         """
         for candidate in self.candidates:
             if candidate.failed is None and candidate.configuration.method.schedule in EXCHANGING:
@@ -130,12 +137,12 @@ class Bench:
             self._agree([candidate], "graph_failed")
         del kept
         graph.reset()
-        del graph  # a communicator that a living graph holds cannot be destroyed
+        del graph  # a communicator cannot be destroyed as long as a graph holds it
         gc.collect()
         torch.cuda.synchronize()
 
     def meet(self) -> None:
-        """All ranks, with idle devices, at one workload."""
+        """Wait until the devices of all ranks are idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
@@ -150,7 +157,7 @@ class Bench:
             setattr(candidate, field, f"{type(error).__name__}: {_first_line(error)}")
 
     def _agree(self, candidates: list[Candidate], field: str = "failed") -> None:
-        """What failed on one rank has failed on all."""
+        """Make a failure on one rank a failure on all."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, [getattr(one, field) for one in candidates])
         for at, candidate in enumerate(candidates):
@@ -158,6 +165,7 @@ class Bench:
             setattr(candidate, field, reasons[0] if reasons else None)
 
     def close(self) -> None:
+        """Close all rollers."""
         for candidate in self.candidates:
             if candidate.roller is not None:
                 with self._failures(candidate):
@@ -165,7 +173,7 @@ class Bench:
 
 
 def _groups(sizes: set[int]) -> dict[int, dist.ProcessGroup]:
-    """This rank's group of each size; ranks of one host stand next to each other."""
+    """Return this rank's group of each size. Neighbouring ranks form a group."""
     world = dist.group.WORLD
     assert world is not None
     groups = {world.size(): world}
@@ -177,7 +185,7 @@ def _groups(sizes: set[int]) -> dict[int, dist.ProcessGroup]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says first, without the folders of any file that it names."""
+    """Return the first line of an error's message, without the folders of any file that it names."""
     line = (str(error).splitlines() or [""])[0]
     return re.sub(r"(/[\w.+-]+)+/", "", line)[:300]
 
@@ -187,7 +195,7 @@ def _is_due(candidate: Candidate, index: int, rounds: int) -> bool:
 
 
 def _replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """GPU time of one of `replays` replays in a row."""
+    """Return the GPU time of one of `replays` replays in a row."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(replays):

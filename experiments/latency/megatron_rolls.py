@@ -1,7 +1,7 @@
-"""Megatron-LM's own `roll_tensor`, from the installed megatron-core, behind the interface of a roller.
+"""Megatron-LM's own `roll_tensor`, from the installed megatron-core, with the interface of a roller.
 
-Needs `pip install --no-deps megatron-core` beside torch, numpy and packaging; nothing of Transformer Engine or
-Apex. Its dense form makes buffers on the current GPU: on CPU, a dense sequence goes through the packed form.
+Needs `pip install --no-deps megatron-core` beside torch, numpy and packaging, but neither Transformer Engine nor Apex.
+Its dense form makes buffers on the current GPU, so on CPU a dense sequence goes through the packed form.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from overlap_mtp import SequenceLayout
 from overlap_mtp.exchange.spec import Batch
 from overlap_mtp.schedules.roller import Rolls
 
-WHERE = ("host", "device")  # of cu_seqlens: a Python list, the fastest form on the host, or a tensor
+CU_SEQLENS_ON = ("host", "device")  # a Python list, which is the fastest form on the host, or a tensor
 
 
 def version() -> str:
-    """Of the installed megatron-core. Raises ImportError where it, or what its rolls import, is not there."""
+    """Return the version of megatron-core. Raises ImportError if it, or what its rolls import, is missing."""
     _import()
     return metadata.version("megatron-core")
 
 
 def _import() -> tuple[Any, Any]:
-    with warnings.catch_warnings():  # that Apex and Transformer Engine are absent
+    with warnings.catch_warnings():  # it warns that Apex and Transformer Engine are absent
         warnings.simplefilter("ignore")
         from megatron.core.packed_seq_params import PackedSeqParams
         from megatron.core.transformer.multi_token_prediction import roll_tensor
@@ -35,22 +35,22 @@ def _import() -> tuple[Any, Any]:
 
 
 class MegatronRoller:
-    """Every tensor rolled by one, depth after depth, as Megatron-LM's MTP block and its loss do.
+    """Rolls every tensor by one token, depth after depth, as Megatron-LM's MTP block and its loss do.
 
-    Its packed form takes the bounds of the padded documents, zigzag each, and knows no padding: where the token
-    ahead is padding, it hands on what the padding holds. Messages travel on the default process group.
+    Its packed form takes the bounds of the padded documents and knows no padding: if the token ahead is padding, it
+    returns what the padding holds. Messages travel on the default process group.
     """
 
     def __init__(self, cp_group: dist.ProcessGroup, where: str, device: torch.device) -> None:
-        if where not in WHERE:
-            raise ValueError(f"cu_seqlens must be on one of {', '.join(WHERE)}, got {where!r}")
+        if where not in CU_SEQLENS_ON:
+            raise ValueError(f"cu_seqlens must be on one of {', '.join(CU_SEQLENS_ON)}, got {where!r}")
         self._roll, self._params = _import()
         self._group, self._where, self._device = cp_group, where, device
 
     def argument(self, layout: SequenceLayout) -> Any:
-        """The PackedSeqParams of a layout; None for a dense one."""
+        """Return the PackedSeqParams of a layout, or None if it is dense."""
         if layout.kind != "zigzag":
-            raise ValueError(f"Megatron-LM shards zigzag only, got a {layout.kind} layout")
+            raise ValueError(f"the layout must be zigzag for Megatron-LM, got {layout.kind}")
         if not layout.is_packed and self._device.type == "cuda":
             return None
         bounds: Any = layout.cu_seqlens.tolist()
@@ -59,6 +59,7 @@ class MegatronRoller:
         return self._params(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
 
     def start(self, batch: Batch, argument: Any) -> Rolls:
+        """As Roller.start, with what `argument` returned in place of the layout."""
         return MegatronRolls(self, batch, argument)
 
     def roll(self, tensors: Batch, argument: Any) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ class MegatronRoller:
         }
 
     def close(self) -> None:
-        pass
+        """Do nothing: there is nothing to release."""
 
 
 class MegatronRolls(Rolls):

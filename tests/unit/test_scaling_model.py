@@ -85,7 +85,7 @@ def test_committed_records_from_the_command_line(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fast", RECORDS / "default", "--fit-documents", "dense,many"], "'many'"),
+        (["--fast", RECORDS / "default", "--fit-documents", "1,many"], "must be whole numbers above 0"),
         (["--fast", RECORDS / "default", "--fit-documents", "7"], "no record to fit to"),
         (["--fast", RECORDS.parents[1]], "must hold records of sweep.py"),
         ([], "--fast"),
