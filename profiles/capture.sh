@@ -46,7 +46,7 @@ if $use_torch; then
     traces=("$work"/rank*.json.gz)
     [[ -e ${traces[0]} ]] || fail "compare_modes wrote no trace"
     for trace in "${traces[@]}"; do
-        "$python" -m overlap_mtp.profiling.slim "$trace" "$folder/${trace##*/}"
+        "$python" -m overlap_mtp.profiling.shrink "$trace" "$folder/${trace##*/}"
         echo "wrote $folder/${trace##*/}"
     done
     exit
@@ -68,5 +68,5 @@ rm -f "$full.nsys-rep"
     "$python" experiments/compare_modes.py --out "$work/compare" --profile nsys --profile-out "$work" "$@"
 [[ -e $full.nsys-rep ]] || fail "nsys wrote no report: the run has to reach its timed rounds, on a GPU"
 "$nsys" export --type sqlite -f true -o "$work/full.sqlite" "$full.nsys-rep"
-"$python" -m overlap_mtp.profiling.slim "$work/full.sqlite" "$out"
+"$python" -m overlap_mtp.profiling.shrink "$work/full.sqlite" "$out"
 echo "wrote $out (for profiles/report.py) and out/profiles/$name.nsys-rep (for the GUI)"

@@ -1,42 +1,50 @@
-"""Tells communication from compute: by our ranges at launch first, then by name.
+"""Tell communication from compute: first by our range at the launch, then by name.
 
 A Triton kernel that moves tokens looks like compute to a filter on names, so the innermost range of ours that holds
-the launching call decides. Only where there is none do names count. A kernel of a CUDA graph that was launched
-outside of an exchange belongs where it was captured.
+the launching call decides. Names count only if there is no such range. A kernel of a CUDA graph that was launched
+outside of an exchange belongs to the range in which it was captured.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from overlap_mtp.profiling.intervals import Ints
-from overlap_mtp.profiling.nesting import NONE, Nesting
-from overlap_mtp.profiling.trace import LOST, PAYLOAD_BYTES, UNKNOWN, Kind, Profile
+from overlap_mtp.profiling.intervals import NONE, Ints, Nesting, Union
+from overlap_mtp.profiling.trace import LOST, Kind, Profile, Texts
 from overlap_mtp.tracing import LABEL
 
 COMMUNICATION_NAME = re.compile(r"nccl|rccl|nvshmem|multimem|(one|two)_shot_all_reduce", re.IGNORECASE)
-EXCHANGE_RANGES = ("pack", "send-recv")
-LOCAL_RANGES = ("join", "unroll")
+LIBRARY_RANGE = re.compile(r"^nccl", re.IGNORECASE)  # NCCL and torch put these around each call
 REGIONS = ("trunk", "depth", "loss", "backward")  # the parts of a step
-OF_LIBRARIES = re.compile(r"^nccl", re.IGNORECASE)  # ranges that NCCL and torch put around each call
 NO_RANGE = "no range"
+PAYLOAD_BYTES = (1 << 40) - 1  # the bits of a payload that count bytes (overlap_mtp.tracing)
+Mask = npt.NDArray[np.bool_]
 
 
 class Role(IntEnum):
-    """What an activity is to the overlap. Compute alone can hide communication."""
+    """What an activity is to the overlap. Only compute can hide communication."""
 
     COMPUTE = 0
     EXCHANGE = 1  # communication in the ranges `pack` and `send-recv`
     MODEL = 2  # any other communication
     LOCAL = 3  # the exchange's own work, in the ranges `join` and `unroll`
     NEITHER = 4  # copies between host and device
-    OPAQUE = 5  # a CUDA graph of which the kernels were not traced
+    OPAQUE = 5  # a CUDA graph whose kernels were not traced
+
+
+ROLE_OF_RANGE = {
+    "pack": Role.EXCHANGE,
+    "send-recv": Role.EXCHANGE,
+    "join": Role.LOCAL,
+    "unroll": Role.LOCAL,
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,10 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What one process did on one device, by start; times in ns."""
+class DeviceTimeline:
+    """What one process did on one device, sorted by start; times in ns."""
 
-    label: str  # "rank 0", or process and device where no range tells the rank
+    label: str  # "rank 0", or process and device if nothing tells the rank
     start: Ints
     end: Ints
     stream: Ints
@@ -61,158 +69,139 @@ class Lane:
     part: Ints  # the innermost range, an index into `parts`
     region: Ints  # the part of a step that it belongs to, an index into `parts`
     step: Ints  # an index into `steps`, or NONE
-    num_bytes: Ints  # UNKNOWN where nobody counted
+    num_bytes: Ints  # or UNKNOWN
     parts: tuple[str, ...]
     steps: tuple[Step, ...]
     has_ours: bool  # the profile has ranges of this project
-    num_lost: int  # kernels of CUDA graphs that were captured before the profile began: told by name alone
+    num_lost: int  # kernels of CUDA graphs captured before the profile began: classified by name alone
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
-        """Starts and ends of some of its activities."""
+    def times(self, mask: Mask) -> Union:
+        """Return starts and ends of the activities in the mask."""
         return self.start[mask], self.end[mask]
 
 
 def base_name(schedule: str) -> str:
-    """`prefetch` of `prefetch:process_group`, which names a transport too."""
+    """Return `prefetch` for `prefetch:process_group`, which names a transport too."""
     return schedule.split(":")[0]
 
 
-def lanes_of(profile: Profile) -> list[Lane]:
-    """The lanes of a profile, classified, in the order of their labels."""
-    activities, ranges = profile.activities, profile.ranges
-    ours = _Ours(profile)
-    launched_in = ours.innermost(activities.thread, activities.launched)
-    captured_in = ours.innermost(activities.capture_thread, activities.captured)
-    in_exchange = ours.is_of_exchange(launched_in)
-    is_lost = ~in_exchange & (activities.captured == LOST)
-    by_launch = in_exchange | (captured_in == NONE)
-    mine = np.where(by_launch, launched_in, captured_in)
-    region = ours.region_of(mine)
-    part = np.where(mine == NONE, _foreign_parts(profile, ours), ours.part_of(mine))
-    role = _roles(profile, ours.parts, mine != NONE, part)
-    # A range in which a graph was captured counts anew in each launch of the graph.
-    occasion = np.stack([mine, np.where(by_launch, 0, activities.launched)])
-    num_bytes = _bytes(activities.num_bytes, ours.payload, occasion, role)
-    steps = {process: _steps(profile, process) for process in np.unique(activities.process).tolist()}
-    labels = _labels(profile)
-    lanes = []
-    for (process, device), label in sorted(labels.items(), key=lambda item: _natural(item[1])):
+def classify(profile: Profile) -> list[DeviceTimeline]:
+    """Give each device activity its role, its range, its step and its bytes.
+
+    Returns:
+        One timeline for each process and device, sorted by rank (or by process) and device.
+    """
+    activities = profile.activities
+    columns, is_lost, parts = _columns(profile)
+    timelines = []
+    for label, process, device in _devices(profile):
         here = np.flatnonzero((activities.process == process) & (activities.device == device))
         here = here[np.argsort(activities.start[here], kind="stable")]
-        lanes.append(
-            Lane(
+        steps = _steps(profile, process)
+        timelines.append(
+            DeviceTimeline(
                 label=label,
-                start=activities.start[here],
-                end=activities.end[here],
-                stream=activities.stream[here],
-                role=role[here],
-                part=part[here],
-                region=region[here],
-                step=_step_of(steps[process], activities.launched[here]),
-                num_bytes=num_bytes[here],
-                parts=tuple(ours.parts),
-                steps=steps[process],
-                has_ours=bool(ranges.is_ours.any()),
+                step=_step_of(steps, activities.launched[here]),
+                parts=parts,
+                steps=steps,
+                has_ours=bool(profile.ranges.is_ours.any()),
                 num_lost=int(is_lost[here].sum()),
+                **{name: column[here] for name, column in columns.items()},
             )
         )
-    return lanes
+    return timelines
 
 
-class _Ours:
-    """The ranges of this project, and the names of what lies in them."""
+def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
+    """The columns of a DeviceTimeline for all activities, which of them are lost, and the names of parts."""
+    activities, ranges = profile.activities, profile.ranges
+    labels = [LABEL.match(text) for text in profile.texts]
+    names = [label["name"] if label else "" for label in labels]
+    range_roles = np.array([ROLE_OF_RANGE.get(name, NONE) for name in names], np.int64)[ranges.text]
+    launched_in, captured_in, parents = _innermost(profile, ranges.is_ours)
+    in_exchange = _pick(range_roles, launched_in, NONE) != NONE
+    by_launch = in_exchange | (captured_in == NONE)
+    mine = np.where(by_launch, launched_in, captured_in)
+    role = _roles(profile, _pick(range_roles, mine, NONE))
 
-    def __init__(self, profile: Profile) -> None:
-        ranges = profile.ranges
-        self._index = np.flatnonzero(ranges.is_ours)
-        self._nesting = Nesting(
-            *(column[self._index] for column in (ranges.thread, ranges.start, ranges.end))
-        )
-        self.payload = ranges.payload[self._index]
-        self.parts = [NO_RANGE]
-        labels = [LABEL.match(profile.texts[text]) for text in ranges.text[self._index]]
-        names = [label["name"] if label else "" for label in labels]
-        parts = [
-            self.number(f"{label['name']} {label['detail']}" if label and label["name"] == "depth" else name)
-            for label, name in zip(labels, names, strict=True)
-        ]
-        self._part = np.array(parts, np.int64)
-        self._region = np.zeros_like(self._part)
-        parents = self._nesting.parents()
-        for i in np.argsort(ranges.start[self._index], kind="stable").tolist():  # outer ones first
-            if names[i] in REGIONS:
-                self._region[i] = self._part[i]
-            elif parents[i] != NONE:
-                self._region[i] = self._region[parents[i]]
+    parts = Texts(NO_RANGE)
+    own_parts = [
+        parts.index(f"{name} {label['detail']}" if label and name == "depth" else name)
+        for label, name in zip(labels, names, strict=True)
+    ]
+    other_parts = [parts.index(text) for text in profile.texts]
+    by_owner = np.array([other_parts, own_parts], np.int64)  # [2, texts]
+    range_parts = by_owner[ranges.is_ours.astype(np.int64), ranges.text]
+    innermost = np.where(mine == NONE, _innermost_other(profile), mine)
 
-    def number(self, part: str) -> int:
-        if part not in self.parts:
-            self.parts.append(part)
-        return self.parts.index(part)
+    is_settled = np.append(np.array([name in REGIONS for name in names], bool)[ranges.text], True)
+    region_range = mine.copy()
+    while (inner := np.flatnonzero(~is_settled[region_range])).size:
+        region_range[inner] = parents[region_range[inner]]
 
-    def innermost(self, thread: Ints, time: Ints) -> Ints:
-        """The innermost range of ours at each time on each thread, as an index into these ranges, or NONE."""
-        return self._nesting.innermost(thread, time)
-
-    def is_of_exchange(self, mine: Ints) -> npt.NDArray[np.bool_]:
-        names = (*EXCHANGE_RANGES, *LOCAL_RANGES)
-        return np.isin(
-            self.part_of(mine), [number for number, part in enumerate(self.parts) if part in names]
-        )
-
-    def part_of(self, mine: Ints) -> Ints:
-        return _pick(self._part, mine)
-
-    def region_of(self, mine: Ints) -> Ints:
-        return _pick(self._region, mine)
+    # A range in which a graph was captured counts again in each launch of the graph.
+    occasion = np.stack([mine, np.where(by_launch, 0, activities.launched)])
+    payload_bytes = _pick(ranges.payload & PAYLOAD_BYTES, mine, 0)
+    columns = {
+        "start": activities.start,
+        "end": activities.end,
+        "stream": activities.stream,
+        "role": role,
+        "part": _pick(range_parts, innermost, 0),
+        "region": _pick(range_parts, region_range, 0),
+        "num_bytes": _bytes(activities.num_bytes, payload_bytes, occasion, role),
+    }
+    return columns, ~in_exchange & (activities.captured == LOST), parts.all()
 
 
-def _pick(values: Ints, index: Ints) -> Ints:
-    return np.append(values, 0)[index]  # NONE picks the last one, which is NO_RANGE
+def _innermost(profile: Profile, chosen: Mask) -> tuple[Ints, Ints, Ints]:
+    """For each activity the innermost of the chosen ranges at its launch and at its capture; each range's parent.
 
-
-def _foreign_parts(profile: Profile, ours: _Ours) -> Ints:
-    """The innermost range of others at each launch, as a number of a part."""
-    ranges, activities = profile.ranges, profile.activities
-    libraries = np.array([OF_LIBRARIES.match(text) is not None for text in profile.texts], bool)
-    others = np.flatnonzero(~ranges.is_ours & ~libraries[ranges.text])
-    nesting = Nesting(*(column[others] for column in (ranges.thread, ranges.start, ranges.end)))
+    All are indices into `profile.ranges`, or NONE.
+    """
+    activities, ranges = profile.activities, profile.ranges
+    index = np.flatnonzero(chosen)
+    nesting = Nesting(ranges.thread[index], ranges.start[index], ranges.end[index])
+    launched = nesting.innermost(activities.thread, activities.launched)
     captured = nesting.innermost(activities.capture_thread, activities.captured)
-    found = np.where(captured == NONE, nesting.innermost(activities.thread, activities.launched), captured)
-    texts, inverse = np.unique(np.append(ranges.text[others], UNKNOWN)[found], return_inverse=True)
-    known = {part: number for number, part in enumerate(ours.parts)}
-    numbers = []
-    for text in texts.tolist():
-        part = NO_RANGE if text == UNKNOWN else profile.texts[text]
-        if part not in known:
-            known[part] = len(known)
-            ours.parts.append(part)
-        numbers.append(known[part])
-    return np.array(numbers, np.int64)[inverse]
+    parents = np.full(chosen.size, NONE, np.int64)
+    parents[index] = _pick(index, nesting.parents, NONE)
+    return _pick(index, launched, NONE), _pick(index, captured, NONE), parents
 
 
-def _roles(profile: Profile, parts: list[str], is_ours: npt.NDArray[np.bool_], part: Ints) -> Ints:
+def _innermost_other(profile: Profile) -> Ints:
+    """For each activity the innermost range that is neither ours nor a library's, or NONE."""
+    is_library = np.array([LIBRARY_RANGE.match(text) is not None for text in profile.texts], bool)
+    others = ~profile.ranges.is_ours & ~is_library[profile.ranges.text]
+    launched, captured, _ = _innermost(profile, others)
+    return np.where(captured == NONE, launched, captured)
+
+
+def _pick(values: Ints, index: Ints, default: int) -> Ints:
+    """The values at an index, and the default at NONE."""
+    return np.append(values, default)[index]
+
+
+def _roles(profile: Profile, range_role: Ints) -> Ints:
+    """The roles of all activities; `range_role` is that of the range of ours, or NONE."""
     activities = profile.activities
-    named = np.array([COMMUNICATION_NAME.search(name) is not None for name in profile.names], bool)
-    role = np.full(part.size, Role.COMPUTE, np.int64)
-    role[(named[activities.name] & (activities.kind == Kind.KERNEL))] = Role.MODEL
+    is_named = np.array([COMMUNICATION_NAME.search(name) is not None for name in profile.names], bool)
+    role = np.full(range_role.size, Role.COMPUTE, np.int64)
+    role[is_named[activities.name] & (activities.kind == Kind.KERNEL)] = Role.MODEL
     role[activities.kind == Kind.PEER_COPY] = Role.MODEL
     role[activities.kind == Kind.GRAPH] = Role.OPAQUE
-    for names, theirs in ((EXCHANGE_RANGES, Role.EXCHANGE), (LOCAL_RANGES, Role.LOCAL)):
-        numbers = [number for number, name in enumerate(parts) if name in names]
-        role[is_ours & np.isin(part, numbers)] = theirs
+    role = np.where(range_role == NONE, role, range_role)
     role[activities.kind == Kind.HOST_COPY] = Role.NEITHER
     return role
 
 
-def _bytes(counted: Ints, payload: Ints, occasion: Ints, role: Ints) -> Ints:
-    """Bytes of each activity. What a range's payload counts stands at the first activity of each occasion."""
-    counts = np.append(payload & PAYLOAD_BYTES, 0)[occasion[0]]
-    told = np.flatnonzero((counts > 0) & (role == Role.EXCHANGE))
+def _bytes(counted: Ints, payload_bytes: Ints, occasion: Ints, role: Ints) -> Ints:
+    """Bytes of each activity. The bytes of a range's payload are put on the first activity of each occasion."""
+    told = np.flatnonzero((payload_bytes > 0) & (role == Role.EXCHANGE))
     first = told[np.unique(occasion[:, told], axis=1, return_index=True)[1]]
     num_bytes = counted.copy()
     num_bytes[told] = 0
-    num_bytes[first] = counts[first]
+    num_bytes[first] = payload_bytes[first]
     return num_bytes
 
 
@@ -231,31 +220,24 @@ def _steps(profile: Profile, process: int) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _step_of(steps: tuple[Step, ...], launched: Ints) -> Ints:
-    """Steps end synchronised: what any thread of the process launched in one belongs to it."""
-    if not steps:
-        return np.full(launched.size, NONE, np.int64)
+def _step_of(steps: Sequence[Step], launched: Ints) -> Ints:
+    """The step of each activity. A step ends synchronised, so all that its process launched in it belongs to it."""
     starts = np.array([step.start for step in steps], np.int64)
     ends = np.array([step.end for step in steps], np.int64)
     at = np.searchsorted(starts, launched, side="right") - 1
-    return np.where((at >= 0) & (launched <= ends[at]), at, NONE)
+    return np.where(launched <= _pick(ends, at, np.iinfo(np.int64).min), at, NONE)
 
 
-def _labels(profile: Profile) -> dict[tuple[int, int], str]:
-    """(process, device) -> "rank 0", and the device where a process uses several."""
+def _devices(profile: Profile) -> list[tuple[str, int, int]]:
+    """Label, process and device of each timeline; the device is in the label if the process uses several."""
     activities = profile.activities
-    pairs = sorted(set(zip(activities.process.tolist(), activities.device.tolist(), strict=True)))
+    pairs = set(zip(activities.process.tolist(), activities.device.tolist(), strict=True))
     devices = Counter(process for process, _ in pairs)
-    labels = {}
+    found = []
     for process, device in pairs:
         rank = profile.rank(process)
-        if rank is None:
-            labels[process, device] = f"process {profile.pids[process]} device {device}"
-        else:
-            labels[process, device] = f"rank {rank}" + (f" device {device}" if devices[process] > 1 else "")
-    return labels
-
-
-def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Sorts "rank 2" before "rank 10"."""
-    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in text.split()]
+        kind, number = ("process", profile.pids[process]) if rank is None else ("rank", rank)
+        needs_device = rank is None or devices[process] > 1
+        label = f"{kind} {number}" + (f" device {device}" if needs_device else "")
+        found.append((kind, number, device, process, label))
+    return [(label, process, device) for *_, device, process, label in sorted(found)]

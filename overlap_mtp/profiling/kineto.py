@@ -1,4 +1,4 @@
-"""Reads a trace of torch.profiler (Kineto's JSON, as `export_chrome_trace` writes it): one process a file.
+"""Read a trace of torch.profiler (Kineto's JSON, as `export_chrome_trace` writes it): one process in each file.
 
 Our ranges are in it as `record_function` annotations, which carry no payload: bytes come from what torch notes on
 the kernels of collectives.
@@ -14,16 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.trace import (
-    LOST,
-    UNKNOWN,
-    Activities,
-    Kind,
-    Profile,
-    ProfileError,
-    Ranges,
-    Texts,
-)
+from overlap_mtp.profiling.trace import LOST, UNKNOWN, Activities, Kind, Profile, ProfileError, Ranges, Texts
 from overlap_mtp.tracing import LABEL
 
 Event = Mapping[str, Any]
@@ -36,32 +27,45 @@ ELEMENT_BYTES = {"double": 8, "long": 8, "float": 4, "int": 4, "half": 2, "bfloa
 
 
 def read_kineto(path: Path, text: str) -> Profile:
-    """Reads the text of a trace. Raises ProfileError where it is none, is damaged, or has an unknown schema."""
+    """Read a trace.
+
+    Args:
+        path: names the trace in messages and in the profile.
+        text: the JSON.
+
+    Raises:
+        ProfileError: the text is no trace, or it is damaged, empty or of an unknown schema.
+    """
     try:
         document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ProfileError(f"{path.name}: not complete JSON ({error})") from error
-    header = document if isinstance(document, dict) else {}
-    events = header.get("traceEvents") if isinstance(document, dict) else document
+    header = document if isinstance(document, dict) else {"traceEvents": document}
+    events = header.get("traceEvents")
     if not isinstance(events, list) or not all(isinstance(event, dict) and "ph" in event for event in events):
         raise ProfileError(
             f"{path.name}: JSON, but not a trace of torch.profiler: it has no list traceEvents"
         )
-    if header.get("schemaVersion", KNOWN_SCHEMA) != KNOWN_SCHEMA:
-        raise ProfileError(
-            f"{path.name}: schema version {header['schemaVersion']} is not known; known is {KNOWN_SCHEMA}"
-        )
+    if (version := header.get("schemaVersion", KNOWN_SCHEMA)) != KNOWN_SCHEMA:
+        raise ProfileError(f"{path.name}: schema version {version} is not known; known is {KNOWN_SCHEMA}")
     try:
-        return _profile(path.name, header, events)
+        return _profile(path.name, header, list(spans(events)))
+    except ProfileError:
+        raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, ProfileError):
-            raise
         raise ProfileError(f"{path.name}: an event of the trace cannot be read ({error!r})") from error
 
 
-def _profile(source: str, header: Event, events: list[Event]) -> Profile:
+def spans(events: list[Event]) -> Iterator[tuple[str, Event]]:
+    """Yield the events that have a duration, each after its category in today's names."""
+    for event in events:
+        if event["ph"] == "X" and "ts" in event:
+            category = str(event.get("cat", "")).lower()
+            yield OLD_NAMES.get(category, category), event
+
+
+def _profile(source: str, header: Event, timed: list[tuple[str, Event]]) -> Profile:
     names, texts, threads = Texts(), Texts(), Texts()
-    timed = list(spans(events))
     calls: dict[int, tuple[int, int]] = {}
     for category, event in timed:
         if category in CALLS and "correlation" in event.get("args", {}):
@@ -76,48 +80,36 @@ def _profile(source: str, header: Event, events: list[Event]) -> Profile:
             f"{source}: the profile is empty: it holds no kernel, copy or memset (was the GPU traced?)"
         )
     ranges = [
-        (
-            *_interval(event),
-            threads.index(str(event["tid"])),
-            texts.index(event["name"]),
-            LABEL.match(event["name"]) is not None,
-        )
+        (*_interval(event), threads.index(str(event["tid"])), texts.index(event["name"]))
         for category, event in timed
         if category == ANNOTATION
     ]
     pid = next((e["pid"] for category, e in timed if category in CALLS and isinstance(e["pid"], int)), 0)
     rank = (header.get("distributedInfo") or {}).get("rank")
-    start, end, thread, text, ours = np.array(ranges, np.int64).reshape(-1, 5).T
-    nothing = np.zeros_like(start)
+    start, end, thread, text = np.array(ranges, np.int64).reshape(-1, 4).T
+    is_ours = np.array([LABEL.match(one) is not None for one in texts.all()], bool)[text]
+    zeros = np.zeros_like(start)
     return Profile(
         source,
         [pid],
         names.all(),
         texts.all(),
-        _columns(activities),
-        Ranges(start, end, nothing, thread, text, nothing, ours > 0),
+        Activities(*np.array(activities, np.int64).T),
+        Ranges(start, end, zeros, thread, text, zeros, is_ours),
         {} if rank is None else {0: int(rank)},
     )
 
 
-def spans(events: list[Event]) -> Iterator[tuple[str, Event]]:
-    """The events that last, with their categories in the names of today."""
-    for event in events:
-        if event["ph"] == "X" and "ts" in event:
-            category = str(event.get("cat", "")).lower()
-            yield OLD_NAMES.get(category, category), event
-
-
 def _activity(event: Event, kind: Kind, names: Texts, calls: Mapping[int, tuple[int, int]]) -> list[int]:
+    """The fields of Activities."""
     args = event.get("args", {})
     if kind is Kind.HOST_COPY:
         kind = _copy_kind(event["name"], args)
-    launched, thread = calls.get(int(args.get("correlation", UNKNOWN)), (UNKNOWN, UNKNOWN))
-    stream = args.get("stream", event["tid"])
-    device = args.get("device", event["pid"])
-    name = names.index(event["name"])
+    device, stream = int(args.get("device", event["pid"])), int(args.get("stream", event["tid"]))
+    call = calls.get(int(args.get("correlation", UNKNOWN)), (UNKNOWN, UNKNOWN))
     captured = LOST if args.get("graph node id") else UNKNOWN
-    return [*_interval(event), int(device), int(stream), kind, name, _bytes(args), launched, thread, captured]
+    name = names.index(event["name"])
+    return [*_interval(event), 0, device, stream, kind, name, _bytes(args), *call, captured, captured]
 
 
 def _copy_kind(name: str, args: Event) -> Kind:
@@ -145,14 +137,3 @@ def _ns(microseconds: float | str) -> int:
     if not math.isfinite(value):
         raise ValueError(f"a time is {microseconds}")
     return round(1000 * value)
-
-
-def _columns(rows: list[list[int]]) -> Activities:
-    start, end, device, stream, kind, name, num_bytes, launched, thread, captured = np.array(rows, np.int64).T
-    process = np.zeros_like(start)
-    return Activities(
-        *(start, end, process, device, stream, kind, name, num_bytes),
-        *(launched, thread),
-        captured=captured,
-        capture_thread=captured,
-    )

@@ -1,13 +1,13 @@
-"""Reads an SQLite export of Nsight Systems (`nsys export --type sqlite`).
+"""Read an SQLite export of Nsight Systems (`nsys export --type sqlite`).
 
-Tables exist only where they have rows, and columns differ between versions: both are looked up first. The schema is
-described in the Nsight Systems user guide, "SQLite Schema Reference".
+Tables exist only if they have rows, and columns differ between versions: both are looked up first. The Nsight
+Systems user guide describes the schema under "SQLite Schema Reference".
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.intervals import Ints
-from overlap_mtp.profiling.trace import (
-    FOREVER,
-    LOST,
-    UNKNOWN,
-    Activities,
-    Kind,
-    Profile,
-    ProfileError,
-    Ranges,
-    Texts,
-)
+from overlap_mtp.profiling.intervals import FOREVER, Ints
+from overlap_mtp.profiling.trace import LOST, UNKNOWN, Activities, Kind, Profile, ProfileError, Ranges, Texts
 from overlap_mtp.tracing import DOMAIN, LABEL
 
 KNOWN_SCHEMAS = ("2", "3")  # major versions of EXPORT_SCHEMA_VERSION
@@ -36,31 +26,34 @@ TABLES = {
     Kind.HOST_COPY: "CUPTI_ACTIVITY_KIND_MEMCPY",
     Kind.GRAPH: "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
 }
+CALLS, RANGES, NODES = "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS", "CUDA_GRAPH_NODE_EVENTS"
 PUSH_POP, START_END, DOMAIN_CREATED = 59, 60, 75  # NVTX_EVENTS.eventType
 WITHIN_DEVICE, BETWEEN_DEVICES = (5, 6, 7, 8), 10  # copyKind, as CUpti_ActivityMemcpyKind
-CALLS, RANGES, NODES = "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS", "CUDA_GRAPH_NODE_EVENTS"
-PAYLOADS = ("uint64Value", "int64Value", "uint32Value", "int32Value")
-# What is read of each table: the columns that it must have, and those that it may have.
+# The columns that a table must have (`..._MORE`: may have).
 ACTIVITY = ("start", "end", "deviceId", "streamId", "correlationId")
 ACTIVITY_MORE = ("globalPid", "graphNodeId", "bytes", "copyKind", "srcDeviceId", "dstDeviceId")
-KERNEL_NAMES = ("shortName", "demangledName")  # the first that is there
+KERNEL_NAMES = ("shortName", "demangledName")  # the first one that exists is used
 CALL = ("start", "globalTid", "correlationId")
+PAYLOADS = ("uint64Value", "int64Value", "uint32Value", "int32Value")
 RANGE, RANGE_MORE = ("start", "globalTid"), ("end", "eventType", "domainId", "textId", "text", *PAYLOADS)
 NODE, NODE_MORE = ("start", "globalTid", "graphNodeId"), ("originalGraphNodeId",)
-PID_BITS = 24  # a globalTid is machine, process and thread; the lower bits are the thread's
-CHUNK = 100_000
+PID_BITS = 24  # a globalTid holds machine, process and thread; the thread has the lower bits
+CHUNK = 100_000  # rows read at once
 
 
 def read_nsys(path: Path) -> Profile:
-    """Reads an export. Raises ProfileError where it is none, is damaged, or has a schema that is not known."""
+    """Read an export.
+
+    Raises:
+        ProfileError: the file is no export, or it is damaged, empty or of an unknown schema.
+    """
+    uri = path.resolve().as_uri() + "?mode=ro&immutable=1"
     try:
-        with closing(
-            sqlite3.connect(path.resolve().as_uri() + "?mode=ro&immutable=1", uri=True)
-        ) as connection:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
             return _Export(connection, path.name).profile()
+    except ProfileError:
+        raise
     except (sqlite3.Error, OverflowError, TypeError, ValueError) as error:
-        if isinstance(error, ProfileError):
-            raise
         raise ProfileError(f"{path.name}: the SQLite file is damaged or not complete ({error})") from error
 
 
@@ -69,24 +62,21 @@ class _Export:
 
     def __init__(self, connection: sqlite3.Connection, name: str) -> None:
         self._db, self._name = connection, name
-        tables = connection.execute(
-            "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
-        ).fetchall()
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
         self._columns = {
             table: {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
-            for (table,) in tables
+            for (table,) in tables.fetchall()
         }
 
     def profile(self) -> Profile:
         self._check()
-        names, strings = Texts(), self._strings()
+        names, strings = Texts(), dict(self._rows("StringIds", ("id", "value")))
         raw = [self._activities(kind, names, strings) for kind in TABLES if TABLES[kind] in self._columns]
         columns = np.concatenate(raw)
-        calls = self._rows(CALLS, CALL, ())
         if not len(columns):
             raise ProfileError(f"{self._name}: the profile is empty: it holds no kernel, copy or memset")
         start, end, device, stream, correlation, global_pid, node, kind, name, num_bytes = columns.T
-        launched, thread = join_calls(global_pid >> PID_BITS, correlation, calls.T)
+        launched, thread = _find_calls(global_pid >> PID_BITS, correlation, self._numbers(CALLS, CALL).T)
         process = np.where(global_pid != UNKNOWN, global_pid, thread) >> PID_BITS
         texts, ranges = self._ranges(strings)
         pids = np.unique(np.concatenate([process, ranges.process]))
@@ -105,28 +95,22 @@ class _Export:
     def _check(self) -> None:
         if not any(table.startswith(("CUPTI_", "META_DATA_", "NVTX_")) for table in self._columns):
             raise ProfileError(f"{self._name}: an SQLite file, but not an export of Nsight Systems")
-        if "META_DATA_EXPORT" in self._columns:
-            rows = dict(self._db.execute("SELECT name, value FROM META_DATA_EXPORT").fetchall())
-            version = str(rows.get("EXPORT_SCHEMA_VERSION", KNOWN_SCHEMAS[-1]))
-            if version.split(".")[0] not in KNOWN_SCHEMAS:
-                raise ProfileError(
-                    f"{self._name}: schema version {version} is not known; known are {', '.join(KNOWN_SCHEMAS)}.x"
-                )
+        metadata = dict(self._rows("META_DATA_EXPORT", ("name", "value")))
+        version = str(metadata.get("EXPORT_SCHEMA_VERSION", KNOWN_SCHEMAS[-1]))
+        if version.split(".")[0] not in KNOWN_SCHEMAS:
+            raise ProfileError(
+                f"{self._name}: schema version {version} is not known; known are {', '.join(KNOWN_SCHEMAS)}.x"
+            )
         if not set(TABLES.values()) & set(self._columns):
             raise ProfileError(
                 f"{self._name}: the profile holds no kernel, copy or memset: was the GPU traced (-t cuda,nvtx)?"
             )
 
-    def _strings(self) -> dict[int, str]:
-        if "StringIds" not in self._columns:
-            return {}
-        return dict(self._db.execute("SELECT id, value FROM StringIds"))
-
     def _activities(self, kind: Kind, names: Texts, strings: Mapping[int, str]) -> Ints:
         """[n, 10]: start, end, device, stream, correlation, globalPid, graph node, kind, name, bytes."""
         table = TABLES[kind]
         label = next((name for name in KERNEL_NAMES if name in self._columns[table]), KERNEL_NAMES[0])
-        rows = self._rows(table, ACTIVITY, (*ACTIVITY_MORE, label))
+        rows = self._numbers(table, ACTIVITY, (*ACTIVITY_MORE, label))
         num_bytes, copy_kind, source, target, label_id = rows[:, 7:].T
         kinds = np.full(len(rows), kind, np.int64)
         if kind is Kind.HOST_COPY:
@@ -135,21 +119,20 @@ class _Export:
             kinds[within] = Kind.LOCAL_COPY
             kinds[(within & between) | (copy_kind == BETWEEN_DEVICES)] = Kind.PEER_COPY
         ids, inverse = np.unique(label_id if kind is Kind.KERNEL else kinds, return_inverse=True)
-        as_text = (
-            [strings.get(i, "unknown kernel") for i in ids.tolist()]
+        texts = [
+            strings.get(i, "unknown kernel")
             if kind is Kind.KERNEL
-            else [Kind(i).name.lower().replace("_", " ") for i in ids.tolist()]
-        )
-        numbers = np.array([names.index(text) for text in as_text], np.int64)
-        name = numbers[inverse] if len(rows) else label_id
+            else Kind(i).name.lower().replace("_", " ")
+            for i in ids.tolist()
+        ]
+        name = np.array([names.index(text) for text in texts], np.int64)[inverse]
         return np.column_stack([rows[:, :7], kinds, name, num_bytes])
 
     def _captures(self, process: Ints, node: Ints) -> Ints:
-        """[2, n]: when and on which thread each node of a graph was captured, or LOST; UNKNOWN for all else."""
-        rows = self._rows(NODES, NODE, NODE_MORE)
+        """[2, n]: when and on which thread each node of a graph was captured, or LOST; else UNKNOWN."""
         copied_from: dict[tuple[int, int], int] = {}
         made: dict[tuple[int, int], tuple[int, int]] = {}
-        for start, tid, its_node, original in rows.tolist():
+        for start, tid, its_node, original in self._numbers(NODES, NODE, NODE_MORE).tolist():
             made.setdefault((tid >> PID_BITS, its_node), (start, tid))
             if original not in (UNKNOWN, 0, its_node):
                 copied_from[tid >> PID_BITS, its_node] = original
@@ -167,11 +150,11 @@ class _Export:
         return captures
 
     def _ranges(self, strings: Mapping[int, str]) -> tuple[Texts, Ranges]:
-        """The texts and the ranges; a range's process is not numbered yet."""
+        """The texts and the ranges; here `process` is the upper bits of the globalTid, not an index."""
         texts = Texts()
         domains: dict[tuple[int, int], str] = {}
         columns = []
-        for start, tid, end, event, domain, text_id, text, *values in self._range_rows():
+        for start, tid, end, event, domain, text_id, text, *values in self._rows(RANGES, RANGE, RANGE_MORE):
             name = text if text is not None else strings.get(text_id)
             if name is None or start is None:
                 continue
@@ -182,63 +165,56 @@ class _Export:
                 payload = next((value for value in values if value), 0)
                 stop = FOREVER if end is None else end
                 columns.append((start, stop, tid >> PID_BITS, tid, texts.index(name), payload, domain or 0))
-        start, end, process, thread, index, payload, domain = np.array(columns, np.int64).reshape(-1, 7).T
-        labels = np.array([LABEL.match(text) is not None for text in texts.all()], bool)
+        start, stop, process, thread, index, payload, domain = np.array(columns, np.int64).reshape(-1, 7).T
+        is_label = np.array([LABEL.match(one) is not None for one in texts.all()], bool)
         # A domain that was made before the capture began has no name here: then the label alone decides.
-        ours = [
-            labels[text] and domains.get((where[0], where[1]), DOMAIN) == DOMAIN
-            for text, *where in np.stack([index, process, domain], axis=1).tolist()
-        ]
-        return texts, Ranges(start, end, process, thread, index, payload, np.array(ours, bool))
+        named = [domains.get(key, DOMAIN) for key in zip(process.tolist(), domain.tolist(), strict=True)]
+        is_ours = is_label[index] & (np.array(named, object) == DOMAIN)
+        return texts, Ranges(start, stop, process, thread, index, payload, is_ours)
 
-    def _range_rows(self) -> Iterable[tuple[Any, ...]]:
-        if RANGES not in self._columns:
-            return ()
-        return self._db.execute(self._select(RANGES, RANGE, RANGE_MORE, null="NULL"))
-
-    def _rows(self, table: str, required: Iterable[str], optional: Iterable[str]) -> Ints:
-        """[n, columns]: UNKNOWN where a value or a column is missing; no rows where the table is missing."""
-        width = len(tuple(required)) + len(tuple(optional))
-        chunks = [np.zeros((0, width), np.int64)]
+    def _numbers(self, table: str, required: Sequence[str], optional: Sequence[str] = ()) -> Ints:
+        """[n, columns]: UNKNOWN for a value or a column that is missing; no rows for a missing table."""
+        chunks = [np.zeros((0, len(required) + len(optional)), np.int64)]
         if table in self._columns:
-            cursor = self._db.execute(self._select(table, required, optional))
+            cursor = self._db.execute(self._select(table, required, optional, 'COALESCE("{}", -1)', "-1"))
             while rows := cursor.fetchmany(CHUNK):
                 chunks.append(np.array(rows, np.int64))
         return np.concatenate(chunks)
 
-    def _select(self, table: str, required: Iterable[str], optional: Iterable[str], null: str = "-1") -> str:
+    def _rows(self, table: str, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Any]:
+        """The rows of a table: None for a value or a column that is missing; no rows for a missing table."""
+        if table in self._columns:
+            yield from self._db.execute(self._select(table, required, optional, '"{}"', "NULL"))
+
+    def _select(
+        self, table: str, required: Sequence[str], optional: Sequence[str], present: str, absent: str
+    ) -> str:
         have = self._columns[table]
-        missing = [column for column in required if column not in have]
-        if missing:
+        if missing := [column for column in required if column not in have]:
             raise ProfileError(f"{self._name}: unknown schema: {table} has no column {missing[0]}")
-        wanted = [
-            f'COALESCE("{column}", {null})'
-            if null != "NULL" and column in have
-            else f'"{column}"'
-            if column in have
-            else null
-            for column in (*required, *optional)
-        ]
+        wanted = [present.format(name) if name in have else absent for name in (*required, *optional)]
         return f'SELECT {", ".join(wanted)} FROM "{table}"'
 
 
-def join_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, Ints]:
-    """When and on which thread each activity was launched: UNKNOWN where no call has its correlation.
+def _find_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, Ints]:
+    """When and on which thread each activity was launched, or UNKNOWN if no call has its correlation.
 
-    `process` is UNKNOWN where an activity does not tell. `calls` is [3, n]: start, thread, correlation.
+    `process` is UNKNOWN for an activity that does not tell it: then correlations alone decide. `calls` is [3, n]:
+    start, thread, correlation. Of several calls with one correlation the first counts.
     """
     start, thread, called = calls
-    tells = bool((process != UNKNOWN).all())  # else correlations have to do alone
-    theirs = thread >> PID_BITS if tells else np.zeros_like(thread)
-    processes = np.unique(np.concatenate([process, theirs])) if tells else np.zeros(1, np.int64)
-    mine = process if tells else np.zeros_like(process)
-    call_key = np.searchsorted(processes, theirs) << 40 | called
-    order = np.lexsort((start, call_key))  # of several calls with one correlation the first
-    call_key = call_key[order]
-    key = np.searchsorted(processes, mine) << 40 | correlation
-    found = np.searchsorted(call_key, key)
-    inside = np.minimum(found, call_key.size - 1)
-    if not call_key.size:
-        return np.full(key.size, UNKNOWN), np.full(key.size, UNKNOWN)
-    hit = (found < call_key.size) & (call_key[inside] == key) & (correlation >= 0)
-    return np.where(hit, start[order][inside], UNKNOWN), np.where(hit, thread[order][inside], UNKNOWN)
+    unknown = np.full(correlation.size, UNKNOWN)
+    if not called.size:
+        return unknown, unknown
+    if (process == UNKNOWN).any():
+        process, callers = np.zeros_like(process), np.zeros_like(thread)
+    else:
+        callers = thread >> PID_BITS
+    processes = np.unique(np.concatenate([process, callers]))
+    call_key = np.searchsorted(processes, callers) << 40 | called
+    order = np.lexsort((start, call_key))
+    key = np.searchsorted(processes, process) << 40 | correlation
+    found = np.searchsorted(call_key, key, sorter=order)
+    call = order[np.minimum(found, order.size - 1)]
+    hit = (call_key[call] == key) & (correlation >= 0)
+    return np.where(hit, start[call], UNKNOWN), np.where(hit, thread[call], UNKNOWN)

@@ -1,7 +1,7 @@
 """What a profile says about its communication: how long it took, and how much of it lay under compute.
 
 Timeline overlap is |communication and compute| / |communication|, over merged intervals on one device (as in
-HolisticTraceAnalysis). It is evidence; the headline is overlap efficiency (Flux, arXiv 2406.06858):
+HolisticTraceAnalysis). It is evidence; the result to quote is overlap efficiency (Flux, arXiv 2406.06858):
 E = 1 - ECT_schedule / ECT_sync, where ECT = T_step - T_step(prepared) is what communication adds to a step.
 """
 
@@ -14,26 +14,24 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from overlap_mtp.profiling.classify import Lane, Role, base_name, lanes_of
-from overlap_mtp.profiling.intervals import Union, covered, length, merge
-from overlap_mtp.profiling.nesting import NONE
-from overlap_mtp.profiling.peers import peer_waits
+from overlap_mtp.profiling.classify import DeviceTimeline, Mask, Role, base_name, classify
+from overlap_mtp.profiling.intervals import FOREVER, NONE, Ints, covered, length, merge
 from overlap_mtp.profiling.trace import UNKNOWN, Profile
 
-EVERYTHING, OUTSIDE = "all", "outside steps"  # schedules where there is no step
+EVERYTHING, OUTSIDE = "all", "outside steps"  # stand for a schedule if there is no step
 FLOOR, BASELINE, JUDGED = "prepared", "sync", "prefetch"
 COMMUNICATION = (Role.EXCHANGE, Role.MODEL)
-Mask = npt.NDArray[np.bool_]
+WAITS_FOR_NOBODY = "pack"  # the range of the exchange whose kernels have no peer
 
 
 @dataclass(frozen=True)
 class Row:
-    """The communication (or, of kind "local", the work of the exchange) of one range on one device.
+    """The communication of one range on one device; for kind "local" the exchange's own work on the device.
 
-    Sums over `steps` steps, in µs. Peer wait is a kernel's own duration less that of its shortest participant, and
-    None where participants cannot be told. What is None does not apply or is not known.
+    The numbers are sums over `steps` steps; None means that a number does not apply or is not known. `exposed_us` is
+    communication that no compute covers on the device. `peer_wait_us` is how much longer the kernels took than on
+    the rank where each took least.
     """
 
     device: str
@@ -66,35 +64,35 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, and what has to be said about it."""
+    """What was found in one recording; `notes` says what limits it."""
 
     sources: tuple[str, ...]
     rows: tuple[Row, ...]
     schedules: tuple[Schedule, ...]
     notes: tuple[str, ...]
-    lanes: tuple[Lane, ...]
+    timelines: tuple[DeviceTimeline, ...]
 
     def judged(self) -> tuple[str, float | None]:
-        """What `--min-hidden` judges, and its hidden fraction on the worst device (None: there is none).
+        """Return what `--min-hidden` judges, and its hidden fraction on the worst device (None: there is none).
 
-        The exchange of the `prefetch` steps; without step ranges that of the whole profile; without any range of
-        this project all communication.
+        That is the exchange of the `prefetch` steps; without step ranges the exchange of the whole profile; without
+        any range of this project all communication.
         """
         by_name = {schedule.name: schedule for schedule in self.schedules}
-        if not any(lane.has_ours for lane in self.lanes):
+        if not any(timeline.has_ours for timeline in self.timelines):
             return "all communication", by_name[EVERYTHING].all_worst
-        if any(lane.steps for lane in self.lanes):
+        if any(timeline.steps for timeline in self.timelines):
             shares = [one.exchange_worst for one in self.schedules if base_name(one.name) == JUDGED]
             found = [share for share in shares if share is not None]
             return f"the exchange in {JUDGED} steps", min(found, default=None)
         return "the exchange", by_name[EVERYTHING].exchange_worst
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the activities themselves."""
+        """Return everything but the activities themselves."""
         what, fraction = self.judged()
         return {
             "sources": list(self.sources),
-            "devices": [lane.label for lane in self.lanes],
+            "devices": [timeline.label for timeline in self.timelines],
             "judged": {"what": what, "hidden_fraction": fraction},
             "schedules": [asdict(schedule) for schedule in self.schedules],
             "rows": [asdict(row) for row in self.rows],
@@ -103,167 +101,170 @@ class Report:
 
 
 def report_on(profiles: Sequence[Profile]) -> Report:
-    """The report on one recording, of one or of several files (one a rank)."""
-    groups = [lanes_of(profile) for profile in profiles]
-    labels = Counter(lane.label for lanes in groups for lane in lanes)
-    if max(labels.values()) > 1:  # several recordings: ranks of different files are no participants
-        named = zip(profiles, groups, strict=True)
-        groups = [[replace(o, label=f"{p.source}: {o.label}") for o in lanes] for p, lanes in named]
-        waits = [wait for lanes in groups for wait in peer_waits(lanes)]
+    """Report on one recording.
+
+    Args:
+        profiles: one or several files (one for each rank). If two of them have a rank in common they count as
+            several recordings, and labels name the file.
+    """
+    groups = [classify(profile) for profile in profiles]
+    labels = Counter(timeline.label for group in groups for timeline in group)
+    if max(labels.values()) > 1:  # ranks of different recordings do not wait for each other
+        waits = [wait for group in groups for wait in _peer_waits(group)]
+        groups = [
+            [replace(timeline, label=f"{profile.source}: {timeline.label}") for timeline in group]
+            for profile, group in zip(profiles, groups, strict=True)
+        ]
     else:
-        waits = peer_waits([lane for lanes in groups for lane in lanes])
-    lanes = tuple(lane for group in groups for lane in group)
-    measured = [_Measured(lane, wait) for lane, wait in zip(lanes, waits, strict=True)]
+        waits = _peer_waits([timeline for group in groups for timeline in group])
+    timelines = tuple(timeline for group in groups for timeline in group)
+    measured = [_Measured(timeline, wait) for timeline, wait in zip(timelines, waits, strict=True)]
     rows = tuple(row for one in measured for row in one.rows())
-    return Report(
-        tuple(profile.source for profile in profiles),
-        rows,
-        _schedules(measured),
-        tuple(_notes(lanes, rows)),
-        lanes,
-    )
+    notes = tuple(_notes(timelines, rows))
+    return Report(tuple(profile.source for profile in profiles), rows, _schedules(measured), notes, timelines)
 
 
 class _Measured:
-    """A lane, and its compute."""
+    """A timeline, its compute, and which activities belong to the steps of each schedule."""
 
-    def __init__(self, lane: Lane, wait: npt.NDArray[np.int64]) -> None:
-        self.lane, self._wait = lane, wait
-        self._compute = merge(*lane.where(lane.role == Role.COMPUTE))
-        self.is_communication: Mask = np.isin(lane.role, COMMUNICATION)
-
-    def schedules(self) -> dict[str, Mask]:
-        """Which activities belong to the steps of each schedule, in the order of their first steps."""
-        lane = self.lane
-        if not lane.steps:
-            return {EVERYTHING: np.ones(lane.start.size, bool)}
-        names = dict.fromkeys(step.schedule for step in lane.steps)
-        of_step = np.array([list(names).index(step.schedule) for step in lane.steps] + [-1])
-        number = np.where(lane.step == NONE, -1, of_step[lane.step])
-        masks = {name: number == index for index, name in enumerate(names)}
-        outside = number == -1
-        return {**masks, OUTSIDE: outside} if (outside & self.is_communication).any() else masks
+    def __init__(self, timeline: DeviceTimeline, wait: Ints) -> None:
+        self.timeline, self._wait = timeline, wait
+        self._compute = merge(*timeline.times(timeline.role == Role.COMPUTE))
+        self.is_communication: Mask = np.isin(timeline.role, COMMUNICATION)
+        self.steps = Counter(step.schedule for step in timeline.steps)  # in the order of their first steps
+        if not self.steps:
+            self.schedules = {EVERYTHING: np.ones(timeline.start.size, bool)}
+            return
+        names = list(self.steps)
+        number = np.array([names.index(step.schedule) for step in timeline.steps] + [NONE])[timeline.step]
+        self.schedules = {name: number == index for index, name in enumerate(names)}
+        if (self.is_communication & (number == NONE)).any():
+            self.schedules[OUTSIDE] = number == NONE
 
     def overlap(self, mask: Mask) -> tuple[int, int]:
         """How long these activities are (merged), and how much of that lies under compute; ns."""
-        union: Union = merge(*self.lane.where(mask))
+        union = merge(*self.timeline.times(mask))
         return length(union), int(covered(self._compute, *union).sum())
 
     def rows(self) -> Iterator[Row]:
-        lane = self.lane
-        for schedule, inside in self.schedules().items():
+        for schedule, inside in self.schedules.items():
             for role in (*COMMUNICATION, Role.LOCAL):
-                of_role = inside & (lane.role == role)
-                for part in dict.fromkeys(lane.part[of_role].tolist()):
-                    yield self._row(schedule, role, part, of_role & (lane.part == part))
+                of_role = inside & (self.timeline.role == role)
+                for part in dict.fromkeys(self.timeline.part[of_role].tolist()):
+                    yield self._row(schedule, role, part, of_role & (self.timeline.part == part))
 
     def _row(self, schedule: str, role: Role, part: int, mask: Mask) -> Row:
         time, hidden = self.overlap(mask)
-        bytes_ = self.lane.num_bytes[mask]
-        wait = self._wait[mask]
+        num_bytes, wait = self.timeline.num_bytes[mask], self._wait[mask]
         shared = role != Role.LOCAL
         return Row(
-            self.lane.label,
-            schedule,
-            self.lane.parts[part],
-            role.name.lower(),
-            sum(step.schedule == schedule for step in self.lane.steps),
-            time / 1000,
-            hidden / 1000 if shared else None,
-            (time - hidden) / 1000 if shared else None,
-            hidden / time if shared and time else None,
-            float(wait.sum()) / 1000 if shared and (wait != UNKNOWN).all() else None,
-            int(mask.sum()),
-            int(bytes_[bytes_ != UNKNOWN].sum()) if (bytes_ != UNKNOWN).any() else None,
+            device=self.timeline.label,
+            schedule=schedule,
+            range=self.timeline.parts[part],
+            kind=role.name.lower(),
+            steps=self.steps[schedule],
+            time_us=time / 1000,
+            hidden_us=hidden / 1000 if shared else None,
+            exposed_us=(time - hidden) / 1000 if shared else None,
+            hidden_fraction=hidden / time if shared and time else None,
+            peer_wait_us=float(wait.sum()) / 1000 if shared and (wait != UNKNOWN).all() else None,
+            launches=int(mask.sum()),
+            bytes=int(num_bytes[num_bytes != UNKNOWN].sum()) if (num_bytes != UNKNOWN).any() else None,
         )
 
 
-def exposed_by_step(lane: Lane) -> npt.NDArray[np.float64]:
-    """For each of `lane.steps`, how long its exchange (`pack` and `send-recv`) was not under compute on the device.
+def _peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
+    """For each activity of each timeline its duration less that of its shortest participant (ns), or UNKNOWN.
 
-    In µs, of merged intervals; NaN where no exchange could be tied to the step.
+    The n-th communication of a range in a step counts as one and the same on all ranks, if they have equally many
+    there. If numbers differ (ranks at the ends of a chain, for example), or only one rank communicates, the wait is
+    unknown.
     """
-    compute = merge(*lane.where(lane.role == Role.COMPUTE))
-    exchange = np.flatnonzero((lane.role == Role.EXCHANGE) & (lane.step != NONE))
-    exposed = np.full(len(lane.steps), np.nan)
-    for step in np.unique(lane.step[exchange]).tolist():
-        mine = exchange[lane.step[exchange] == step]
-        union = merge(lane.start[mine], lane.end[mine])
-        exposed[step] = (length(union) - int(covered(compute, *union).sum())) / 1000
-    return exposed
+    waits = [np.full(timeline.start.size, UNKNOWN, np.int64) for timeline in timelines]
+    everyone: dict[tuple[object, ...], dict[int, list[int]]] = {}
+    for number, timeline in enumerate(timelines):
+        is_alone = np.array([part == WAITS_FOR_NOBODY for part in timeline.parts])[timeline.part]
+        shared = (timeline.role == Role.MODEL) | ((timeline.role == Role.EXCHANGE) & ~is_alone)
+        steps = [(step.schedule, step.number) for step in timeline.steps] + [("", NONE)]
+        for at in np.flatnonzero(shared).tolist():
+            key = (steps[timeline.step[at]], timeline.role[at], timeline.parts[timeline.part[at]])
+            everyone.setdefault(key, {}).setdefault(number, []).append(at)
+    for members in everyone.values():
+        if len(members) < 2 or len({len(each) for each in members.values()}) > 1:
+            continue
+        durations = {n: timelines[n].end[each] - timelines[n].start[each] for n, each in members.items()}
+        shortest = np.min(list(durations.values()), axis=0)
+        for n, each in members.items():
+            waits[n][each] = durations[n] - shortest
+    return waits
 
 
-def _schedules(measured: list[_Measured]) -> tuple[Schedule, ...]:
-    times = _step_times(measured)
-    names = dict.fromkeys(name for one in measured for name in one.schedules())
+def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
+    times = _step_times([one.timeline for one in measured])
     found = []
-    for name in names:
-        inside = [(one, one.schedules()[name]) for one in measured if name in one.schedules()]
-        exchange = [one.overlap(mask & (one.lane.role == Role.EXCHANGE)) for one, mask in inside]
+    for name in dict.fromkeys(name for one in measured for name in one.schedules):
+        inside = [(one, one.schedules[name]) for one in measured if name in one.schedules]
+        exchange = [one.overlap(mask & (one.timeline.role == Role.EXCHANGE)) for one, mask in inside]
         everything = [one.overlap(mask & one.is_communication) for one, mask in inside]
         found.append(
             Schedule(
                 name,
-                max(sum(step.schedule == name for step in one.lane.steps) for one, _ in inside),
-                median(times[name]) / 1e6 if times.get(name) else None,
+                max(one.steps[name] for one, _ in inside),
+                median(times[name]) / 1e6 if name in times else None,
                 *_fractions(exchange),
                 *_fractions(everything),
-                efficiency(times, name),
+                _efficiency(times, name),
             )
         )
     return tuple(found)
 
 
-def _fractions(overlaps: list[tuple[int, int]]) -> tuple[float | None, float | None]:
-    """Of all devices together and of the worst; None where there is nothing to hide."""
+def _fractions(overlaps: Sequence[tuple[int, int]]) -> tuple[float | None, float | None]:
+    """The hidden fraction of all devices together and of the worst; None if there is nothing to hide."""
     shares = [hidden / time for time, hidden in overlaps if time]
     if not shares:
         return None, None
     return sum(hidden for _, hidden in overlaps) / sum(time for time, _ in overlaps), min(shares)
 
 
-def _step_times(measured: list[_Measured]) -> dict[str, list[int]]:
+def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
     """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns."""
-    slowest: dict[tuple[str, int], int] = {}
-    for one in measured:
-        lane = one.lane
-        inside = np.flatnonzero(lane.step != NONE)
-        if not inside.size:
-            continue
-        first = np.full(len(lane.steps), np.iinfo(np.int64).max)
-        last = np.full(len(lane.steps), np.iinfo(np.int64).min)
-        np.minimum.at(first, lane.step[inside], lane.start[inside])
-        np.maximum.at(last, lane.step[inside], lane.end[inside])
-        for at in np.unique(lane.step[inside]).tolist():
-            key = (lane.steps[at].schedule, lane.steps[at].number)
-            slowest[key] = max(slowest.get(key, 0), int(last[at] - first[at]))
+    slowest: Counter[tuple[str, int]] = Counter()
+    for timeline in timelines:
+        inside = timeline.step != NONE
+        (start, end), step = timeline.times(inside), timeline.step[inside]
+        numbers, first = np.unique(step, return_index=True)  # activities are sorted by start
+        last = np.full(len(timeline.steps), -FOREVER)
+        np.maximum.at(last, step, end)
+        for number, time in zip(numbers.tolist(), (last[numbers] - start[first]).tolist(), strict=True):
+            key = (timeline.steps[number].schedule, timeline.steps[number].number)
+            slowest[key] = max(slowest[key], time)
     times: dict[str, list[int]] = {}
     for (schedule, _), time in slowest.items():
         times.setdefault(schedule, []).append(time)
     return times
 
 
-def efficiency(times: dict[str, list[int]], schedule: str) -> float | None:
-    """E = 1 - ECT / ECT_sync of median step times; None where a schedule is missing or `sync` exposes nothing."""
-    if schedule == FLOOR or not all(times.get(name) for name in (schedule, FLOOR, BASELINE)):
+def _efficiency(times: dict[str, list[int]], schedule: str) -> float | None:
+    """E = 1 - ECT / ECT_sync of median step times; None if a schedule is missing or `sync` exposes nothing."""
+    if schedule == FLOOR or not {schedule, FLOOR, BASELINE} <= set(times):
         return None
     floor = median(times[FLOOR])
     exposed_sync = median(times[BASELINE]) - floor
     return 1 - (median(times[schedule]) - floor) / exposed_sync if exposed_sync > 0 else None
 
 
-def _notes(lanes: Sequence[Lane], rows: Sequence[Row]) -> Iterator[str]:
+def _notes(timelines: Sequence[DeviceTimeline], rows: Sequence[Row]) -> Iterator[str]:
     if not any(row.kind != "local" for row in rows):
         yield "No communication: no kernel of NCCL, no copy between devices, nothing in a range of the exchange."
-    if not any(lane.has_ours for lane in lanes):
+    if not any(timeline.has_ours for timeline in timelines):
         yield "No ranges of overlap_mtp: communication is told by name alone."
-    launched = sum(int((lane.step != NONE).sum()) for lane in lanes)
-    if any(lane.steps for lane in lanes) and not launched:
+    names = {step.schedule for timeline in timelines for step in timeline.steps}
+    if names and all((timeline.step == NONE).all() for timeline in timelines):
         yield "No activity could be tied to a step: the profile lacks the CUDA runtime calls."
-    names = {step.schedule for lane in lanes for step in lane.steps}
-    if any((lane.role == Role.OPAQUE).any() for lane in lanes):
+    if any((timeline.role == Role.OPAQUE).any() for timeline in timelines):
         yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
-    if lost := sum(lane.num_lost for lane in lanes):
+    if lost := sum(timeline.num_lost for timeline in timelines):
         yield (
             f"{lost:,} kernels are of CUDA graphs that were captured before the profile began, or of a trace without "
             "captures: they are told by name alone."

@@ -1,4 +1,4 @@
-"""A timeline of one device: a lane for each stream, `sync` above `prefetch`, whole steps and a close look."""
+"""Draw one device: a row for each stream, `sync` above `prefetch`, whole steps and a close view of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from overlap_mtp.profiling.classify import REGIONS, Lane, Role, base_name
+from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role, base_name
 from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge
 
 matplotlib.use("Agg")
@@ -27,31 +27,39 @@ LOOKS = {  # drawn in this order, so that short messages lie on top
     Role.EXCHANGE: ("#c8371b", "the exchange"),
 }
 REGION_COLOURS = {"trunk": "#e4e4e4", "depth": "#f2d59b", "loss": "#d5e3d0", "backward": "#d9d3e8"}
-NEAR_NS = 300_000  # messages closer than this are looked at together
+NEAR_NS = 300_000  # messages closer than this share a close view
 ZOOM_NS = (200_000, 1_500_000)  # the shortest and longest close view
-RESOLUTION = 4000  # what is closer than this part of a view is drawn as one
+RESOLUTION = 4000  # bars closer than this part of a view are drawn as one
 
 
 @dataclass(frozen=True)
 class View:
-    """One panel: the activities of a step (or of a whole profile), and from when to when to look; ns."""
+    """The activities of a step (or of a whole profile), and the step's begin and end; ns."""
 
-    lane: Lane
+    timeline: DeviceTimeline
     name: str
     members: Ints
     begin: int
     end: int
 
     def of(self, role: Role) -> Ints:
-        members: Ints = self.members[self.lane.role[self.members] == role]
+        members: Ints = self.members[self.timeline.role[self.members] == role]
         return members
 
+    def merged(self, members: Ints, gap: int = 0) -> Union:
+        return merge(self.timeline.start[members], self.timeline.end[members], gap)
 
-def draw(lanes: Sequence[Lane], path: Path) -> None:
-    """Draws the first device that has the most of `sync` and `prefetch`, the last step of each, into a PNG."""
-    lane = max(lanes, key=lambda one: len({base_name(step.schedule) for step in one.steps} & set(PREFERRED)))
-    views = [_whole(lane, name, members) for name, members in _chosen(lane)]
-    heights = [1.6 + np.unique(lane.stream[view.members]).size for view in views]
+
+def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
+    """Draw the last `sync` and `prefetch` steps of the first device that has both, as a PNG.
+
+    If there are no such steps, draw two other schedules, or else the whole profile.
+    """
+    timeline = max(
+        timelines, key=lambda one: len({base_name(step.schedule) for step in one.steps} & set(PREFERRED))
+    )
+    views = _views(timeline)
+    heights = [1.6 + np.unique(timeline.stream[view.members]).size for view in views]
     figure, grid = plt.subplots(
         len(views),
         2,
@@ -61,114 +69,100 @@ def draw(lanes: Sequence[Lane], path: Path) -> None:
         squeeze=False,
     )
     whole = max(view.end - view.begin for view in views)  # one scale for all steps
-    for row, view in enumerate(views):
-        begin, close = _close_look(view)
-        _draw_view(grid[row, 0], view, (0, whole), 1e6)
-        grid[row, 0].axvspan(begin / 1e6, (begin + close) / 1e6, color="black", alpha=0.08)
-        grid[row, 0].set_title(f"{view.name}: {_said(view)}", fontsize=9, loc="left")
-        _draw_view(grid[row, 1], view, (begin, begin + close), 1e3, begin)
-        grid[row, 1].set_title(f"the shaded {close / 1e3:,.0f} µs", fontsize=9, loc="left")
-        grid[row, 1].set_yticklabels([])
+    for (left, right), view in zip(grid, views, strict=True):
+        begin, width = _close_view(view)
+        _draw_view(left, view, (0, whole), 1e6)
+        left.axvspan(begin / 1e6, (begin + width) / 1e6, color="black", alpha=0.08)
+        left.set_title(f"{view.name}: {_title(view)}", fontsize=9, loc="left")
+        _draw_view(right, view, (begin, begin + width), 1e3, begin)
+        right.set_title(f"the shaded {width / 1e3:,.0f} µs", fontsize=9, loc="left")
+        right.set_yticklabels([])
     grid[-1, 0].set_xlabel("ms since the step's first kernel", fontsize=8)
     grid[-1, 1].set_xlabel("µs", fontsize=8)
-    used = {role for role in LOOKS if any(view.of(role).size for view in views)}
-    patches = [Patch(color=colour, label=label) for role, (colour, label) in LOOKS.items() if role in used]
+    used = [look for role, look in LOOKS.items() if any(view.of(role).size for view in views)]
+    patches = [Patch(color=colour, label=label) for colour, label in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
-    figure.suptitle(lane.label, fontsize=10)
+    figure.suptitle(timeline.label, fontsize=10)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def _chosen(lane: Lane) -> list[tuple[str, Ints]]:
+def _views(timeline: DeviceTimeline) -> list[View]:
     """The last step of each preferred schedule, else of two others, else everything."""
-    steps = {step.schedule: index for index, step in enumerate(lane.steps) if (lane.step == index).any()}
+    steps = {step.schedule: at for at, step in enumerate(timeline.steps) if (timeline.step == at).any()}
     names = [name for wanted in PREFERRED for name in steps if base_name(name) == wanted] or list(steps)[:2]
-    return [(name, np.flatnonzero(lane.step == steps[name])) for name in names] or [
-        ("whole profile", np.arange(lane.start.size))
+    chosen = [(name, np.flatnonzero(timeline.step == steps[name])) for name in names]
+    return [
+        View(
+            timeline, name, members, int(timeline.start[members].min()), int(timeline.end[members].max()) + 1
+        )
+        for name, members in chosen or [("whole profile", np.arange(timeline.start.size))]
     ]
 
 
-def _whole(lane: Lane, name: str, members: Ints) -> View:
-    return View(lane, name, members, int(lane.start[members].min()), int(lane.end[members].max()) + 1)
-
-
-def _close_look(view: View) -> tuple[int, int]:
-    """Where a close look begins and how long it is: at the step's first exchange, or else communication; ns."""
-    lane, members = view.lane, view.of(Role.EXCHANGE)
-    if not members.size:
-        members = view.of(Role.MODEL) if view.of(Role.MODEL).size else view.members
-    starts, ends = merge(lane.start[members], np.maximum(lane.end[members], lane.start[members] + 1), NEAR_NS)
+def _close_view(view: View) -> tuple[int, int]:
+    """Begin and width of the close view, which shows the step's first exchange, or else communication; ns."""
+    members = next(m for m in (view.of(Role.EXCHANGE), view.of(Role.MODEL), view.members) if m.size)
+    first = view.timeline.start[members]
+    starts, ends = merge(first, np.maximum(view.timeline.end[members], first + 1), NEAR_NS)
     begin, length_ns = int(starts[0]) - view.begin, int(ends[0] - starts[0])
     width = min(max(2 * length_ns, ZOOM_NS[0]), ZOOM_NS[1])
     return max(0, begin - max(width - length_ns, width // 4) // 2), width
 
 
-def _said(view: View) -> str:
-    lane, exchange = view.lane, view.of(Role.EXCHANGE)
-    if not exchange.size:
-        return f"{(view.end - view.begin) / 1e6:.2f} ms"
-    compute = view.of(Role.COMPUTE)
-    union = merge(lane.start[exchange], lane.end[exchange])
-    hidden = int(covered(merge(lane.start[compute], lane.end[compute]), *union).sum())
-    time = length(union)
-    return (
-        f"{(view.end - view.begin) / 1e6:.2f} ms, exchange {time / 1e3:,.0f} µs, "
-        f"{100 * hidden / time if time else 0:.0f} % of it under compute"
-    )
+def _title(view: View) -> str:
+    step = f"{(view.end - view.begin) / 1e6:.2f} ms"
+    exchange = view.merged(view.of(Role.EXCHANGE))
+    if not view.of(Role.EXCHANGE).size:
+        return step
+    hidden = int(covered(view.merged(view.of(Role.COMPUTE)), *exchange).sum())
+    time = length(exchange)
+    share = 100 * hidden / time if time else 0
+    return f"{step}, exchange {time / 1e3:,.0f} µs, {share:.0f} % of it under compute"
 
 
 def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, origin: int = 0) -> None:
-    """Streams from top to bottom, above them the parts of the step.
+    """Draw the streams from top to bottom, and above them the parts of the step.
 
-    `window` is from when to when to look and `origin` the axis's 0, both in ns since the step began; `unit` is the
-    axis's, in ns.
+    Args:
+        window: begin and end of what is shown, in ns since the step began.
+        unit: the axis's unit, in ns.
+        origin: the axis's 0, in ns since the step began.
     """
-    lane, gap = view.lane, (window[1] - window[0]) // RESOLUTION
-    streams = np.unique(lane.stream[view.members]).tolist()
-    place = _Place(axes, view.begin + origin, unit)
+    timeline, width = view.timeline, window[1] - window[0]
+
+    def at(time: float) -> float:
+        return (time - view.begin - origin) / unit
+
+    def bars(union: Union, place: tuple[float, float], colour: str) -> None:
+        spans = [(at(start), (end - start) / unit) for start, end in zip(*union, strict=True)]
+        if spans:  # the edge keeps visible what is shorter than a pixel
+            axes.broken_barh(spans, place, facecolors=colour, edgecolors=colour, linewidth=0.4)
+
+    streams = np.unique(timeline.stream[view.members]).tolist()
     for number, stream in enumerate(streams):
         for role, (colour, _) in LOOKS.items():
             members = view.of(role)
-            members = members[lane.stream[members] == stream]
-            place.bars(merge(lane.start[members], lane.end[members], gap), (-number - 0.4, 0.8), colour)
-    for part in np.unique(lane.region[view.members]).tolist():
-        name = lane.parts[part].split()[0]
-        if name in REGIONS:
-            members = view.members[lane.region[view.members] == part]
-            union = merge(lane.start[members], lane.end[members], (view.end - view.begin) // 50)
-            place.bars(union, (0.65, 0.6), REGION_COLOURS[name])
-            place.name(lane.parts[part], union, (view.begin + window[0], view.begin + window[1]))
+            members = members[timeline.stream[members] == stream]
+            bars(view.merged(members, width // RESOLUTION), (-number - 0.4, 0.8), colour)
+    for part in np.unique(timeline.region[view.members]).tolist():
+        name, _, depth = timeline.parts[part].partition(" ")
+        if name not in REGIONS:
+            continue
+        members = view.members[timeline.region[view.members] == part]
+        union = view.merged(members, (view.end - view.begin) // 50)
+        bars(union, (0.65, 0.6), REGION_COLOURS[name])
+        for start, end in (np.stack(union, 1) - view.begin).tolist():
+            if depth and window[0] <= start <= window[1]:
+                axes.axvline((start - origin) / unit, color="#a8741a", linewidth=0.8, linestyle=":")
+            start, end = max(start, window[0]), min(end, window[1])
+            if end - start > 0.02 * width:  # there is room for a name
+                text = timeline.parts[part] if end - start > 0.07 * width else depth
+                centre = ((start + end) / 2 - origin) / unit
+                axes.text(centre, 0.95, text, ha="center", va="center", fontsize=7)
     axes.set_xlim((window[0] - origin) / unit, (window[1] - origin) / unit)
     axes.set_ylim(-len(streams) + 0.4, 1.35)
     axes.set_yticks([0.95, *(-number for number in range(len(streams)))])
     axes.set_yticklabels(["part of step", *(f"stream {stream}" for stream in streams)], fontsize=8)
     axes.tick_params(axis="x", labelsize=8, labelbottom=True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Puts times on an axis."""
-
-    axes: Any
-    origin: int
-    unit: float
-
-    def at(self, time: float) -> float:
-        return (time - self.origin) / self.unit
-
-    def bars(self, union: Union, place: tuple[float, float], colour: str) -> None:
-        bars = [(self.at(a), (b - a) / self.unit) for a, b in zip(*union, strict=True)]
-        if bars:  # the edge keeps visible what is shorter than a pixel
-            self.axes.broken_barh(bars, place, facecolors=colour, edgecolors=colour, linewidth=0.4)
-
-    def name(self, part: str, union: Union, window: tuple[int, int]) -> None:
-        """Writes the part's name where there is room, and a line where an MTP depth begins."""
-        for start, end in zip(union[0].tolist(), union[1].tolist(), strict=True):
-            if part.startswith("depth") and window[0] <= start <= window[1]:
-                self.axes.axvline(self.at(start), color="#a8741a", linewidth=0.8, linestyle=":")
-            start, end = max(start, window[0]), min(end, window[1])
-            share = (end - start) / (window[1] - window[0])
-            if share > 0.02:
-                text = part if share > 0.07 else part.split()[-1] if part.startswith("depth") else ""
-                self.axes.text(self.at((start + end) / 2), 0.95, text, ha="center", va="center", fontsize=7)

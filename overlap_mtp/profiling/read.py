@@ -1,4 +1,4 @@
-"""Tells by a file's first bytes what it is, and reads it."""
+"""Tell by a file's first bytes what it is, and read it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import gzip
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from overlap_mtp.profiling.kineto import read_kineto
@@ -16,33 +18,45 @@ GZIP, SQLITE = b"\x1f\x8b", b"SQLite format 3\x00"
 
 
 def read_profile(path: Path) -> Profile:
-    """Reads an SQLite export of Nsight Systems or a trace of torch.profiler, either of them also gzipped.
+    """Read an SQLite export of Nsight Systems or a trace of torch.profiler, gzipped or not.
 
-    Raises ProfileError, with the file's name and the reason, where it is neither, is damaged, empty or of an
-    unknown schema.
+    Raises:
+        ProfileError: the file is neither, or it is damaged, empty or of an unknown schema.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(len(SQLITE))
-        if head.startswith(GZIP):
-            return _read_gzipped(path)
-        return _read_plain(path, path, head)
+        with unpacked(path) as plain:
+            return _read_plain(path, plain)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ProfileError(f"{path.name}: {reason}") from error
 
 
-def _read_gzipped(path: Path) -> Profile:
-    with tempfile.TemporaryDirectory() as folder:  # SQLite reads files, not streams
+@contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Unpack a gzipped file for the time of the block, because SQLite reads files and not streams.
+
+    Yields:
+        The unpacked file, or `path` itself if it is not gzipped.
+    """
+    if not starts_with(path, GZIP):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / path.name
         with gzip.open(path, "rb") as packed, plain.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
-        with plain.open("rb") as file:
-            head = file.read(len(SQLITE))
-        return _read_plain(path, plain, head)
+        yield plain
 
 
-def _read_plain(path: Path, plain: Path, head: bytes) -> Profile:
+def starts_with(path: Path, mark: bytes) -> bool:
+    """Return whether these are the first bytes of the file."""
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
+
+
+def _read_plain(path: Path, plain: Path) -> Profile:
+    with plain.open("rb") as file:
+        head = file.read(len(SQLITE))
     if not head.strip():
         raise ProfileError(f"{path.name}: the file is empty")
     if head == SQLITE:
@@ -58,7 +72,7 @@ def _read_plain(path: Path, plain: Path, head: bytes) -> Profile:
 
 
 def _check_length(path: Path) -> None:
-    """SQLite itself notices a missing end only where it has to read it."""
+    """Check that the file is complete: SQLite notices a missing end only if it has to read it."""
     with path.open("rb") as file:
         head = file.read(100)  # https://www.sqlite.org/fileformat.html, "The Database Header"
     page_bytes = int.from_bytes(head[16:18]) or 1

@@ -1,4 +1,4 @@
-"""What is read from a profile, whatever its format: device activities and host ranges, as columns."""
+"""What is read from a profile of either format: device activities and host ranges, as columns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.tracing import LABEL
 
 UNKNOWN = -1
-LOST = -2  # when a node of a CUDA graph was captured, where that was before the profile began
-FOREVER = np.iinfo(np.int64).max // 2  # the end of a range that was open when the capture stopped
-PAYLOAD_BYTES = (1 << 40) - 1  # the bits of a payload that count bytes (overlap_mtp.tracing)
+LOST = -2  # the capture time of a CUDA graph's node that was captured before the profile began
 
 
 class ProfileError(ValueError):
-    """A file cannot be read as a profile; the message names the file and says why."""
+    """A file cannot be read as a profile; the message names the file and the reason."""
 
 
 class Kind(IntEnum):
@@ -30,15 +28,15 @@ class Kind(IntEnum):
     LOCAL_COPY = 2  # within the device
     PEER_COPY = 3  # between devices
     HOST_COPY = 4  # between host and device
-    GRAPH = 5  # a whole CUDA graph, of which the kernels were not traced
+    GRAPH = 5  # a whole CUDA graph whose kernels were not traced
 
 
 @dataclass(frozen=True)
 class Activities:
-    """Device activities, one entry each; times in ns on the profile's clock, UNKNOWN where nothing is known.
+    """Device activities, one entry each. Times are in ns on the profile's clock; a value may be UNKNOWN.
 
-    `launched` and `thread` are when and where the host launched it (a graph's node: when it launched the graph);
-    `captured` and `capture_thread` when and where a node of a CUDA graph was captured, or LOST.
+    `launched` and `thread` say when and on which thread the host launched it (for a node of a CUDA graph: launched
+    the graph). `captured` and `capture_thread` say when and where a node of a CUDA graph was captured, or LOST.
     """
 
     start: Ints
@@ -65,7 +63,7 @@ class Ranges:
     thread: Ints
     text: Ints  # an index into Profile.texts
     payload: Ints
-    is_ours: npt.NDArray[np.bool_]  # of the domain `overlap_mtp`, and LABEL reads its text
+    is_ours: npt.NDArray[np.bool_]  # of the domain `overlap_mtp`, with a text that LABEL matches
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ class Profile:
     texts: Sequence[str]  # of ranges
     activities: Activities
     ranges: Ranges
-    ranks: Mapping[int, int] = field(default_factory=dict)  # process -> rank, where the file itself says so
+    ranks: Mapping[int, int] = field(default_factory=dict)  # process -> rank, if the file itself says so
 
     def rank(self, process: int) -> int | None:
-        """The rank in the labels of a process's ranges, else what the file says, else None."""
+        """Return the rank in the labels of a process's ranges, else the one that the file states, else None."""
         ours = np.flatnonzero(self.ranges.is_ours & (self.ranges.process == process))
         if ours.size:
             label = LABEL.match(self.texts[self.ranges.text[ours[0]]])
@@ -91,10 +89,10 @@ class Profile:
 
 
 class Texts:
-    """Distinct strings, numbered as they come."""
+    """Distinct strings, numbered in the order in which they first appear."""
 
-    def __init__(self) -> None:
-        self._index: dict[str, int] = {}
+    def __init__(self, *texts: str) -> None:
+        self._index = {text: index for index, text in enumerate(texts)}
 
     def index(self, text: str) -> int:
         return self._index.setdefault(text, len(self._index))

@@ -1,4 +1,4 @@
-"""Capturing and slimming: the same report from a small file that says nothing of the machine."""
+"""Capturing and shrinking: the same report from a small file that says nothing of the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from overlap_mtp.profiling import ProfileError, read_profile, report_on
-from overlap_mtp.profiling.shrink import slim, without_folders
+from overlap_mtp.profiling.shrink import shrink, without_folders
 
 from handmade import Process, Span, Work, kineto_document, write_kineto, write_nsys
 
@@ -38,7 +38,7 @@ def facts(path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("form", ["nsys", "kineto"])
-def test_a_slim_profile_gives_the_same_report_and_no_secret(tmp_path, form):
+def test_a_shrunk_profile_gives_the_same_report_and_no_secret(tmp_path, form):
     source = (
         write_nsys(tmp_path / "full.sqlite", [PROCESS])
         if form == "nsys"
@@ -46,14 +46,14 @@ def test_a_slim_profile_gives_the_same_report_and_no_secret(tmp_path, form):
     )
     assert b"someone" in source.read_bytes()
     target = tmp_path / "new" / "small.gz"
-    slim(source, target)
+    shrink(source, target)
     assert facts(target) == facts(source)
     plain = gzip.decompress(target.read_bytes())
     for secret in SECRETS:
         assert secret not in plain, secret
         assert secret not in target.read_bytes(), secret
     again = tmp_path / "again.gz"
-    slim(target, again)  # from a packed one, and byte for byte
+    shrink(target, again)  # from a packed one, and byte for byte
     assert again.read_bytes() == target.read_bytes()
     if form == "kineto":
         assert {"schemaVersion", "traceEvents", "distributedInfo"} == set(json.loads(plain))
@@ -67,20 +67,20 @@ def test_a_slim_profile_gives_the_same_report_and_no_secret(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["nsys", "kineto"])
-def test_a_slim_profile_of_another_project_keeps_its_ranges(tmp_path, form):
+def test_a_shrunk_profile_of_another_project_keeps_its_ranges(tmp_path, form):
     process = Process(77, [Span("/home/someone/run.py forward", 0, 60, domain=None)], WORK)
     write = write_nsys if form == "nsys" else write_kineto
     source = write(tmp_path / "full", [process] if form == "nsys" else process)
-    slim(source, tmp_path / "small.gz")
+    shrink(source, tmp_path / "small.gz")
     found = report_on([read_profile(tmp_path / "small.gz")])
     assert {row.range for row in found.rows} == {"run.py forward"}
     assert b"someone" not in gzip.decompress((tmp_path / "small.gz").read_bytes())
 
 
-def test_what_is_no_profile_is_not_slimmed(tmp_path):
+def test_what_is_no_profile_is_not_shrunk(tmp_path):
     (tmp_path / "words").write_text("words")
     with pytest.raises(ProfileError, match="not a profile"):
-        slim(tmp_path / "words", tmp_path / "small.gz")
+        shrink(tmp_path / "words", tmp_path / "small.gz")
     assert not (tmp_path / "small.gz").exists()
 
 

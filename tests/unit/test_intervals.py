@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlap_mtp.profiling.intervals import covered, length, merge
-from overlap_mtp.profiling.nesting import NONE, Nesting
+from overlap_mtp.profiling.intervals import NONE, Nesting, covered, length, merge
 
 TIMES = st.integers(0, 60)
 INTERVALS = st.lists(st.tuples(TIMES, st.integers(-2, 20)), max_size=12)
@@ -78,7 +77,7 @@ def test_the_innermost_range_is_the_last_to_begin_that_holds_the_call(ranges, ca
 def test_the_parent_of_a_range_encloses_its_beginning(ranges):
     thread, start, size = np.array(ranges, np.int64).reshape(-1, 3).T
     end = start + size
-    for child, parent in enumerate(Nesting(thread, start, end).parents().tolist()):
+    for child, parent in enumerate(Nesting(thread, start, end).parents.tolist()):
         if parent != NONE:
             assert thread[parent] == thread[child]
             assert start[parent] <= start[child] <= end[parent]

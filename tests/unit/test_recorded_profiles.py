@@ -29,7 +29,7 @@ def found(request) -> Report:
 @pytest.mark.parametrize("found", RECORDED, indirect=True)
 def test_a_recorded_profile_adds_up(found):
     assert found.notes == ()
-    devices = [lane.label for lane in found.lanes]
+    devices = [one.label for one in found.timelines]
     assert devices == [f"rank {rank}" for rank in range(len(devices))]
     assert len(devices) > 1
     for row in found.rows:
