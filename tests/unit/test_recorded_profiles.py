@@ -6,28 +6,23 @@ import gzip
 import re
 import sqlite3
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from overlap_mtp.profiling import Report, nsys, read_profile, report_on
+from overlap_mtp.profiling import nsys, read_profile, report_on
 
 FOLDER = Path(__file__).parents[2] / "profiles"
 EXPORTS = sorted(FOLDER.glob("*.sqlite.gz"))
-TRACES = sorted({path.parent for path in FOLDER.glob("*/rank*.json.gz")})
-RECORDED = {path.name: [path] for path in EXPORTS} | {
-    folder.name: sorted(folder.glob("rank*.json.gz")) for folder in TRACES
-}
+TRACES = groupby(sorted(FOLDER.glob("*/rank*.json.gz")), lambda path: path.parent.name)
+RECORDED = {path.name: [path] for path in EXPORTS} | {name: list(paths) for name, paths in TRACES}
 READ = {*nsys.TABLES.values(), nsys.CALLS, nsys.RANGES, nsys.NODES, "StringIds", "META_DATA_EXPORT"}
 
 
-@pytest.fixture(scope="module")
-def found(request) -> Report:
-    return report_on([read_profile(path) for path in RECORDED[request.param]])
-
-
-@pytest.mark.parametrize("found", RECORDED, indirect=True)
-def test_a_recorded_profile_adds_up(found):
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_profile_adds_up_and_shows_what_it_was_recorded_for(name):
+    found = report_on([read_profile(path) for path in RECORDED[name]])
     assert found.notes == ()
     devices = [one.label for one in found.timelines]
     assert devices == [f"rank {rank}" for rank in range(len(devices))]
@@ -42,20 +37,15 @@ def test_a_recorded_profile_adds_up(found):
     kinds = [{(row.schedule, row.kind) for row in found.rows if row.device == device} for device in devices]
     assert all(kind == kinds[0] for kind in kinds)
 
-
-@pytest.mark.parametrize("found", RECORDED, indirect=True)
-def test_a_recorded_profile_shows_what_it_was_recorded_for(found):
     schedules = {one.name: one for one in found.schedules}
-    assert {"sync", "prefetch", "prepared"} <= set(schedules)
     assert all(one.step_ms > 0 for one in found.schedules if one.steps)
     assert schedules["prepared"].exchange_hidden is None
-    sync, prefetch = schedules["sync"], schedules["prefetch"]
-    assert prefetch.exchange_hidden > 0.5 > 0.1 > sync.exchange_hidden
-    launches = {
-        name: sum(row.launches for row in found.rows if (row.schedule, row.range) == (name, "send-recv"))
-        for name in ("sync", "prefetch")
-    }
-    assert launches["sync"] > launches["prefetch"] > 0
+    assert schedules["prefetch"].exchange_hidden > 0.5 > 0.1 > schedules["sync"].exchange_hidden
+    sends = [row for row in found.rows if row.range == "send-recv"]
+    sync, prefetch = (
+        sum(row.launches for row in sends if row.schedule == name) for name in ("sync", "prefetch")
+    )
+    assert sync > prefetch > 0
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
@@ -63,8 +53,7 @@ def test_a_recorded_export_holds_only_what_is_read(path, tmp_path):
     (tmp_path / "plain.sqlite").write_bytes(gzip.decompress(path.read_bytes()))
     with closing(sqlite3.connect(tmp_path / "plain.sqlite")) as db:
         assert {row[0] for row in db.execute("SELECT name FROM sqlite_master")} <= READ
+        metadata = db.execute("SELECT name FROM META_DATA_EXPORT").fetchall()
         texts = [row[0] for row in db.execute("SELECT value FROM StringIds")]
-        assert [row[0] for row in db.execute("SELECT name FROM META_DATA_EXPORT")] == [
-            "EXPORT_SCHEMA_VERSION"
-        ]
+    assert metadata == [("EXPORT_SCHEMA_VERSION",)]
     assert not [text for text in texts if re.search(r"\w/\w", text)]
