@@ -1,7 +1,5 @@
 """A large export is read in bounded time and memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3
