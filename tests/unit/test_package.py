@@ -1,7 +1,8 @@
-"""What pyproject.toml says of the package is true."""
+"""pyproject.toml describes the package as it is, and the drawn diagram is up to date."""
 
 from __future__ import annotations
 
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -20,3 +21,8 @@ def test_every_package_is_installed():
 
 def test_the_version_is_the_same_everywhere():
     assert overlap_mtp.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_the_diagram_is_what_its_script_draws():
+    draw = runpy.run_path(str(ROOT / "docs/draw_schedules.py"))["draw"]
+    assert (ROOT / "docs/schedules.svg").read_text() == draw()
