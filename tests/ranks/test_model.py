@@ -45,14 +45,12 @@ def make_batch(layout: SequenceLayout, rows: int = 2, mask: str = "uneven") -> d
     if mask == "none":
         return batch
     some = torch.rand(shape, generator=generator) < 0.7
-    random = {"bool": some, "bfloat16": some.bfloat16(), "fractional": some / 2.0**12}
-    weight = random.get(mask, torch.ones(shape))
+    known = {"bool": some, "bfloat16": some.bfloat16(), "fractional": some / 2.0**12, "all empty": 0.0 * some}
+    weight = known.get(mask, torch.ones(shape))
     if mask == "uneven":
         weight[:, layout.positions(0)[::2]] = 0
     elif mask == "empty rank":
         weight[:, layout.positions(layout.cp_size - 1)] = 0
-    elif mask == "all empty":
-        weight.zero_()
     return {**batch, "loss_mask": weight}
 
 

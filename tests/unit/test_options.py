@@ -65,9 +65,9 @@ def train(
     model: GPT, microbatches: list[Microbatch], normalisation: str = "token", **where: object
 ) -> StepReport:
     """One step, which changes the weights of a model that is used no more."""
-    recipe = TrainConfig(steps=1, accumulate=len(microbatches), normalisation=normalisation)
+    config = TrainConfig(steps=1, accumulate=len(microbatches), normalisation=normalisation)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return Trainer(model, optimizer, recipe).step(microbatches, **where)
+    return Trainer(model, optimizer, config).step(microbatches, **where)
 
 
 def gradients_of(model: GPT) -> list[torch.Tensor]:
@@ -193,19 +193,17 @@ def test_training_on_a_pack_is_training_on_its_documents():
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
-def spoil_gradient(model: GPT, batch: dict[str, torch.Tensor]) -> None:
-    model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
-
-
-def spoil_loss(model: GPT, batch: dict[str, torch.Tensor]) -> None:
-    batch["loss_mask"][0, 5] = math.inf
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (spoil_gradient, "step 3: the norm of the model's gradients is nan"),
-        (spoil_loss, r"step 3: the LM loss of batch 5 \(microbatch 1 of dp rank 0\) is (nan|inf)"),
+        (
+            lambda model, _: model.embedding.weight.register_hook(lambda g: g * math.nan),
+            "step 3: the norm of the model's gradients is nan",
+        ),
+        (
+            lambda _, batch: batch["loss_mask"][0, 5].fill_(math.inf),
+            r"step 3: the LM loss of batch 5 \(microbatch 1 of dp rank 0\) is (nan|inf)",
+        ),
     ],
 )
 def test_what_is_not_finite_stops_the_run_and_changes_no_weight(spoil, words):
@@ -218,7 +216,7 @@ def test_what_is_not_finite_stops_the_run_and_changes_no_weight(spoil, words):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_step_takes_as_many_microbatches_as_its_recipe_says():
+def test_a_step_takes_as_many_microbatches_as_its_config_says():
     model, layout = model_of(SMALL), LAYOUTS["dense"]
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1, accumulate=2))
     with pytest.raises(ValueError, match="accumulate = 2 microbatches, got 1"):
@@ -242,8 +240,8 @@ def test_illegal_configurations_say_what_disagrees(change, words):
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine():
-    recipe = TrainConfig(steps=100, warmup_steps=10, final_fraction=0.1)
-    rates = [recipe.schedule(step) for step in range(101)]
+    config = TrainConfig(steps=100, warmup_steps=10, final_fraction=0.1)
+    rates = [config.schedule(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1
     assert rates[55] == pytest.approx(0.55)
