@@ -1,4 +1,4 @@
-"""Short runs of compare_modes and of sweep from the command line."""
+"""Short runs of the experiments from the command line, on CPU ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import compare_modes
 import pytest
+import roll_latency
+import soak
 import sweep
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +27,19 @@ def run(program: str, *arguments: str) -> str:
     return done.stdout
 
 
+def read_record(path: Path) -> dict:
+    text = path.read_text()
+    for secret in (socket.gethostname(), str(Path.home()), str(ROOT)):
+        assert secret not in text
+    return json.loads(text)
+
+
 @pytest.mark.parametrize("documents", ["dense", "packed"])
 def test_compare_modes(tmp_path, documents):
     sizes = ["--seq-len", "128", "--hidden-size", "32", "--ffn-size", "32", "--num-layers", "1"]
     rounds = ["--ranks", "2", "--rounds", "3", "--warmup", "1", "--out", str(tmp_path)]
     run("compare_modes", *rounds, "--documents", documents, "--num-documents", "3", *sizes)
-    result = json.loads((tmp_path / "results.json").read_text())
+    result = read_record(tmp_path / "results.json")
     rows = result["rows"]
     assert list(rows) == [*SCHEDULES, "none"]
     for schedule in SCHEDULES:
@@ -45,9 +54,6 @@ def test_compare_modes(tmp_path, documents):
     assert rows["prepared"]["messages_per_step"] == 0
     assert rows["sync"]["messages_per_step"] >= 16
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "step_time.png", "step_delta.png"}
-    text = json.dumps(result)
-    for secret in (socket.gethostname(), str(Path.home()), str(ROOT)):
-        assert secret not in text
 
 
 def test_sweep(tmp_path):
@@ -55,11 +61,53 @@ def test_sweep(tmp_path):
     said = run("sweep", *some, "--rounds", "2", "--warmup", "1", "--out", str(tmp_path))
     assert "4 documents, forward + backward" in said
     for name, documents in (("tiny-dense-train", None), ("tiny-4-train", 4)):
-        record = json.loads((tmp_path / f"{name}.json").read_text())
+        record = read_record(tmp_path / f"{name}.json")
         assert record["settings"]["num_documents"] == documents
         assert list(record["rows"]) == ["prefetch", "prepared"]
         assert (tmp_path / f"{name}-step_delta.png").exists()
         assert f"| {name} | prefetch |" in (tmp_path / "summary.md").read_text()
+
+
+def test_roll_latency(tmp_path):
+    sizes = ["--tokens", "64", "--documents", "1,8", "--depths", "1,2", "--rounds", "3"]
+    transports = ["--transports", "process_group,pigeon"]
+    said = run("roll_latency", "--ranks", "2", *sizes, *transports, "--out", str(tmp_path))
+    assert "skipped: pigeon (transport must be one of" in said
+    result = read_record(tmp_path / "roll_latency.json")
+    assert "pigeon" in result["skipped"]
+    rows = {
+        (one["schedule"], one["depths"], one["documents"]): one
+        for one in result["rows"]
+        if one["transport"] != "device"
+    }
+    for schedule in SCHEDULES:
+        for depths in (1, 2):
+            for documents in (1, 8):
+                one = rows[schedule, depths, documents]
+                assert (one["failed"], one["rounds"], one["differing_tokens"], one["gpu_us"]) == (
+                    None,
+                    3,
+                    0,
+                    None,
+                )
+                assert 0 < one["host_us"]["median"] <= one["wall_us"]["median"]
+                assert one["wall_us"]["p10"] <= one["wall_us"]["median"] <= one["wall_us"]["p90"]
+    # 4 tensors, 2 depths; each of two ranks sends to the other, once a dense document or more often
+    assert rows["prefetch", 2, 8]["messages"] == 1
+    assert rows["merged", 2, 8]["messages"] == rows["overlap", 2, 8]["messages"] == 2
+    assert rows["sync", 2, 1]["messages"] == 8
+    assert rows["sync", 2, 8]["messages"] > 32
+    assert rows["prepared", 2, 8]["messages"] == 0
+    assert rows["prefetch", 2, 1]["bytes"] < rows["prefetch", 2, 8]["bytes"]
+    assert {path.name for path in tmp_path.iterdir()} == {"roll_latency.json", "roll_latency.png"}
+
+
+def test_soak(tmp_path):
+    run("soak", "--exchanges", "40", "--out", str(tmp_path))
+    [found] = read_record(tmp_path / "soak.json")["runs"]
+    assert found["transport"] == "process_group"
+    assert found["exchanges"] >= 40
+    assert found["wrong_words"] == 0
 
 
 @pytest.mark.parametrize(
@@ -80,6 +128,15 @@ def test_sweep(tmp_path):
         (sweep, "--presets tiny --documents many", "documents must be `dense` or whole numbers"),
         (sweep, "--presets tiny --directions back", "directions must be among train, forward"),
         (sweep, "--presets tiny --documents 500", "num_documents must be in"),
+        (roll_latency, "--schedules sync,fast", "schedules must be among"),
+        (roll_latency, "--depths 1,two", "--depths: must be whole numbers above 0"),
+        (roll_latency, "--documents 0", "--documents: must be whole numbers above 0"),
+        (roll_latency, "--cp-sizes 3", "cp-sizes must divide the number of ranks 2"),
+        (roll_latency, "--tokens 64 --documents 100", "documents in [1, 32]"),
+        (roll_latency, "--tokens 63 --documents 4", "tokens must be even"),
+        (roll_latency, "--ranks 4 --tokens 64 --documents 33", "documents in [1, 32]"),
+        (roll_latency, "--rounds 1", "--rounds must be at least 2, got 1"),
+        (soak, "--exchanges 0", "--exchanges must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_said_before_ranks_start(program, arguments, message, monkeypatch, capsys):
