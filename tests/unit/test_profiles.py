@@ -175,16 +175,19 @@ def test_kernels_of_a_cuda_graph(tmp_path, captured):
         assert "6 kernels are of CUDA graphs" in found.notes[1]
 
 
-@pytest.mark.parametrize("captured_in", ["trunk", "send-recv"])
+@pytest.mark.parametrize("captured_in", ["trunk", "send-recv", "nothing recorded"])
 def test_each_launch_of_a_graph_counts_its_bytes(tmp_path, captured_in):
     """A graph launched in an exchange belongs to it, as the library's own do, wherever it was captured."""
-    spans = [Span(f"{captured_in} r0", 0, 20, payload=80)]
-    if captured_in == "trunk":
-        spans += [Span("trunk r0", 90, 220)]
-        spans += [Span("send-recv r0", at, at + 10, payload=80) for at in (100, 200)]
+    if captured_in == "send-recv":
+        spans = [Span("send-recv r0", 0, 20, payload=80)]
+    else:
+        spans = [Span("send-recv r0", at, at + 10, payload=80) for at in (100, 200)]
+        spans += [Span("trunk r0", 0, 20), Span("trunk r0", 90, 220)]
     work = [Work("put", at + 5, at + 20, at + 30, 9, graph_node=11, correlation=at) for at in (100, 200)]
-    found = report(tmp_path, "nsys", Process(77, spans, work, nodes=[(1, None, 15.0), (11, 1, 30.0)]))
+    nodes = [] if captured_in == "nothing recorded" else [(1, None, 15.0), (11, 1, 30.0)]
+    found = report(tmp_path, "nsys", Process(77, spans, work, nodes=nodes))
     assert rows(found, "range", "kind", "launches", "bytes") == [("send-recv", "exchange", 2, 160)]
+    assert found.notes == ()
 
 
 def test_graphs_without_their_kernels(tmp_path):
