@@ -132,7 +132,11 @@ def run_report(monkeypatch, capsys):
 
 
 def test_the_command_reports_and_judges(tmp_path, run_report):
-    path, out = tmp_path / "a.sqlite.gz", tmp_path / "new" / "report.json"
+    path, out, picture = (
+        tmp_path / "a.sqlite.gz",
+        tmp_path / "new" / "report.json",
+        tmp_path / "new" / "a.png",
+    )
     path.write_bytes(gzip.compress(EXPORT))
     gemm = Process(5, [Span("forward", 0, 9, domain=None)], [Work("gemm", 1, 2, 3)])
     quiet = write_kineto(tmp_path / "a.json", gemm)
@@ -142,7 +146,7 @@ def test_the_command_reports_and_judges(tmp_path, run_report):
             0,
             "ok: 50.0 % of the exchange in prefetch steps is hidden",
         ),
-        ((path, "--min-hidden", 0.51), 1, "FAILED: 50.0 % of the exchange"),
+        ((path, "--min-hidden", 0.51, "--plot", picture), 1, "FAILED: 50.0 % of the exchange"),
         ((quiet, "--min-hidden", 0), 1, "nothing to judge"),
         ((quiet,), 0, "No communication"),
         ((path, "--json", path / "under-a-file.json"), 2, "error: "),
@@ -151,6 +155,7 @@ def test_the_command_reports_and_judges(tmp_path, run_report):
         found, said = run_report(*arguments)
         assert found == status, said
         assert message in said
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     written = json.loads(out.read_text())
     assert written["judged"] == {"what": "the exchange in prefetch steps", "hidden_fraction": 0.5}
     assert written["sources"] == ["a.sqlite.gz"]
