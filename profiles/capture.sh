@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Profiles a short run of experiments/compare_modes.py, one process per GPU, and keeps the small part of the profile
+# Record a short run of experiments/compare_modes.py, one process for each GPU, and keep the small part of the profile
 # that profiles/report.py reads, without environment, host name or paths.
 #
 #   profiles/capture.sh OUT.sqlite.gz [arguments of compare_modes]
 #   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents packed --rounds 2 --warmup 3
-#   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (where there is no nsys)
+#   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (if there is no nsys)
 #
-# The full report, for the GUI of Nsight Systems, stays in out/profiles: unlike the small part it holds the environment
-# of the machine. With --torch-profiler OUT is a folder, with one trace a rank in it. Environment: PYTHON (default
+# The full report, for the GUI of Nsight Systems, stays in out/profiles; it holds the environment of the machine.
+# With --torch-profiler, OUT is a folder that gets one trace for each rank. Environment variables: PYTHON (default
 # .venv/bin/python, else python3), NSYS (the nsys to use).
 set -euo pipefail
 
@@ -15,7 +15,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; }
 fail() { echo "error: $*" >&2; exit 2; }
 
-# On the PATH, or where the packages of Nsight Systems, Nsight Compute and the CUDA toolkit put it; the newest.
+# Find nsys on the PATH, or else the newest one of the packages Nsight Systems, Nsight Compute and CUDA toolkit.
 find_nsys() {
     if [[ -n ${NSYS:-} ]]; then echo "$NSYS"; return; fi
     if command -v nsys; then return; fi
@@ -53,16 +53,16 @@ if $use_torch; then
 fi
 
 nsys=$(find_nsys)
-[[ -n $nsys ]] || fail "there is no nsys on the PATH or where NVIDIA's packages put it: install the package" \
+[[ -n $nsys ]] || fail "nsys is neither on the PATH nor where NVIDIA's packages put it: install the package" \
     "nsight-systems-cli (https://developer.nvidia.com/nsight-systems), or use --torch-profiler"
-"$nsys" --version >/dev/null || fail "$nsys does not start: the one of Nsight Compute needs libdw1 and libelf1"
+"$nsys" --version >/dev/null || fail "$nsys does not start: if it is the one of Nsight Compute, install libdw1 and libelf1"
 
 name=$(basename "$out"); name=${name%.gz}; name=${name%.sqlite}
 full=$root/out/profiles/$name
 mkdir -p "$root/out/profiles"
 rm -f "$full.nsys-rep"
-# Without --sample=none and --cpuctxsw=none the report is a hundred times as large, without node tracing the kernels
-# of CUDA graphs are not in it. The capture is the timed rounds: compare_modes starts and stops it.
+# --sample=none and --cpuctxsw=none make the report a hundred times smaller. Node tracing is what puts the kernels of
+# CUDA graphs into it. compare_modes starts and stops the capture, which is the timed rounds.
 "$nsys" profile -t cuda,nvtx --sample=none --cpuctxsw=none --cuda-event-trace=false --cuda-graph-trace=node \
     --capture-range=cudaProfilerApi --capture-range-end=stop -f true -o "$full" \
     "$python" experiments/compare_modes.py --out "$work/compare" --profile nsys --profile-out "$work" "$@"
