@@ -29,14 +29,11 @@ gzip < "{{folder}}/full" > "$2/rank0.json.gz"
 
 
 def capture(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {
-        "PATH": f"{folder}:/usr/bin:/bin",
-        "PYTHON": sys.executable,
-        "HOME": str(folder),
-        **environment,
-    }
+    variables = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHON": sys.executable, "HOME": str(folder)}
     command = ["bash", str(ROOT / "profiles" / "capture.sh"), *arguments]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=variables | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def script(path: Path, body: str) -> str:

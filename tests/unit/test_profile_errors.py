@@ -17,6 +17,7 @@ from handmade import Process, Span, Work, kineto_document, write_kineto, write_n
 
 WORK = [Work("ncclDevKernel_AllReduce", 1, 20, 40), Work("gemm", 2, 30, 60, stream=9)]
 PROCESS = Process(77, [Span("step prefetch r0", 0, 50), Span("send-recv r0", 0.5, 1.5)], WORK)
+ROOT = Path(__file__).parents[2]
 KERNELS = "CUPTI_ACTIVITY_KIND_KERNEL"
 
 
@@ -118,45 +119,30 @@ def test_an_export_is_read_as_far_as_it_goes(tmp_path, missing):
     assert ("lacks the CUDA runtime calls" in " ".join(found.notes)) == (missing == "calls")
 
 
-@pytest.fixture
-def run_report(monkeypatch, capsys):
-    """Run profiles/report.py in this process; return its exit status and what it prints."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(Path(__file__).parents[2] / "profiles" / "report.py"), run_name="__main__")
-        return int(stopped.value.code or 0), "".join(capsys.readouterr())
-
-    return run
-
-
-def test_the_command_reports_and_judges(tmp_path, run_report):
-    path, out, picture = (
-        tmp_path / "a.sqlite.gz",
-        tmp_path / "new" / "report.json",
-        tmp_path / "new" / "a.png",
-    )
+def test_the_command_reports_and_judges(tmp_path, monkeypatch, capsys):
+    path, out, command = tmp_path / "a.sqlite.gz", tmp_path / "new", ROOT / "profiles" / "report.py"
     path.write_bytes(gzip.compress(EXPORT))
     gemm = Process(5, [Span("forward", 0, 9, domain=None)], [Work("gemm", 1, 2, 3)])
     quiet = write_kineto(tmp_path / "a.json", gemm)
     for arguments, status, message in (
         (
-            (path, "--json", out, "--min-hidden", 0.5),
+            (path, "--json", out / "a.json", "--min-hidden", 0.5),
             0,
-            "ok: 50.0 % of the exchange in prefetch steps is hidden",
+            "ok: 50.0 % of the exchange in prefetch steps",
         ),
-        ((path, "--min-hidden", 0.51, "--plot", picture), 1, "FAILED: 50.0 % of the exchange"),
+        ((path, "--min-hidden", 0.51, "--plot", out / "a.png"), 1, "FAILED: 50.0 % of the exchange"),
         ((quiet, "--min-hidden", 0), 1, "nothing to judge"),
         ((quiet,), 0, "No communication"),
         ((path, "--json", path / "under-a-file.json"), 2, "error: "),
         ((tmp_path,), 2, "error: "),
     ):
-        found, said = run_report(*arguments)
-        assert found == status, said
-        assert message in said
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    written = json.loads(out.read_text())
+        monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(command), run_name="__main__")
+        assert (stopped.value.code or 0) == status
+        assert message in "".join(capsys.readouterr())
+    assert (out / "a.png").read_bytes()[:4] == b"\x89PNG"
+    written = json.loads((out / "a.json").read_text())
     assert written["judged"] == {"what": "the exchange in prefetch steps", "hidden_fraction": 0.5}
     assert written["sources"] == ["a.sqlite.gz"]
     assert (written["rows"][0]["range"], written["rows"][0]["hidden_us"]) == ("send-recv", 10)
