@@ -1,6 +1,6 @@
-"""Text to documents to packed or dense batches. Real input without a download: the standard library's own source.
+"""Text to documents to packed or dense batches. The default text is the source of Python's standard library.
 
-Every rank builds the same full batch from a step number, and shards it.
+Every rank builds the same full batch from a step number, and takes its shard.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,9 @@ import torch
 from overlap_mtp.layout import Kind, SequenceLayout, length_unit, pad_documents
 
 Tokens = npt.NDArray[np.integer]
-TOKEN_DTYPES = ("uint16", "uint32")
-PIECE_TOKENS = 4096  # one file that marks no documents is cut into pieces of this length
+Batch = tuple[dict[str, torch.Tensor], SequenceLayout]
+TOKEN_DTYPES = ("uint16", "uint32")  # of a .bin
+PIECE_TOKENS = 4096  # a single file is cut into documents of this length
 SAMPLES = 1024  # documents that a fingerprint reads
 
 
@@ -30,63 +30,35 @@ class TokenError(ValueError):
     """A token id outside of the vocabulary."""
 
 
-class Document(Protocol):
-    """Token ids that are read when they are needed."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    def read(self, begin: int, end: int) -> Tokens: ...
-
-
 @dataclass(frozen=True)
-class ByteDocument:
-    """A file, or a piece of one, whose bytes are the tokens."""
+class Document:
+    """A file of token ids, or a part of one, that is read when it is needed. The tokens of text are its bytes."""
 
     path: Path
     num_tokens: int
-    offset: int = 0
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    offset: int = 0  # tokens of the file before this document
+    dtype: str = "uint8"
 
     def read(self, begin: int, end: int) -> Tokens:
-        return np.fromfile(self.path, np.uint8, end - begin, offset=self.offset + begin)
-
-
-@dataclass(frozen=True)
-class BinDocument:
-    """A piece of a memory-mapped file of token ids."""
-
-    ids: Tokens
-    name: str
-
-    @property
-    def num_tokens(self) -> int:
-        return self.ids.size
-
-    def read(self, begin: int, end: int) -> Tokens:
-        return self.ids[begin:end]
+        """Return the tokens in [begin, end)."""
+        offset = (self.offset + begin) * np.dtype(self.dtype).itemsize
+        return np.fromfile(self.path, self.dtype, end - begin, offset=offset)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, none of them empty."""
+    """Documents in a fixed order, none of them empty. Together they are one stream of tokens."""
 
     documents: Sequence[Document]
 
     @cached_property
     def bounds(self) -> npt.NDArray[np.int64]:
-        """Where each document begins in the stream of all of them, and where the stream ends."""
+        """The position of each document in the stream, and the stream's length."""
         return np.concatenate([[0], np.cumsum([one.num_tokens for one in self.documents])])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all documents' lengths in their order, and of up to PIECE_TOKENS tokens each of SAMPLES of them."""
+        """Digest the lengths of all documents in order, and PIECE_TOKENS tokens of each of SAMPLES documents."""
         count = len(self.documents)
         crc = zlib.crc32(self.bounds.tobytes())
         for at in np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(int)):
@@ -95,16 +67,20 @@ class Corpus:
         return f"{count} documents, {self.bounds[-1]} tokens, CRC-32 {crc:08x}"
 
     def shuffled(self, seed: int) -> Corpus:
-        """The same documents in a random order of that seed: neighbours in a folder are alike."""
+        """Return the same documents in random order, because neighbours in a folder resemble each other."""
         order = np.random.default_rng(seed).permutation(len(self.documents))
         return Corpus([self.documents[at] for at in order])
 
+    def document_at(self, position: int) -> int:
+        """Return the index of the document that holds a position of the stream."""
+        return int(np.searchsorted(self.bounds, position, side="right")) - 1
+
     def read(self, begin: int, length: int) -> Tokens:
-        """Tokens of the stream of all documents, which starts over at its end."""
+        """Return tokens of the stream, which starts again at its end."""
         parts, total = [], int(self.bounds[-1])
         while length > 0:
             begin %= total
-            at = int(np.searchsorted(self.bounds, begin, side="right")) - 1
+            at = self.document_at(begin)
             first = begin - int(self.bounds[at])
             last = min(first + length, self.documents[at].num_tokens)
             parts.append(self.documents[at].read(first, last))
@@ -113,17 +89,22 @@ class Corpus:
 
 
 def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus:
-    """The documents under a path: a folder of text files (one document a file, bytes as tokens), one text file,
-    or one `.bin` of token ids, opened as a memory map. None: the Python standard library's source files. One file
-    is cut into documents of PIECE_TOKENS tokens.
+    """Find the documents under a path.
 
-    Raises ValueError naming the path where it is missing, empty or not a whole number of ids.
+    Args:
+        data: a folder (each file in it, at any depth, is a document; its bytes are the tokens), a text file or a
+            `.bin` of token ids (both are cut into documents of PIECE_TOKENS tokens). Default: the source files of
+            Python's standard library.
+        token_dtype: of a `.bin`, one of TOKEN_DTYPES.
+
+    Raises:
+        ValueError: naming the path, if it is missing, empty or not a whole number of ids.
     """
     if data is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests"}
         files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
-        return Corpus([ByteDocument(path, size) for path in files if (size := path.stat().st_size)])
+        return Corpus([Document(path, size) for path in files if (size := path.stat().st_size)])
     if not data.exists():
         raise ValueError(
             f"{data} does not exist: give a text file, a folder of text files or a .bin of token ids"
@@ -131,40 +112,36 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
     if data.is_dir():
         files = [path for path in sorted(data.rglob("*")) if path.is_file()]
         if not files:
-            raise ValueError(f"{data} holds no text: there is no file in it")
-        return Corpus([ByteDocument(path, _size(path)) for path in files])
-    if data.suffix != ".bin":
-        size = _size(data)
-        starts = range(0, size, PIECE_TOKENS)
-        return Corpus([ByteDocument(data, min(PIECE_TOKENS, size - at), at) for at in starts])
-    if token_dtype not in TOKEN_DTYPES:
-        raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {token_dtype!r}")
-    size, width = data.stat().st_size, np.dtype(token_dtype).itemsize
-    if size == 0 or size % width:
+            raise ValueError(f"{data} holds no text: put files into it, or give another folder")
+        return Corpus([Document(path, _num_tokens(path, "uint8")) for path in files])
+    dtype = "uint8"
+    if data.suffix == ".bin":
+        dtype = token_dtype
+        if dtype not in TOKEN_DTYPES:
+            raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {dtype!r}")
+    size = _num_tokens(data, dtype)
+    starts = range(0, size, PIECE_TOKENS)
+    return Corpus([Document(data, min(PIECE_TOKENS, size - at), at, dtype) for at in starts])
+
+
+def _num_tokens(path: Path, dtype: str) -> int:
+    num_tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
+    if rest:
         raise ValueError(
-            f"{data} must hold a whole, positive number of {token_dtype} token ids, has {size} bytes"
+            f"{path} must hold a whole number of {dtype} token ids, has {path.stat().st_size} bytes: check token_dtype"
         )
-    ids = np.memmap(data, token_dtype, mode="r")
-    starts = range(0, ids.size, PIECE_TOKENS)
-    return Corpus([BinDocument(ids[at : at + PIECE_TOKENS], f"{data.name}[{at}:]") for at in starts])
-
-
-def _size(path: Path) -> int:
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{path} is empty: give it some text, or take it away")
-    return size
+    if num_tokens == 0:
+        raise ValueError(f"{path} is empty: add text to it, or remove it")
+    return num_tokens
 
 
 @dataclass(frozen=True)
 class BatchStream:
-    """Full-length batches of a corpus, by step. The same on every rank.
+    """Full-length batches of a corpus, by step; the same on every rank.
 
-    dense (`num_documents` None): rows of the corpus's stream, documents run on into each other.
-    packed: `num_documents` documents a batch, real files cut in proportion to their lengths so that they fill
-    `seq_len`, padded to what the layout can cut; each with positions of its own, and no label past its end.
-    `multiple_of`: what documents are padded to besides: with a multiple of 2 * cp_size of every run, runs of any
-    cp_size see the same batches.
+    Dense (`num_documents` is None): rows of the corpus's stream; a document begins right after the one before.
+    Packed: `num_documents` documents in each batch. Their beginnings, in proportion to their lengths, fill `seq_len`.
+    Each document is padded to a multiple of the layout's unit, has its own positions, and has no label past its end.
     """
 
     corpus: Corpus
@@ -174,26 +151,22 @@ class BatchStream:
     kind: Kind
     vocab_size: int
     num_documents: int | None = None
-    multiple_of: int = 1
+    multiple_of: int = (
+        1  # pads documents further: runs that share it see the same batches at any cp_size dividing it
+    )
 
     def __post_init__(self) -> None:
         if self.num_documents is None:
             return
-        unit = self._unit
-        if self.seq_len <= unit:
+        unit, layout = self._unit, f"a {self.kind} layout with cp_size {self.cp_size}"
+        if self.seq_len <= unit or self.seq_len % unit:
             raise ValueError(
-                f"seq_len must be > {unit} for documents in a {self.kind} layout with cp_size {self.cp_size}, got "
-                f"{self.seq_len}"
-            )
-        if self.seq_len % unit:
-            raise ValueError(
-                f"seq_len must be a multiple of {unit}, which documents are padded to in a {self.kind} layout with "
-                f"cp_size {self.cp_size}, got {self.seq_len}"
+                f"seq_len must be a multiple of {unit}, and greater, for documents in {layout}, got {self.seq_len}"
             )
         if not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
-                f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in a "
-                f"{self.kind} layout with cp_size {self.cp_size}, got {self.num_documents}"
+                f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in {layout}, "
+                f"got {self.num_documents}"
             )
         if self.num_documents > len(self.corpus.documents):
             raise ValueError(
@@ -201,16 +174,22 @@ class BatchStream:
                 f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"
             )
 
-    def batch(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
-        """`input_ids`, `labels` (int64), `position_ids` (int64) and `loss_mask` (fp32), [batch_size, seq_len]
-        each, and their layout. Raises TokenError naming a token id outside the vocabulary and its document."""
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, and its layout.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each [batch_size, seq_len].
+
+        Raises:
+            TokenError: naming a token id outside of the vocabulary and its place.
+        """
         return self._dense(step) if self.num_documents is None else self._packed(step, self.num_documents)
 
     @property
     def _unit(self) -> int:
         return lcm(length_unit(self.cp_size, self.kind), self.multiple_of)
 
-    def _dense(self, step: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
+    def _dense(self, step: int) -> Batch:
         layout = SequenceLayout.dense(self.seq_len, self.cp_size, self.kind)
         starts = [(step * self.batch_size + row) * self.seq_len for row in range(self.batch_size)]
         rows = np.stack([self._checked(self.corpus.read(at, self.seq_len + 1), at) for at in starts])
@@ -222,14 +201,14 @@ class BatchStream:
             "loss_mask": torch.ones(self.batch_size, self.seq_len),
         }, layout
 
-    def _packed(self, step: int, num_documents: int) -> tuple[dict[str, torch.Tensor], SequenceLayout]:
+    def _packed(self, step: int, num_documents: int) -> Batch:
         first = step * self.batch_size * num_documents
         count = len(self.corpus.documents)
-        lap = first // count  # of the corpus: each begins one document later, so that packings differ
+        lap = first // count  # each pass over the corpus begins one document later, so that packings differ
         chosen = [(first + lap + i) % count for i in range(self.batch_size * num_documents)]
         lengths = self._fit([self.corpus.documents[at].num_tokens for at in chosen[:num_documents]])
         streams = []
-        for row in range(self.batch_size):  # rows share their bounds: the first row's documents set them
+        for row in range(self.batch_size):  # all rows have the bounds of the first
             starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]].tolist()
             documents = [
                 self._checked(self.corpus.read(at, n), at) for at, n in zip(starts, lengths, strict=True)
@@ -249,7 +228,7 @@ class BatchStream:
         }, layout
 
     def _fit(self, lengths: list[int]) -> list[int]:
-        """Lengths in the same proportions (at least 1) whose padded sum fits in seq_len."""
+        """Scale lengths (to at least 1) so that their padded sum fits in seq_len."""
         unit = self._unit
         room = self.seq_len - len(lengths) * unit
         share = min(1.0, room / sum(lengths))
@@ -258,10 +237,12 @@ class BatchStream:
     def _checked(self, tokens: Tokens, at: int) -> npt.NDArray[np.int64]:
         if tokens.size and int(tokens.max()) >= self.vocab_size:
             bad = int(np.argmax(tokens >= self.vocab_size))
-            position = (at + bad) % self.corpus.bounds[-1]
-            where = int(np.searchsorted(self.corpus.bounds, position, side="right")) - 1
+            position = (at + bad) % int(self.corpus.bounds[-1])
+            index = self.corpus.document_at(position)
+            document = self.corpus.documents[index]
             raise TokenError(
-                f"token id {int(tokens[bad])} in {self.corpus.documents[where].name} is outside the vocabulary: "
-                f"ids must be in [0, {self.vocab_size - 1}]"
+                f"token id {int(tokens[bad])} in {document.path.name}"
+                f"[{document.offset + position - int(self.corpus.bounds[index])}] is outside of the vocabulary: ids "
+                f"must be in [0, {self.vocab_size - 1}]"
             )
         return tokens.astype(np.int64)

@@ -256,10 +256,10 @@ def test_our_own_errors_need_no_traceback_under_torchrun(tmp_path, monkeypatch, 
         (["--cp", "0"], "cp must be >= 1, got 0"),
         (["--tp", "3"], "num_kv_heads must be a multiple of tp = 3"),
         (["--seq-len", "0"], "seq_len must be >= 1, got 0"),
-        (["--cp", "1", "--seq-len", "16"], "seq_len must be > 16 for documents"),
+        (["--cp", "1", "--seq-len", "16"], "seq_len must be a multiple of 16, and greater"),
         (
             ["--cp", "2", "--seq-len", "1000"],
-            "seq_len must be a multiple of 16, which documents are padded to",
+            "seq_len must be a multiple of 16, and greater",
         ),
         (["--deadline", "1e20"], "Python int too large"),
         (["--cp", "2", "--ranks", "4"], "1 * 2 * 1 = 2, got 4 ranks"),
@@ -293,7 +293,7 @@ def test_a_token_outside_of_the_vocabulary_is_said(tmp_path):
     run = start(tmp_path / "run", "--ranks", "1", "--cp", "1", "--data", str(data))
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert re.search(r"TokenError: token id 999 in ids.bin\[\d+:\] is outside the vocabulary", said), said
+    assert re.search(r"TokenError: token id 999 in ids.bin\[\d+\] is outside of the vocabulary", said), said
     assert "Traceback" not in said
 
 

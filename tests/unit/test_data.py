@@ -2,106 +2,99 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from overlap_mtp.layout import length_unit, pad_documents
-from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, open_corpus
+from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, TokenError, open_corpus
 
 
-def stream_of(corpus, num_documents=None, **sizes) -> BatchStream:
+def stream_of(corpus, num_documents=None, **options) -> BatchStream:
     defaults = {"seq_len": 256, "batch_size": 2, "cp_size": 2, "kind": "zigzag", "vocab_size": 256}
-    return BatchStream(corpus, **{**defaults, **sizes}, num_documents=num_documents)
+    return BatchStream(corpus, **{**defaults, **options}, num_documents=num_documents)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, text in [
-        ("a.txt", "first document"),
-        ("c.txt", "the third one, a longer document"),
-    ]:
-        (tmp_path / name).write_text(text)
-    return tmp_path
+def text(ids: np.ndarray) -> bytes:
+    return bytes(ids.astype(np.uint8))
 
 
-def test_default_corpus_is_the_standard_library():
+def test_the_default_corpus_is_the_standard_library():
     corpus = open_corpus()
-    names = [document.name for document in corpus.documents]
-    assert "abc.py" in names
+    names = [document.path.name for document in corpus.documents]
     assert len(names) > 100
     assert all(document.num_tokens > 0 for document in corpus.documents)
-    text = bytes(corpus.documents[names.index("abc.py")].read(0, 400).astype(np.uint8))
-    assert b"Abstract Base Classes" in text
+    assert b"Abstract Base Classes" in text(corpus.documents[names.index("abc.py")].read(0, 400))
 
 
-def test_folder_and_file(folder):
-    corpus = open_corpus(folder)
-    assert [document.name for document in corpus.documents] == ["a.txt", "c.txt"]
-    assert bytes(corpus.read(0, 17).astype(np.uint8)) == b"first documentthe"
-    assert len(open_corpus(folder / "a.txt").documents) == 1
+def test_a_folder_is_one_stream_that_starts_again_at_its_end(tmp_path):
+    for name, words in [("a.txt", "first document"), ("c.txt", "the third one, a longer document")]:
+        (tmp_path / name).write_text(words)
+    corpus = open_corpus(tmp_path)
+    assert [document.path.name for document in corpus.documents] == ["a.txt", "c.txt"]
+    assert text(corpus.read(0, 17)) == b"first documentthe"
+    corpus = open_corpus(tmp_path / "a.txt")
+    assert len(corpus.documents) == 1
+    assert text(corpus.read(9, 20)) == b"umentfirst documentf"
+    assert text(corpus.read(14 * 5 + 1, 4)) == b"irst"
 
 
 def test_a_fingerprint_is_of_lengths_order_and_tokens(tmp_path):
     def of(*texts: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        for number, text in enumerate(texts):
-            (folder / f"{number}.txt").write_text(text)
-        (folder / "0.txt").rename(folder / "00.txt")  # names are no matter
+        for number, words in enumerate(texts):
+            (folder / f"{number}.txt").write_text(words)
+        (folder / "0.txt").rename(folder / "00.txt")  # names do not matter
         return open_corpus(folder).fingerprint
 
     assert of("ab", "cde") == of("ab", "cde")
     assert len({of("ab", "cde"), of("ab", "cdf"), of("cde", "ab"), of("abc", "de"), of("abcde")}) == 5
 
 
-def test_the_stream_starts_over_at_its_end(folder):
-    corpus = open_corpus(folder / "a.txt")
-    assert bytes(corpus.read(9, 20).astype(np.uint8)) == b"umentfirst documentf"
-    assert bytes(corpus.read(14 * 5 + 1, 4).astype(np.uint8)) == b"irst"
-
-
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_bin_is_a_memory_map(tmp_path, dtype):
+def test_a_bin_is_cut_into_documents(tmp_path, dtype):
     ids = np.arange(PIECE_TOKENS + 100, dtype=dtype)
     ids.tofile(tmp_path / "ids.bin")
     corpus = open_corpus(tmp_path / "ids.bin", dtype)
-    assert isinstance(corpus.documents[0].ids, np.memmap)
     assert [document.num_tokens for document in corpus.documents] == [PIECE_TOKENS, 100]
     assert np.array_equal(corpus.read(PIECE_TOKENS - 3, 6), ids[PIECE_TOKENS - 3 :][:6])
 
 
-def test_missing_and_empty_data_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
-        open_corpus(tmp_path / "nowhere.txt")
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        open_corpus(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        open_corpus(tmp_path)
-    (tmp_path / "empty.bin").touch()
-    with pytest.raises(ValueError, match=r"empty\.bin must hold a whole, positive number"):
-        open_corpus(tmp_path / "empty.bin")
-    (tmp_path / "odd.bin").write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"odd\.bin must hold .* has 3 bytes"):
-        open_corpus(tmp_path / "odd.bin")
-    with pytest.raises(ValueError, match="token_dtype must be one of uint16, uint32, got 'int8'"):
-        open_corpus(tmp_path / "odd.bin", "int8")
-    (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="void holds no text"):
-        open_corpus(tmp_path / "void")
+@pytest.mark.parametrize(
+    ("name", "content", "dtype", "words"),
+    [
+        ("nowhere.txt", None, "uint16", r"nowhere\.txt does not exist"),
+        ("empty.txt", b"", "uint16", r"empty\.txt is empty"),
+        ("folder/empty.txt", b"", "uint16", r"empty\.txt is empty"),
+        ("empty.bin", b"", "uint16", r"empty\.bin is empty"),
+        ("odd.bin", b"123", "uint16", r"odd\.bin must hold a whole number of uint16 token ids, has 3 bytes"),
+        ("odd.bin", b"123", "int8", "token_dtype must be one of uint16, uint32, got 'int8'"),
+        ("folder/", None, "uint16", "folder holds no text"),
+    ],
+)
+def test_missing_and_empty_data_are_named(tmp_path, name, content, dtype, words):
+    folder, _, file = name.rpartition("/")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        open_corpus(tmp_path / (folder or file), dtype)
 
 
 @pytest.mark.parametrize("num_documents", [None, 2])
 def test_a_token_outside_the_vocabulary_is_named(tmp_path, num_documents):
     ids = np.full(9000, 7, np.uint16)
-    ids[20] = 60_000
+    ids[[20, PIECE_TOKENS + 30]] = 60_000
     ids.tofile(tmp_path / "ids.bin")
     stream = stream_of(open_corpus(tmp_path / "ids.bin"), num_documents, vocab_size=50_000)
-    with pytest.raises(ValueError, match=r"token id 60000 in ids\.bin\[0:\] is outside .* in \[0, 49999\]"):
+    with pytest.raises(TokenError, match=r"token id 60000 in ids\.bin\[20\] is outside .* in \[0, 49999\]"):
         stream.batch(0)
+    place = r"ids\.bin\[4126\]"  # in the second document
+    with pytest.raises(TokenError, match=place):
+        replace(stream, num_documents=None, batch_size=1).batch(16)
 
 
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
@@ -123,7 +116,7 @@ def test_dense_batches_are_the_text_and_its_successors(kind):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("num_documents", [1, 5, 20])
-def test_packed_batches_hold_real_documents_by_themselves(kind, num_documents, batch_size):
+def test_packed_batches_hold_each_document_by_itself(kind, num_documents, batch_size):
     corpus = open_corpus()
     stream = stream_of(corpus, num_documents, kind=kind, batch_size=batch_size, seq_len=512)
     for step in range(4):
@@ -154,16 +147,16 @@ def test_packing_keeps_the_proportions_of_real_lengths():
 
 
 def test_one_text_file_is_cut_into_documents(tmp_path):
-    text = bytes(range(1, 251)) * 50
-    (tmp_path / "one.txt").write_bytes(text)
+    words = bytes(range(1, 251)) * 50
+    (tmp_path / "one.txt").write_bytes(words)
     corpus = open_corpus(tmp_path / "one.txt")
     assert [document.num_tokens for document in corpus.documents] == [4096, 4096, 4096, 212]
-    assert bytes(corpus.documents[1].read(0, 4096).astype(np.uint8)) == text[4096:8192]
+    assert text(corpus.documents[1].read(0, 4096)) == words[4096:8192]
     with pytest.raises(ValueError, match="at most the 4 documents that the data holds, got 5"):
         stream_of(corpus, 5)
     stream = stream_of(corpus, 4, batch_size=1)
     lengths = [stream.batch(step)[1].valid_lengths.tolist() for step in range(4)]
-    assert len({tuple(one) for one in lengths}) == 4  # every lap of the corpus is packed differently
+    assert len({tuple(one) for one in lengths}) == 4  # every pass over the corpus is packed differently
 
 
 def test_more_documents_than_fit_are_refused():
@@ -172,8 +165,8 @@ def test_more_documents_than_fit_are_refused():
         stream_of(open_corpus(), 256 // unit)
 
 
-def test_batches_are_alike_at_every_cp_size():
-    """With documents padded to a multiple that all of them can cut."""
+def test_batches_are_the_same_at_every_cp_size():
+    """If documents are padded to a multiple of all their units."""
     corpus, batches = open_corpus(), []
     for cp_size in (1, 2, 4, 8):
         stream = BatchStream(corpus, 1024, 2, cp_size, "zigzag", 256, num_documents=6, multiple_of=16)
