@@ -1,4 +1,4 @@
-"""Loss curves of runs, from their `steps.jsonl`: do they coincide?"""
+"""Loss curves of runs, from their `steps.jsonl`: do they agree?"""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ import numpy as np
 from overlap_mtp.training.step_log import read_records
 
 LOG = "steps.jsonl"
-LAST = 50  # steps that the table's means are over, of those that all runs have
+LAST = 50  # the table's means are over the last 50 steps that all runs have
 
 Losses = dict[str, dict[int, float]]  # by name, then by step
 
 
 def draw_losses(runs: list[Path], out: Path) -> str:
-    """Writes `losses.png` and `losses.md` into `out`; the table. Raises ValueError where a run has no steps.
+    """Write `losses.png` and `losses.md` into `out`.
 
-    A panel for each loss, a line for each run; where there are several, how far each is from the first below. The
-    table says where they were not to be alike.
+    The picture has a panel for each loss and a line for each run, and below them the differences to the first run. The
+    table also lists the settings that differ although losses depend on them.
+
+    Args:
+        runs: folders of runs, with different names.
+        out: a folder.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: if a run has no steps, no step is common to all runs, or two folders have the same name.
     """
     found = {run.name: _losses(run) for run in runs}
     if len(found) < len(runs):
-        raise ValueError("runs are told apart by the names of their folders: two are alike")
+        raise ValueError("the folders of runs must have different names, got two of the same name")
     out.mkdir(parents=True, exist_ok=True)
     _draw(found, out / "losses.png")
-    table = _table(found) + _unlike(runs)
+    table = _table(found) + _different_settings(runs)
     (out / "losses.md").write_text(table)
     return table
 
@@ -35,51 +45,37 @@ def draw_losses(runs: list[Path], out: Path) -> str:
 def _losses(run: Path) -> Losses:
     if not (run / LOG).exists() or not (records := read_records(run / LOG)):
         raise ValueError(f"{run} holds no {LOG} with steps of a run")
-    losses: Losses = {"LM": {record["step"]: _known(record["lm_loss"]) for record in records}}
+    losses: Losses = {"LM": {record["step"]: _number(record["lm_loss"]) for record in records}}
     for depth in range(len(records[0]["mtp_losses"])):
         losses[f"MTP depth {depth + 1}"] = {
-            record["step"]: _known(record["mtp_losses"][depth]) for record in records
+            record["step"]: _number(record["mtp_losses"][depth]) for record in records
         }
     if records[0]["aux_loss"] is not None:
         losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
     return losses
 
 
-def _known(loss: float | None) -> float:
-    """None, where no token counted, as matplotlib and numpy have it."""
+def _number(loss: float | None) -> float:
+    """Return NaN if no token counted, for matplotlib and numpy."""
     return float("nan") if loss is None else loss
 
 
-def _unlike(runs: list[Path]) -> str:
-    """What losses depend on and what is not that of all runs: model, recipe, data, device."""
+def _different_settings(runs: list[Path]) -> str:
+    """List what differs among the runs' models, training, data and devices."""
     records = {
         run.name: json.loads((run / "run.json").read_text()) for run in runs if (run / "run.json").exists()
     }
-    values = {run: _kind(record) for run, record in records.items()}
-    names = dict.fromkeys(name for kind in values.values() for name in kind)
-    of_all = {name: {run: kind[name] for run, kind in values.items() if name in kind} for name in names}
-    lines = [
-        f"- {name}: {', '.join(f'{value} in `{run}`' for run, value in of_runs.items())}"
-        for name, of_runs in of_all.items()
-        if len({str(value) for value in of_runs.values()}) > 1
-    ]
-    return "\n".join(["", "These runs are not of one kind:", "", *lines, ""]) if lines else ""
-
-
-def _kind(record: dict[str, Any]) -> dict[str, Any]:
-    """A run's identity, what of it the records of older runs say in their settings, and the device."""
-    settings = record["settings"]
-    kind: dict[str, Any] = record.get("identity") or {
-        **settings["model"],
-        **{f"recipe.{name}": value for name, value in settings["recipe"].items() if name != "accumulate"},
-        "dp * accumulate": settings["sizes"]["dp"] * settings["recipe"]["accumulate"],
-        **{name: settings[name] for name in ("seq_len", "num_documents", "token_dtype", "seed")},
-    }
-    return kind | {"device": record["where"]["device"]}
+    values = {run: {**one["identity"], "device": one["where"]["device"]} for run, one in records.items()}
+    lines = []
+    for name in dict.fromkeys(name for one in values.values() for name in one):
+        of_runs = {run: one[name] for run, one in values.items() if name in one}
+        if len({str(value) for value in of_runs.values()}) > 1:
+            lines.append(f"- {name}: {', '.join(f'{value} in `{run}`' for run, value in of_runs.items())}")
+    return "\n".join(["", "The settings of these runs differ:", "", *lines, ""]) if lines else ""
 
 
 def _draw(found: dict[str, Losses], path: Path) -> None:
-    from matplotlib import pyplot as plt  # here: ranks that draw nothing start half a second sooner
+    from matplotlib import pyplot as plt  # imported here because it takes half a second
 
     panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
     rows = 1 + (len(found) > 1)
@@ -97,7 +93,7 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
             if panel not in losses:
                 continue
             steps, values = list(losses[panel]), list(losses[panel].values())
-            # The first is a broad line below the others, which would hide it where they coincide.
+            # The first is a broad line, so that it stays visible below a line that coincides with it.
             style: dict[str, Any] = {"linewidth": 4, "alpha": 0.35} if number == 0 else {"linewidth": 1}
             grid[0][column].plot(steps, values, label=name, **style)
             if number and panel in first:
@@ -116,7 +112,7 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
 
 
 def _differences(losses: dict[int, float], others: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Of the steps that both have."""
+    """Return the steps that both have, and the differences."""
     both = [step for step in losses if step in others]
     return both, [losses[step] - others[step] for step in both]
 
@@ -141,9 +137,9 @@ def _table(found: dict[str, Losses]) -> str:
                 cells.append("")
                 continue
             largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
-            said = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
+            difference = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
             mean = np.mean([losses[panel][step] for step in last])
-            cells.append("-" if np.isnan(mean) else f"{mean:.4f}{said}")
+            cells.append("-" if np.isnan(mean) else f"{mean:.4f}{difference}")
         short = f" ({steps[run]} steps)" if steps[run] < max(steps.values()) else ""
         lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

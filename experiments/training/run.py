@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,151 +17,243 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import UseAppendAction
 
 from harness.environment import describe
-from harness.launch import timeout_of_groups
+from harness.launch import check_gpus, choose_device, timeout_of_groups
 from overlap_mtp.layout import length_unit
-from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
-from overlap_mtp.training.data import BatchStream, open_corpus
+from overlap_mtp.training.data import BatchStream, Corpus, open_corpus
 from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, parallelize
 from overlap_mtp.training.step_log import StepLog
-from overlap_mtp.training.trainer import Microbatch, StepReport, TrainConfig, Trainer, shares
+from overlap_mtp.training.trainer import (
+    Microbatch,
+    Normalisation,
+    StepReport,
+    TrainConfig,
+    Trainer,
+    shares,
+)
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
 from training.curves import LOG, draw_losses
 
-SHORTEST_DEADLINE = timedelta(seconds=5)  # ranks that start say nothing for seconds
-LINES = 20  # of a run, where there is no terminal to show its progress
+SHORTEST_DEADLINE_S = 5.0  # starting ranks are silent for seconds
+LINES = 20  # that a run prints if there is no terminal for a progress bar
 SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the same batches
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that a run is made of."""
+    """The options of experiments/train.py."""
 
-    model: ModelConfig
-    recipe: TrainConfig
-    sizes: ParallelDims
-    schedule: str
-    seq_len: int
-    num_documents: int | None  # None: dense
-    out: Path
-    resume: bool = False
-    data: Path | None = None
-    token_dtype: str = "uint16"
-    recompute: bool = False
-    compiled: bool = False
-    deterministic: bool = False
-    save_every: int = 100
-    keep: int = 3
-    deadline: timedelta = timedelta(seconds=60)
-    save_deadline: timedelta = timedelta(hours=1)  # where all save or load; who dies is found all the same
-    seed: int = 0
+    out: Path | None = None  # The run's folder. Default: out/train, or out/curves for --curves.
+    resume: bool = False  # Go on from the folder's last checkpoint.
+    curves: UseAppendAction[tuple[Path, ...]] = ()  # Draw the losses of this run into --out, and train none.
+    data: Path | None = None  # Text, a folder of it, or a .bin of token ids. Default: Python's library.
+    token_dtype: str = "uint16"  # Of a .bin: uint16 or uint32.
+    preset: str = "tiny"  # The model: tiny, small, h2048 or h4096.
+    dp: int = 1  # Ranks that share no sequence.
+    cp: int | None = None  # Ranks that share a sequence. Default: all that dp and tp leave.
+    tp: int = 1  # Ranks that share each tensor.
+    ranks: int | None = None  # Processes to start, if torchrun did not. Default: one for each GPU, or two.
+    device: str | None = None  # cuda or cpu. Default: cuda if there is a GPU.
+    share_gpus: bool = False  # Allow several ranks on a GPU; slow.
+    schedule: str = "prefetch"  # sync, merged, overlap, prefetch or prepared.
+    seq_len: int = 1024  # Tokens of a microbatch's sequence, over all cp ranks.
+    documents: int = 8  # Documents packed into each sequence; 0: one dense stream.
+    steps: int = 200  # Optimizer steps.
+    accumulate: int = 1  # Microbatches of a rank in a step.
+    learning_rate: float = 1e-3  # The highest learning rate.
+    warmup: int | None = None  # Steps to reach it. Default: 20, or all if there are fewer.
+    clip: float = 1.0  # Largest norm of the gradients.
+    normalisation: Normalisation = "token"  # Divide losses by the tokens of the step, or of each batch.
+    mtp_loss_factor: float = 0.3  # Weight of the mean loss of the MTP depths.
+    depths: int = 2  # MTP depths.
+    experts: int = 0  # Experts of each feed-forward layer; 0: none.
+    experts_per_token: int = 2  # Experts that a token goes to.
+    aux_loss_factor: float = 0.01  # Weight of the load-balancing loss.
+    derive_labels: bool = False  # Take labels from input_ids.
+    detach_mtp: bool = False  # Let MTP losses train the MTP block only.
+    repeat_mtp_layer: bool = False  # Use one MTP layer for all depths.
+    recompute: bool = False  # Keep no activations of layers; compute them again in backward.
+    compile: bool = False  # Compile the layers; not with tp.
+    deterministic: bool = False  # Give the same bits in every run on GPUs; slower.
+    save_every: int = 100  # Steps from one checkpoint to the next; 0: save the last step only.
+    keep: int = 3  # Checkpoints to keep.
+    deadline: float = (
+        60  # Seconds that ranks wait for one another; a silent rank is given up after a quarter of it.
+    )
+    save_deadline: float = 3600  # The same while ranks save or load.
+    seed: int = 0  # Of the first weights and of the order of the documents.
 
-    def check(self, world_size: int) -> None:
-        """Raises ValueError where something is illegal, before any rank is started; else makes the run's folder."""
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("out/train")
+
+    @property
+    def dims(self) -> ParallelDims:
+        return ParallelDims(self.dp, 1 if self.cp is None else self.cp, self.tp)
+
+    @property
+    def model(self) -> ModelConfig:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        return replace(
+            PRESETS[self.preset].model,
+            num_depths=self.depths,
+            mtp_loss_factor=self.mtp_loss_factor,
+            num_experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            aux_loss_factor=self.aux_loss_factor,
+            derive_labels=self.derive_labels,
+            detach_mtp=self.detach_mtp,
+            repeat_mtp_layer=self.repeat_mtp_layer,
+        )
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(20, self.steps) if self.warmup is None else self.warmup,
+            clip_norm=self.clip,
+            accumulate=self.accumulate,
+            normalisation=self.normalisation,
+        )
+
+    def resolved(self) -> RunSettings:
+        """Choose the device, the number of ranks and cp, and make the run's folder.
+
+        Raises:
+            ValueError: if an option is illegal; no rank has been started yet.
+        """
+        device, others = choose_device(self.device), ParallelDims(self.dp, 1, self.tp).world
+        ranks = int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or others * (self.cp or 0)
+        ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2 * others)
+        check_gpus(ranks, device, self.share_gpus)
+        cp = max(1, ranks // others) if self.cp is None else self.cp
+        settings = replace(self, device=device, ranks=ranks, cp=cp)
+        settings._check(ranks)
+        return settings
+
+    def _check(self, ranks: int) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        self.sizes.check(self.model, self.seq_len, "zigzag", world_size)
-        if self.compiled and self.sizes.tp > 1:
-            raise ValueError(f"--compile and tp > 1 do not go together, got tp {self.sizes.tp}")
-        for name, least in (("keep", 1), ("save_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if self.deadline < SHORTEST_DEADLINE:
+        self.dims.check(self.model, self.seq_len, "zigzag", ranks)
+        if self.compile and self.tp > 1:
             raise ValueError(
-                f"deadline must be >= {SHORTEST_DEADLINE.total_seconds():g} s, got {self.deadline.total_seconds():g}"
+                f"--compile and tp > 1 do not go together, got tp {self.tp}: leave one of them out"
             )
-        self.stream()
-        has_log = (self.out / LOG).exists() and (self.out / LOG).stat().st_size
-        if not self.resume and (has_log or Checkpoints(self.out / "checkpoints").latest()):
-            raise ValueError(f"{self.out} holds a run: go on with --resume, or take another --out")
+        for name, least, unit in (
+            ("keep", 1, ""),
+            ("save_every", 0, ""),
+            ("deadline", SHORTEST_DEADLINE_S, " s"),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least:g}{unit}, got {getattr(self, name):g}")
+        # These raise if an option is illegal.
+        _ = self.train_config, timedelta(seconds=self.deadline), timedelta(seconds=self.save_deadline)
+        self.stream(self.corpus())
+        log = self.folder / LOG
+        has_log = log.exists() and log.stat().st_size
+        if not self.resume and (has_log or Checkpoints(self.folder / "checkpoints").latest()):
+            raise ValueError(f"{self.folder} holds a run: go on with --resume, or give another --out")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"out must be a folder, or a path for one: {error}") from None
 
-    def stream(self) -> BatchStream:
-        """Of batches of one sequence each, the same for every number of ranks."""
+    def corpus(self) -> Corpus:
+        return open_corpus(self.data, self.token_dtype)
+
+    def stream(self, corpus: Corpus) -> BatchStream:
+        """Return batches of one sequence each, the same for every number of ranks."""
         return BatchStream(
-            open_corpus(self.data, self.token_dtype).shuffled(self.seed),
+            corpus.shuffled(self.seed),
             self.seq_len,
             1,
-            self.sizes.cp,
+            self.dims.cp,
             "zigzag",
             self.model.vocab_size,
-            self.num_documents,
+            self.documents or None,
             multiple_of=self._multiple_of,
         )
 
     @property
     def _multiple_of(self) -> int:
-        return math.lcm(*(length_unit(cp, "zigzag") for cp in (SHARED_BY, self.sizes.cp)))
+        return math.lcm(*(length_unit(cp, "zigzag") for cp in (SHARED_BY, self.dims.cp)))
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with to go on from it: the model, the recipe and the data's order."""
-        recipe = {f"recipe.{name}": value for name, value in asdict(self.recipe).items()}
-        recipe["dp * accumulate"] = self.sizes.dp * recipe.pop("recipe.accumulate")
+    def identity(self, corpus: Corpus) -> dict[str, Any]:
+        """Return what a run must share with a checkpoint to go on from it: model, training and order of the data."""
+        training = {f"train_config.{name}": value for name, value in asdict(self.train_config).items()}
+        training["dp * accumulate"] = self.dp * training.pop("train_config.accumulate")
         data = {
-            "data": open_corpus(self.data, self.token_dtype).fingerprint,
+            "data": corpus.fingerprint,
             "token_dtype": self.token_dtype,
             "seed": self.seed,
             "seq_len": self.seq_len,
-            "num_documents": self.num_documents,
-            "documents' lengths are multiples of": self._multiple_of if self.num_documents else None,
+            "num_documents": self.documents or None,
+            "documents' lengths are multiples of": self._multiple_of if self.documents else None,
         }
-        return {**asdict(self.model), **recipe, **data}
+        return {**asdict(self.model), **training, **data}
 
 
 class Run:
-    """The model, its optimizer and its data on one rank, and how far they are."""
+    """The model, optimizer and data of a run on one rank, and its progress."""
 
     def __init__(
         self,
         settings: RunSettings,
         device: torch.device,
         parallel: ParallelMesh,
-        savers: dist.ProcessGroup | None,
+        save_group: dist.ProcessGroup | None,
         on_phase: Callable[[str], None],
     ) -> None:
-        """`savers`: all ranks, for those that save and load."""
+        """Build them on this rank. `save_group` holds all ranks, for saving and loading checkpoints."""
         self.settings, self.device, self.parallel = settings, device, parallel
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(settings.deterministic)
-        # Slow, and nothing here reads what was not written.
+        # Filling is slow, and nothing here reads memory that was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:
-            documents = max(128, settings.num_documents or 0)
-            model = GPT(settings.model, parallel.cp_group, settings.schedule, documents)
+            model = GPT(
+                settings.model,
+                parallel.cp_group,
+                settings.schedule,
+                max_documents=max(128, settings.documents),
+            )
         model.recompute_layers(settings.recompute)
-        compute = torch.bfloat16 if device.type == "cuda" else None
-        self.model = parallelize(model, parallel, compute)
-        if settings.compiled:
+        self.model = parallelize(model, parallel, torch.bfloat16 if device.type == "cuda" else None)
+        if settings.compile:
             self.model.compile_layers()
+        config = settings.train_config
         optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
-        self.trainer = Trainer(self.model, optimizer, settings.recipe, parallel, on_phase)
-        self.stream = settings.stream()
+        self.trainer = Trainer(self.model, optimizer, config, parallel, on_phase)
+        corpus = settings.corpus()
+        self.stream, self.identity = settings.stream(corpus), settings.identity(corpus)
         self.checkpoints = Checkpoints(
-            settings.out / "checkpoints", settings.keep, sizes=asdict(settings.sizes), group=savers
+            settings.folder / "checkpoints", settings.keep, sizes=asdict(settings.dims), group=save_group
         )
-        self.identity = settings.identity
         self.timed = TimedRoller(self.model.mtp.roller)
         self.steps_done = 0
-        self.batches_done = 0  # of all dp ranks: where the next step's data begins
-        depths = settings.model.num_depths
-        self.right, self.counted = [0.0] * (1 + depths), [0.0] * (1 + depths)  # of all steps
+        self.batches_done = 0  # by all dp ranks: the next step's data begins here
+        self.right, self.counted = (
+            [0.0] * (1 + settings.depths),
+            [0.0] * (1 + settings.depths),
+        )  # of all steps
 
     def load(self) -> None:
-        """Goes on from the last checkpoint, or from the start where the run was killed before its first.
+        """Load the last checkpoint, if there is one. Collective.
 
-        Collective; raises CheckpointError on all ranks where the checkpoint is none to go on from.
+        Raises:
+            CheckpointError: on all ranks, if the checkpoint is damaged or belongs to another run.
         """
         trainer = self.trainer
         try:
@@ -183,32 +276,31 @@ class Run:
         )
 
     @property
-    def beginning(self) -> str:
-        """What is trained on what, and from where on."""
+    def introduction(self) -> str:
+        """The model, the data and the step that the run begins with, for the log."""
         settings, corpus = self.settings, self.stream.corpus
-        parameters = sum(one.numel() for one in self.model.parameters())
-        known = {"experts": settings.model.num_experts, "documents": settings.num_documents}
+        dims, parameters = settings.dims, sum(one.numel() for one in self.model.parameters())
+        known = {"experts": settings.experts, "documents": settings.documents}
         lines = [
             f"{parameters / 1e6:,.1f} M parameters, "
             + "".join(f"{count} {name}, " for name, count in known.items() if count)
-            + f"{settings.seq_len} tokens a sequence; dp {settings.sizes.dp} x cp {settings.sizes.cp} x tp "
-            f"{settings.sizes.tp}, {settings.schedule}; data: {len(corpus.documents):,} documents, "
-            f"{corpus.bounds[-1]:,} tokens"
+            + f"{settings.seq_len} tokens a sequence; dp {dims.dp} x cp {dims.cp} x tp {dims.tp}, "
+            f"{settings.schedule}; data: {len(corpus.documents):,} documents, {corpus.bounds[-1]:,} tokens"
         ]
-        folder, steps = self.checkpoints.folder, settings.recipe.steps
+        folder, steps = self.checkpoints.folder, settings.steps
         if self.steps_done:
-            left = "all are done" if self.steps_done == steps else f"goes on with step {self.steps_done + 1}"
-            lines.append(f"step {self.steps_done} of {steps} is in {folder}: {left}")
+            rest = "all are done" if self.steps_done == steps else f"goes on with step {self.steps_done + 1}"
+            lines.append(f"step {self.steps_done} of {steps} is in {folder}: {rest}")
         elif settings.resume:
             lines.append(f"no checkpoint in {folder}: begins with step 1")
         return "\n".join(lines)
 
     def step(self) -> dict[str, Any]:
-        """Takes a step; its record."""
+        """Take a step, and return its record."""
         begin = time.perf_counter()
         first, rate = self.batches_done, self.trainer.optimizer.param_groups[0]["lr"]
         microbatches = list(self._microbatches())
-        self.batches_done += len(microbatches) * self.settings.sizes.dp
+        self.batches_done += len(microbatches) * self.settings.dp
         where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1} (from 0)"
         report = self.trainer.step(microbatches, self.timed, where, first)
         self.steps_done += 1
@@ -217,28 +309,26 @@ class Run:
         return self._record(report, rate, time.perf_counter() - begin)
 
     def _microbatches(self) -> Iterator[Microbatch]:
-        """In the order of the data: dp ranks take one each, then the next."""
-        parallel, dp = self.parallel, self.settings.sizes.dp
-        for number in range(self.settings.recipe.accumulate):
-            full, layout = self.stream.batch(self.batches_done + number * dp + parallel.dp_rank)
-            if self.settings.model.derive_labels:
+        """Yield this rank's microbatches: dp ranks take one each in the order of the data, then the next."""
+        settings, parallel = self.settings, self.parallel
+        for number in range(settings.accumulate):
+            full, layout = self.stream.batch(self.batches_done + number * settings.dp + parallel.dp_rank)
+            if settings.derive_labels:
                 del full["labels"]
-            if self.settings.schedule == "prepared":
-                full = prepare(full, layout, self.settings.model.depths_rolled)
+            if settings.schedule == "prepared":
+                full = prepare(full, layout, settings.model.depths_rolled)
             yield {n: layout.shard(t, parallel.cp_rank).to(self.device) for n, t in full.items()}, layout
 
     def _record(self, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         cost = self.timed.read()
-        losses = [report.lm_loss, *report.mtp_losses]
-        known = [loss if count else None for loss, count in zip(losses, report.counted, strict=True)]
         return {
             "step": self.steps_done,
             "batches": self.batches_done,
             "loss": report.loss,
-            "lm_loss": known[0],
-            "mtp_losses": known[1:],
+            "lm_loss": report.lm_loss,
+            "mtp_losses": report.mtp_losses,
             "aux_loss": report.aux_loss,
             "acceptance": report.acceptance,
             "cumulative_acceptance": shares(self.right, self.counted)[1:],
@@ -252,31 +342,34 @@ class Run:
 
 
 def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
-    """All steps of a run, from the start or from its last checkpoint."""
-    # Making a group keeps all waiting, and is not counted: a phase each.
+    """Take all steps of a run, from the start or from its last checkpoint."""
+    deadline, save_deadline = (timedelta(seconds=s) for s in (settings.deadline, settings.save_deadline))
+    # All ranks wait while a group is made, and the watchdog does not count that: each group has its own phase.
     watchdog.phase("making the mesh")
-    parallel = ParallelMesh.make(settings.sizes, device.type, timeout_of_groups(settings.deadline))
+    parallel = ParallelMesh.make(settings.dims, device.type, timeout_of_groups(deadline))
     watchdog.follow(*map(collectives_begun, parallel.groups))
     watchdog.phase("making a group to save over")
-    savers = dist.new_group(timeout=timeout_of_groups(max(settings.deadline, settings.save_deadline)))
+    save_group = dist.new_group(timeout=timeout_of_groups(max(deadline, save_deadline)))
     watchdog.phase("setting up")
-    watchdog.follow(collectives_begun(savers))
-    run = Run(settings, device, parallel, savers, watchdog.phase)
+    watchdog.follow(collectives_begun(save_group))
+    run = Run(settings, device, parallel, save_group, watchdog.phase)
     timed = run.timed
-    watchdog.follow(lambda: timed.begun)  # whose messages no group counts alike on all ranks
+    watchdog.follow(lambda: timed.begun)  # no group counts the messages of rolls in the same way on all ranks
     if settings.resume:
-        watchdog.phase("loading a checkpoint", settings.save_deadline)
+        watchdog.phase("loading a checkpoint", save_deadline)
         run.load()
     writes = dist.get_rank() == 0
-    log = StepLog(settings.out / LOG, run.steps_done) if writes else None
+    log = StepLog(settings.folder / LOG, run.steps_done) if writes else None
     if writes:
+        options = {
+            name: value for name, value in asdict(settings).items() if name not in ("out", "data", "curves")
+        }
         where = describe(device, dist.get_world_size())
-        facts = {"settings": asdict(settings), "identity": run.identity, "where": where}
-        del facts["settings"]["out"], facts["settings"]["data"]  # paths
-        (settings.out / "run.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
-    steps, console = settings.recipe.steps, Console(quiet=not writes, soft_wrap=True, highlight=False)
+        facts = {"settings": options, "identity": run.identity, "where": where}
+        (settings.folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    steps, console = settings.steps, Console(quiet=not writes, soft_wrap=True, highlight=False)
     every = max(1, steps // LINES)
-    console.print(run.beginning)
+    console.print(run.introduction)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
     with progress_bar(console) as progress:
@@ -286,11 +379,11 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             record = run.step()
             if log is not None:
                 log.write(record)
-            progress.update(task, completed=run.steps_done, description=said(record))
+            progress.update(task, completed=run.steps_done, description=line_of(record))
             if not console.is_terminal and run.steps_done % every == 0:
-                console.print(f"{run.steps_done}/{steps} {said(record)}")
+                console.print(f"{run.steps_done}/{steps} {line_of(record)}")
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
-                watchdog.phase(f"saving step {run.steps_done}", settings.save_deadline)
+                watchdog.phase(f"saving step {run.steps_done}", save_deadline)
                 if log is not None:
                     log.sync()
                 run.save()
@@ -300,36 +393,34 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         log.close()
         written = [str(log.path)]
         if log.path.stat().st_size:
-            draw_losses([settings.out], settings.out)
+            draw_losses([settings.folder], settings.folder)
             written.append("losses.png")
         console.print(f"wrote {', '.join(written)} and checkpoints, the last of step {run.steps_done}")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes so far: allocated by torch on a GPU, on CPU resident of this process (Linux counts them in KiB)."""
+    """Return the most bytes used so far: by torch on a GPU, else by this process (Linux counts them in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def progress_bar(console: Console) -> Progress:
-    """Of steps, with the last one in a line; on a terminal isolated."""
+    """Return a bar of steps that shows the last record; it stays hidden if there is no terminal."""
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 
-def said(record: dict[str, Any]) -> str:
-    """A step in a line."""
+def line_of(record: dict[str, Any]) -> str:
+    """Return a step's record as one line."""
 
-    def all_of(values: list[float | None], form: str) -> str:
+    def joined(values: list[float | None], form: str) -> str:
         return " ".join("-" if value is None else format(value, form) for value in values)
 
-    parts = [f"LM {all_of([record['lm_loss']], '.3f')}", f"MTP {all_of(record['mtp_losses'], '.3f')}"]
+    parts = [f"LM {joined([record['lm_loss']], '.3f')}", f"MTP {joined(record['mtp_losses'], '.3f')}"]
     if record["aux_loss"] is not None:
         parts.append(f"aux {record['aux_loss']:.3f}")
-    parts.append(f"accepted {all_of(record['acceptance'], '.0%')}")
-    parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+    parts += [f"accepted {joined(record['acceptance'], '.0%')}", f"{record['tokens_per_s']:,.0f} tokens/s"]
     if record["stall_us"] is not None:
         parts.append(f"stall {record['stall_us']:.0f} µs")
-    parts.append(f"{record['memory_gib']:.1f} GiB")
-    return ", ".join(parts)
+    return ", ".join([*parts, f"{record['memory_gib']:.1f} GiB"])

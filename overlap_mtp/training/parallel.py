@@ -1,7 +1,7 @@
-"""Who shards what: the mesh of data-, context- and tensor-parallel ranks, and the model spread over it.
+"""The mesh of data-, context- and tensor-parallel ranks, and which rank holds which part of the model.
 
-Ranks that are neighbours share a tensor, then a sequence: rank = (dp_rank * cp_size + cp_rank) * tp_size + tp_rank.
-Parameters are split over tp (DTensor) and sharded over dp x cp (FSDP2): the ranks of both have gradients to add up.
+rank = (dp_rank * cp_size + cp_rank) * tp_size + tp_rank: the ranks of a tp group are neighbours.
+Parameters are split over tp (DTensor) and sharded over dp x cp (FSDP2), where gradients are summed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from overlap_mtp.model.moe import MoE
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How many ranks share what: data, sequence (context), tensors."""
+    """The number of ranks in each dimension of the mesh."""
 
-    dp: int = 1
-    cp: int = 1
-    tp: int = 1
+    dp: int = 1  # ranks that share no sequence
+    cp: int = 1  # ranks that share a sequence
+    tp: int = 1  # ranks that share each tensor
 
     def __post_init__(self) -> None:
         for name in ("dp", "cp", "tp"):
@@ -55,13 +55,23 @@ class ParallelDims:
         return self.dp * self.cp * self.tp
 
     def check(self, config: ModelConfig, seq_len: int, kind: Kind, world_size: int) -> None:
-        """Raises ValueError where two sizes disagree, and says which."""
+        """Check that the dimensions suit the model, the sequence and the number of ranks.
+
+        Args:
+            config: the model.
+            seq_len: tokens of a sequence, over all cp ranks.
+            kind: how the cp ranks share a sequence.
+            world_size: number of ranks.
+
+        Raises:
+            ValueError: naming the two numbers that disagree.
+        """
         self.check_world(world_size)
         self.check_model(config)
         self.check_length(seq_len, kind)
 
     def check_world(self, world_size: int) -> None:
-        """Of `check`, what is about the number of ranks."""
+        """Check only the number of ranks."""
         if self.world != world_size:
             raise ValueError(
                 f"dp * cp * tp must be the number of ranks: {self.dp} * {self.cp} * {self.tp} = {self.world}, got "
@@ -69,16 +79,16 @@ class ParallelDims:
             )
 
     def check_length(self, seq_len: int, kind: Kind) -> None:
-        """Of `check`, what is about the tokens of a sequence."""
+        """Check only the length of a sequence."""
         if seq_len < 1:
             raise ValueError(f"seq_len must be >= 1, got {seq_len}")
         unit = length_unit(self.cp, kind)
         _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", unit)
-        # Sequence parallelism cuts what a cp rank holds once more.
+        # Sequence parallelism splits the tokens of a cp rank again.
         _divides("seq_len / cp", seq_len // self.cp, "tp", self.tp)
 
     def check_model(self, config: ModelConfig) -> None:
-        """Of `check`, what is about the model."""
+        """Check only the model."""
         for name in ("num_kv_heads", "ffn_size", "vocab_size"):
             _divides(name, getattr(config, name), "tp", self.tp)
 
@@ -90,22 +100,26 @@ def _divides(what: str, value: int, name: str, size: int) -> None:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The mesh, and the groups of this rank that others ask for."""
+    """The device mesh, and this rank's groups and ranks in it."""
 
     mesh: DeviceMesh  # (dp, cp, tp)
-    sizes: ParallelDims
+    dims: ParallelDims
 
     @classmethod
-    def make(cls, sizes: ParallelDims, device_type: str, timeout: timedelta | None = None) -> ParallelMesh:
-        """Collective over all ranks. Raises ValueError where these are not sizes.world many.
+    def make(cls, dims: ParallelDims, device_type: str, timeout: timedelta | None = None) -> ParallelMesh:
+        """Make the mesh and its process groups. Collective over all ranks.
 
-        `timeout`: of collectives over the mesh; by default torch's own, whatever the default group's is.
+        Args:
+            dims: number of ranks in each dimension.
+            device_type: "cpu" or "cuda".
+            timeout: of collectives over the mesh. Default: torch's own, not that of the default group.
+
+        Raises:
+            ValueError: if there are not exactly dims.world ranks.
         """
-        sizes.check_world(dist.get_world_size())
-        mesh = init_device_mesh(
-            device_type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=("dp", "cp", "tp")
-        )
-        parallel = cls(mesh, sizes)
+        dims.check_world(dist.get_world_size())
+        mesh = init_device_mesh(device_type, (dims.dp, dims.cp, dims.tp), mesh_dim_names=("dp", "cp", "tp"))
+        parallel = cls(mesh, dims)
         if timeout is not None:
             for group in parallel.groups:
                 _set_pg_timeout(timeout, group)
@@ -117,17 +131,17 @@ class ParallelMesh:
 
     @cached_property
     def shard_mesh(self) -> DeviceMesh:
-        """dp x cp: parameters are sharded and gradients added up over it."""
+        """dp x cp: parameters are sharded and gradients summed over it."""
         return self.mesh["dp", "cp"]._flatten("dp_cp")
 
     @cached_property
     def data_group(self) -> dist.ProcessGroup:
-        """dp x cp: token counts and losses are added up over it."""
+        """dp x cp: token counts and losses are summed over it."""
         return self.shard_mesh.get_group()
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """All that a step has collectives in, but for the rolls' own."""
+        """The groups of all collectives of a step, except for the rolls' own exchange."""
         return [self.data_group, self.cp_group, self.mesh["tp"].get_group()]
 
     @property
@@ -140,19 +154,28 @@ class ParallelMesh:
 
 
 def parallelize(model: GPT, parallel: ParallelMesh, compute_dtype: torch.dtype | None = None) -> GPT:
-    """Spreads the model, alike on all ranks before, over the mesh; in place.
+    """Split and shard a model over the mesh, in place.
 
-    `compute_dtype`: what parameters are cast to for forward and backward, while they and their gradients stay as they
-    are (bfloat16 on GPUs). Raises ValueError where the model's sizes and tp disagree.
+    Args:
+        model: the whole model, the same on all ranks.
+        parallel: the mesh.
+        compute_dtype: dtype of parameters in forward and backward (bfloat16 on GPUs). Parameters and their gradients
+            keep their own dtype.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if tp does not divide the model.
     """
-    parallel.sizes.check_model(model.config)
-    # Nothing here changes in place what a block returns, and a norm a step may take two messages.
+    parallel.dims.check_model(model.config)
+    # Nothing here changes a block's output in place, and the norm of a step may take two messages.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in ("_redistribute", "_collective_utils"):
         logging.getLogger(f"torch.distributed.tensor.{module}").setLevel(logging.ERROR)
-    if parallel.sizes.tp > 1:
+    if parallel.dims.tp > 1:
         _split_tensors(model, parallel.mesh["tp"])
-    # What a block is given is in the right dtype, or is a mask, whose sum must be the one that was counted.
+    # A block's inputs have the right dtype already, except for masks: their sum must stay what was counted.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32 if compute_dtype else None,
@@ -160,13 +183,13 @@ def parallelize(model: GPT, parallel: ParallelMesh, compute_dtype: torch.dtype |
     )
     for block in (*model.layers, *model.mtp.depths, model):
         shard = fully_shard(block, mesh=parallel.shard_mesh, mp_policy=policy)
-        shard.set_gradient_divide_factor(1.0)  # sums: losses are already over the tokens of all ranks
-        shard.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        shard.set_gradient_divide_factor(1.0)  # sum: losses are divided by the tokens of all ranks already
+        shard.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     return model
 
 
 def _split_tensors(model: GPT, mesh: DeviceMesh) -> None:
-    """Tensor and sequence parallelism: between blocks each rank holds its part of the tokens."""
+    """Apply tensor and sequence parallelism: between blocks each rank holds a part of the tokens."""
     model.tp_group = mesh.get_group()
     layer: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(use_local_output=True),
@@ -201,7 +224,7 @@ def _split_tensors(model: GPT, mesh: DeviceMesh) -> None:
 
 
 class SplitExperts(ParallelStyle):
-    """Every expert's inner width over the ranks; the router whole on each of them."""
+    """Split the inner width of every expert over the ranks; keep the router whole on each rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, MoE)
@@ -215,6 +238,6 @@ class SplitExperts(ParallelStyle):
 
 @contextmanager
 def split_loss(parallel: ParallelMesh | None) -> Iterator[None]:
-    """Forward and backward run in it: the loss over a vocabulary that is split over tp ranks."""
-    with loss_parallel() if parallel is not None and parallel.sizes.tp > 1 else nullcontext():
+    """Run forward and backward in this context: the loss then takes logits that are split over tp ranks."""
+    with loss_parallel() if parallel is not None and parallel.dims.tp > 1 else nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""One optimizer step over data-, context- and tensor-parallel ranks, and what it says of itself."""
+"""One optimizer step over data-, context- and tensor-parallel ranks, and its report."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Normalisation = Literal["token", "batch"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run learns."""
+    """Length, learning rate and loss normalisation of a run."""
 
     steps: int
     learning_rate: float = 3e-4
     warmup_steps: int = 0
-    final_fraction: float = 0.1  # of the learning rate, where the cosine ends
+    final_fraction: float = 0.1  # of the learning rate, at the end of the cosine
     clip_norm: float = 1.0
     accumulate: int = 1  # microbatches of a rank in a step
     normalisation: Normalisation = "token"
@@ -54,7 +54,7 @@ class TrainConfig:
             raise ValueError(f"normalisation must be {legal}, got {self.normalisation!r}")
 
     def schedule(self, step: int) -> float:
-        """The fraction of the learning rate at a step, from 0: linear warm-up, then half a cosine."""
+        """Return the fraction of the learning rate at a step (from 0): linear warm-up, then half a cosine."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -64,54 +64,58 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step cost and learned; alike on all ranks.
+    """Losses, gradient norms and draft acceptance of a step; the same on all ranks.
 
-    Losses are sums over all microbatches, dp and cp ranks over what they are sums of: LM and MTP losses over tokens
-    that count (0 where none does), the load-balancing loss over tokens of documents. `loss` is what was minimised.
+    Each loss is a sum over all microbatches, dp and cp ranks, divided by the number of its tokens. LM and MTP losses
+    are over tokens that count (None if none does), the load-balancing loss is over tokens of documents.
     """
 
-    loss: float
-    lm_loss: float
-    mtp_losses: list[float]  # by depth
+    loss: float  # that was minimised
+    lm_loss: float | None
+    mtp_losses: list[float | None]  # by depth
     aux_loss: float | None  # with experts
     grad_norms: dict[str, float]  # before clipping: of the "model", or of the "trunk" and the "mtp" block
     tokens: int  # of documents
-    right: list[float]  # guesses (weighed by the mask) of LM and each depth that were the label
-    counted: list[float]  # of so many
+    right: list[float]  # weight of the right guesses, of LM and of each depth
+    counted: list[float]  # weight of all guesses
 
     @property
     def acceptance(self) -> list[float | None]:
-        """By depth: the share of its tokens that the depth would have drafted right."""
+        """By depth: the share of tokens that the depth would have drafted right."""
         return shares(self.right, self.counted)[1:]
 
 
-def shares(right: list[float], counted: list[float]) -> list[float | None]:
-    """Of what was counted, how much was right; None where nothing was: documents may be shorter than a depth."""
-    return [r / c if c else None for r, c in zip(right, counted, strict=True)]
+def shares(sums: list[float], counts: list[float]) -> list[float | None]:
+    """Divide sums by counts; None if a count is 0, as when documents are shorter than a depth."""
+    return [one / count if count else None for one, count in zip(sums, counts, strict=True)]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss, or its gradient, was infinite or not a number; no weight was changed by it."""
+    """A loss or its gradient is infinite or not a number; it changed no weight."""
 
 
 class Trainer:
-    """Takes steps.
+    """Take optimizer steps.
 
-    `parallel`: the mesh that the model was parallelized over; None on a single process. `on_phase` is told what comes
-    next, alike on all ranks (`Watchdog.phase`).
+    Args:
+        model: parallelized over `parallel`.
+        optimizer: of the model's parameters.
+        config: length, learning rate and loss normalisation.
+        parallel: the mesh; None on a single process.
+        on_phase: is told what comes next, at the same places on all ranks (`Watchdog.phase`).
     """
 
     def __init__(
         self,
         model: GPT,
         optimizer: torch.optim.Optimizer,
-        recipe: TrainConfig,
+        config: TrainConfig,
         parallel: ParallelMesh | None = None,
         on_phase: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.model, self.optimizer, self.recipe, self.parallel = model, optimizer, recipe, parallel
+        self.model, self.optimizer, self.config, self.parallel = model, optimizer, config, parallel
         self._on_phase = on_phase
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.schedule)
 
     def step(
         self,
@@ -120,22 +124,27 @@ class Trainer:
         where: str = "",
         first_batch: int = 0,
     ) -> StepReport:
-        """Forward and backward of each microbatch, then one update.
+        """Run forward and backward of each microbatch, then update the weights once. Collective.
 
-        `microbatches`: (batch, layout) with this rank's shards, as many on every rank. The exchange of a microbatch
-        runs under its trunk, by `roller` or the model's own. Raises NonFiniteLossError, on all ranks, naming `where`
-        and the batch: counted from `first_batch` in the order of the data, of which dp ranks take one each, then the
-        next.
+        Args:
+            microbatches: `config.accumulate` pairs (this rank's shards of a batch, its layout).
+            roller: starts the exchange of each microbatch. Default: the model's own.
+            where: names the step in errors and phases.
+            first_batch: number of the step's first batch, for errors: dp ranks take one each, then the next.
+
+        Raises:
+            NonFiniteLossError: on all ranks, naming the step, the loss and the batch.
+            ValueError: if there are not `config.accumulate` microbatches, or a layout does not suit the mesh.
         """
-        if len(microbatches) != self.recipe.accumulate:
+        if len(microbatches) != self.config.accumulate:
             raise ValueError(
-                f"a step takes recipe.accumulate = {self.recipe.accumulate} microbatches, got {len(microbatches)}"
+                f"a step takes accumulate = {self.config.accumulate} microbatches, got {len(microbatches)}"
             )
         for _, layout in microbatches:
-            self._check_sizes(layout)
+            self._check_layout(layout)
         self.optimizer.zero_grad()
-        known = self._table(torch.stack([self._known(*one) for one in microbatches]))
-        counts, tokens = known[..., :-1], known[..., -1].sum()
+        weights = self._table(torch.stack([self._weights(*one) for one in microbatches]))
+        counts, tokens = weights[..., :-1], weights[..., -1].sum()
         sums, right = [], []
         for number, (batch, layout) in enumerate(microbatches):
             self._on_phase(f"{where}: microbatch {number}")
@@ -147,7 +156,7 @@ class Trainer:
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
             right.append(torch.stack(guesses.right))
-        self._on_phase(f"{where}: losses and update")  # here the host first waits for the device
+        self._on_phase(f"{where}: losses and update")  # the host waits for the device here for the first time
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]
         self._check_finite(totals, where, first_batch)
@@ -156,32 +165,30 @@ class Trainer:
         self.scheduler.step()
         return self._report(totals, hits, counts, norms, tokens)
 
-    def _check_sizes(self, layout: SequenceLayout) -> None:
-        sizes = self.parallel.sizes if self.parallel is not None else ParallelDims()
-        if layout.cp_size != sizes.cp:
-            raise ValueError(
-                f"the layout's cp_size must be the mesh's cp: {layout.cp_size} is not {sizes.cp}"
-            )
-        sizes.check_length(layout.seq_len, layout.kind)
+    def _check_layout(self, layout: SequenceLayout) -> None:
+        dims = self.parallel.dims if self.parallel is not None else ParallelDims()
+        if layout.cp_size != dims.cp:
+            raise ValueError(f"the layout's cp_size must be the mesh's cp = {dims.cp}, got {layout.cp_size}")
+        dims.check_length(layout.seq_len, layout.kind)
 
-    def _known(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
-        """What is known of a microbatch before its forward: what its losses are divided by, and its tokens."""
+    def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
+        """Return this rank's counts of a microbatch's losses, then its number of tokens, [num_sums + 1]."""
         counts = self.model.counts(batch, layout).double()
         tokens = batch["input_ids"].shape[0] * int(layout.valid(self.model.cp_rank).sum())
         return torch.cat([counts, counts.new_tensor([tokens])])
 
     def _table(self, mine: torch.Tensor) -> torch.Tensor:
-        """[microbatches, n] of each rank -> [dp, microbatches, n], summed over cp. One all-reduce."""
+        """Gather [microbatches, n] of each rank to [dp, microbatches, n], summed over cp, by one all-reduce."""
         if self.parallel is None:
             return mine[None]
-        table = mine.new_zeros((self.parallel.sizes.dp, *mine.shape))
+        table = mine.new_zeros((self.parallel.dims.dp, *mine.shape))
         table[self.parallel.dp_rank] = mine
         dist.all_reduce(table, group=self.parallel.data_group)
         return table
 
     def _denominators(self, counts: torch.Tensor, number: int) -> torch.Tensor:
-        """What the sums of a microbatch are divided by: all tokens of the step, or its own and the microbatches."""
-        if self.recipe.normalisation == "token":
+        """Return the divisors of a microbatch's sums: tokens of the step, or its own times the microbatches."""
+        if self.config.normalisation == "token":
             return counts.sum((0, 1))
         dp_rank = self.parallel.dp_rank if self.parallel is not None else 0
         return counts[dp_rank, number] * (counts.shape[0] * counts.shape[1])
@@ -196,31 +203,28 @@ class Trainer:
         bad = ~totals.isfinite()
         if bool(bad.any()):
             dp_rank, number, entry = (int(one) for one in bad.nonzero()[0])
-            name = [
-                "LM",
-                *(f"MTP depth {k + 1}" for k in range(self.model.config.num_depths)),
-                "load balancing",
-            ]
+            depths = [f"MTP depth {k + 1}" for k in range(self.model.config.num_depths)]
+            name = ["LM", *depths, "load balancing"][entry]
             batch, value = first_batch + number * len(totals) + dp_rank, float(totals[dp_rank, number, entry])
             raise NonFiniteLossError(
-                f"{where or 'this step'}: the {name[entry]} loss of batch {batch} (microbatch {number} of dp rank "
-                f"{dp_rank}) is {value}; the weights are those of the step before"
+                f"{where or 'this step'}: the {name} loss of batch {batch} (microbatch {number} of dp rank {dp_rank}) "
+                f"is {value}; the weights are those of the step before"
             )
 
     def _clip(self, where: str) -> dict[str, float]:
-        """Clips gradients; their norms before. A detached MTP block is clipped by itself."""
+        """Clip the gradients, those of a detached MTP block by themselves. Return their norms before."""
         parts = {"model": list(self.model.parameters())}
         if self.model.config.detach_mtp:
             mtp = list(self.model.mtp.parameters())
-            known = {id(parameter) for parameter in mtp}
-            parts = {"trunk": [p for p in self.model.parameters() if id(p) not in known], "mtp": mtp}
+            of_mtp = {id(parameter) for parameter in mtp}
+            parts = {"trunk": [p for p in self.model.parameters() if id(p) not in of_mtp], "mtp": mtp}
         norms = {}
         for name, parameters in parts.items():
-            norm = clip_grad_norm_(parameters, self.recipe.clip_norm)
+            norm = clip_grad_norm_(parameters, self.config.clip_norm)
             norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             if not math.isfinite(norms[name]):
                 raise NonFiniteLossError(
-                    f"{where or 'this step'}: the norm of the {name}'s gradients is {norms[name]}, of a loss that is "
+                    f"{where or 'this step'}: the norm of the {name}'s gradients is {norms[name]} although the loss is "
                     "finite; the weights are those of the step before"
                 )
         return norms
@@ -235,8 +239,8 @@ class Trainer:
     ) -> StepReport:
         config, depths = self.model.config, self.model.config.num_depths
         step_counts = counts.sum((0, 1))
-        means = (totals.sum((0, 1)) / step_counts.clamp(min=1e-300)).tolist()
-        if self.recipe.normalisation == "token":
+        means = shares(totals.sum((0, 1)).tolist(), step_counts.tolist())
+        if self.config.normalisation == "token":
             loss = self._objective(totals.sum((0, 1)), step_counts)
         else:
             flat, each = totals.flatten(0, 1), counts.flatten(0, 1)
@@ -256,7 +260,7 @@ class Trainer:
 def global_counts(
     model: GPT, microbatches: Sequence[Microbatch], group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Valid tokens of a step by loss, [num_sums], over all microbatches and ranks of `group` (dp x cp)."""
+    """Return the valid tokens of a step by loss, [num_sums], over all microbatches and ranks of `group` (dp x cp)."""
     total = torch.stack([model.counts(batch, layout) for batch, layout in microbatches]).sum(0)
     if group is not None:
         dist.all_reduce(total, group=group)
@@ -264,7 +268,7 @@ def global_counts(
 
 
 def reduce_gradients(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Sums the gradients of a model that is not sharded over the ranks of `group`, in place."""
+    """Sum the gradients over the ranks of `group`, in place, for a model that is not sharded over them."""
     if group is None:
         return
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""experiments/train.py, but that rank 1 is late and then stops for ever, in what HANGS_IN names; it lives."""
+"""experiments/train.py, but rank 1 is late and then stops for ever, in the function that HANGS_IN names; it lives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 
 import torch.distributed as dist
-import typer
 from train import main
 
 from overlap_mtp.model.gpt import GPT, DecoderLayer
@@ -31,7 +30,7 @@ def stopping(self, *arguments):
     return compute(self, *arguments)
 
 
-setattr(OWNER, NAME, stopping)  # also in the ranks, which import this file too
+setattr(OWNER, NAME, stopping)  # in the ranks too, which import this file
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -1,16 +1,25 @@
-"""Runs of experiments/train.py in processes of their own, for tests."""
+"""Runs of experiments/train.py for tests: as a command, or on ranks that are there already."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from overlap_mtp.training.step_log import read_records
+from training.run import RunSettings, train_on_rank
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -22,38 +31,60 @@ def start(
     *arguments: str,
     before: Sequence[str] = (),
     program: str = "experiments/train.py",
-    where: str = "",
+    hangs_in: str = "",
     ignoring_sigint: bool = False,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, *before, str(ROOT / program), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400", "HANGS_IN": where}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400", "HANGS_IN": hangs_in}
     return subprocess.Popen(
         [*command, *COMMON, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=environment | {"PYTHONPATH": f"{ROOT}/experiments:{ROOT}"},
         start_new_session=True,
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring_sigint else None,
     )
 
 
-def train(out: Path, *arguments: str, limit_s: float = 120) -> str:
+def train(out: Path, *arguments: str, limit_s: float = 300) -> str:
     run = start(out, *arguments)
-    said, _ = run.communicate(timeout=limit_s)
-    assert run.returncode == 0, said
-    return said
+    output, _ = run.communicate(timeout=limit_s)
+    assert run.returncode == 0, output
+    return output
+
+
+class NoWatchdog:
+    """For ranks whose pool notices what happens to them."""
+
+    def phase(self, text: str, allowed: timedelta = timedelta(0)) -> None: ...
+
+    def follow(self, *counts: Callable[[], int]) -> None: ...
+
+
+def settings_of(out: Path, *arguments: str) -> RunSettings:
+    options = ["--out", str(out), *COMMON, *arguments]
+    return tyro.cli(RunSettings, args=options, config=(tyro.conf.FlagCreatePairsOff,)).resolved()
+
+
+def train_in_pool(_group: dist.ProcessGroup, settings: RunSettings) -> str:
+    """Train on the ranks of a pool, which spares 3 s of a core for each start. Return what is printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train_on_rank(torch.device("cpu"), settings, NoWatchdog())
+    return output.getvalue()
 
 
 def records(out: Path) -> list[dict]:
-    """What a run says of its steps that does not depend on the machine."""
+    """The part of a run's records that does not depend on the machine."""
     timed = {"tokens_per_s", "stall_us", "memory_gib"}
-    lines = (out / "steps.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+    return [
+        {key: value for key, value in one.items() if key not in timed}
+        for one in read_records(out / "steps.jsonl")
+    ]
 
 
 def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
-    """Its two ranks' processes, once they run and the log holds so many steps."""
+    """Wait until both ranks run and the log holds `steps` records. Return the ranks' processes."""
     log, deadline = out / "steps.jsonl", time.monotonic() + 90
     while True:
         assert run.poll() is None, run.communicate()[0]
@@ -65,7 +96,7 @@ def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """And not a zombie, which whoever adopted it is yet to bury."""
+    """A zombie, whose parent has not waited for it yet, is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -73,7 +104,7 @@ def is_alive(pid: int) -> bool:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """The processes that it started, in the order of their ranks; not those that are yet to become something else."""
+    """The processes that a launcher has started, in the order of their ranks, once they run their own command."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     commands = {int(pid): command_of(int(pid)) for pid in children}
     none = (b"", command_of(launcher))
@@ -84,3 +115,21 @@ def command_of(pid: int) -> bytes:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+def assert_a_hanging_rank_is_named(out: Path, arguments: str, hangs_in: str, step: int) -> None:
+    """Rank 1 stops for ever in the step, but lives. The other ranks are in the same phase."""
+    run = start(
+        out, *arguments.split(), "--deadline", "8", program="tests/support/hung_run.py", hangs_in=hangs_in
+    )
+    while (line := run.stdout.readline()) != "here\n":
+        assert line, run.communicate()[0]
+    begin, ranks = time.monotonic(), ranks_of(run.pid)
+    output, _ = run.communicate(timeout=60)
+    assert time.monotonic() - begin < 8 + 4
+    assert run.returncode != 0
+    assert not any(is_alive(pid) for pid in ranks)
+    found = re.findall(r"overlap_mtp: (.*); rank \d+ of", output)
+    assert len(found) == len(ranks)
+    expected = rf'rank 1 has not arrived after \d+ s: it is still in "step {step}, .*: microbatch 0"'
+    assert all(re.match(expected, one) for one in found), output

@@ -1,0 +1,162 @@
+"""The options of experiments/train.py: what they make of a run, and which are refused before a rank starts."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from rich.console import Console
+
+from overlap_mtp.model.config import PRESETS
+from overlap_mtp.training.data import TokenError
+from overlap_mtp.training.parallel import ParallelDims
+from overlap_mtp.training.trainer import NonFiniteLossError, TrainConfig
+from training.run import RunSettings, line_of, progress_bar
+
+OPTIONS = """--dp 3 --tp 2 --ranks 12 --experts 3 --experts-per-token 1 --aux-loss-factor 0.02 --depths 1
+    --mtp-loss-factor 0.2 --derive-labels --detach-mtp --repeat-mtp-layer --steps 9 --learning-rate 1e-2 --clip 0.5
+    --accumulate 4 --normalisation batch --documents 0"""
+
+
+@pytest.fixture
+def invoke(monkeypatch, capsys):
+    """Return a function that calls train.py in this process: (exit status, message, arguments of run_on_ranks)."""
+
+    def call(*arguments: str, error: Exception | None = None) -> tuple[int, str, list]:
+        started = []
+
+        def run_on_ranks(*given, **_):
+            started.append(given)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(train, "run_on_ranks", run_on_ranks)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *arguments])
+        try:
+            train.main()
+        except SystemExit as end:
+            if isinstance(end.code, str):  # which the interpreter prints, and exits with 1
+                return 1, end.code, started
+            return end.code, capsys.readouterr().err, started
+        return 0, capsys.readouterr().out, started
+
+    return call
+
+
+def test_options_become_model_training_and_dimensions(invoke, tmp_path):
+    """All that change what is learned; tyro reads them as a user gives them."""
+    status, _, [(_, ranks, device, settings)] = invoke("--out", str(tmp_path), *OPTIONS.split())
+    assert (status, ranks, device) == (0, 12, "cpu")
+    assert settings.model == replace(
+        PRESETS["tiny"].model,
+        num_experts=3,
+        experts_per_token=1,
+        aux_loss_factor=0.02,
+        num_depths=1,
+        mtp_loss_factor=0.2,
+        derive_labels=True,
+        detach_mtp=True,
+        repeat_mtp_layer=True,
+    )
+    assert settings.train_config == TrainConfig(
+        9, 1e-2, 9, clip_norm=0.5, accumulate=4, normalisation="batch"
+    )
+    assert settings.dims == ParallelDims(3, 2, 2)  # cp is what dp and tp leave
+    assert settings.stream(settings.corpus()).num_documents is None
+    _, _, [(*_, settings)] = invoke(
+        "--out", str(tmp_path), "--warmup", "5", "--data", __file__, "--documents", "2"
+    )
+    assert settings.train_config.warmup_steps == 5
+    assert settings.dims == ParallelDims(1, 2, 1)
+    assert {one.path for one in settings.corpus().documents} == {Path(__file__)}
+
+
+def test_runs_of_one_identity_see_the_same_batches():
+    """Documents are padded differently at cp 3: such a run cannot resume from cp 2."""
+    found = []
+    for cp in (1, 2, 4, 8, 3):
+        settings = RunSettings(cp=cp, seq_len=768, documents=3, steps=1)
+        batch, layout = settings.stream(corpus := settings.corpus()).batch(1)
+        bounds = layout.cu_seqlens.tolist(), layout.valid_lengths.tolist()
+        found.append((settings.identity(corpus), bounds, [tensor.tolist() for tensor in batch.values()]))
+    assert found[1:4] == found[:1] * 3
+    assert found[4][0] != found[0][0]
+    assert found[4][1] != found[0][1]
+
+
+def test_the_progress_bar_shows_steps_and_the_last_record():
+    screen = io.StringIO()
+    record = {"lm_loss": 2.5, "mtp_losses": [3.5, 4.5], "aux_loss": 1.25, "acceptance": [0.5, 0.25]}
+    record |= {"tokens_per_s": 12345.6, "stall_us": 7.4, "memory_gib": 1.5}
+    with progress_bar(Console(file=screen, force_terminal=True, width=200)) as progress:
+        task = progress.add_task("", total=8)
+        progress.update(task, completed=3, description=line_of(record))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, stall 7 µs, 1.5 GiB"
+    assert all(one in shown for one in ("3/8", "━", line))
+    record |= {"mtp_losses": [3.5, None], "acceptance": [0.5, None]}  # no token counts at depth 2
+    assert "MTP 3.500 -, aux 1.250, accepted 50% -, " in line_of(record)
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteLossError("step 3: the LM loss is nan"), TokenError("token id 999"), OSError("disk")]
+)
+def test_our_own_errors_need_no_traceback_under_torchrun(invoke, tmp_path, error):
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match="disk"):
+            invoke("--out", str(tmp_path), error=error)
+    else:
+        line = f"{type(error).__module__}.{type(error).__name__}: {error}"
+        assert invoke("--out", str(tmp_path), error=error)[:2] == (1, line)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--keep 0", "keep must be >= 1, got 0"),
+        ("--save-every -1", "save_every must be >= 0, got -1"),
+        ("--deadline 0", "deadline must be >= 5 s, got 0"),
+        ("--deadline 1e20", "Python int too large"),
+        ("--dp 0", "dp must be >= 1, got 0"),
+        ("--cp 0", "cp must be >= 1, got 0"),
+        ("--tp 3", "num_kv_heads must be a multiple of tp = 3"),
+        ("--seq-len 0", "seq_len must be >= 1, got 0"),
+        ("--cp 1 --seq-len 16", "seq_len must be a multiple of 16, and greater, for documents"),
+        ("--cp 2 --seq-len 1000", "seq_len must be a multiple of 16, and greater, for documents"),
+        ("--cp 2 --ranks 4", "1 * 2 * 1 = 2, got 4 ranks"),
+        ("--warmup 9", "warmup_steps must be in [0, steps = 8], got 9"),
+        ("--experts 2 --experts-per-token 3", "experts_per_token must be in [1, num_experts = 2]"),
+        ("--preset huge", "preset must be one of"),
+        ("--schedule never", "schedule must be one of"),
+        ("--compile --tp 2", "--compile and tp > 1 do not go together"),
+        ("--curves nowhere", "nowhere holds no steps.jsonl"),
+        (f"--out {__file__}", "out must be a folder, or a path for one"),
+        ("--device cuda", "it has no GPU that torch can use"),
+    ],
+)
+def test_illegal_options_are_refused_in_one_line(invoke, tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, message, started = invoke("--out", str(tmp_path / "run"), "--steps", "8", *options.split())
+    assert (status, started, message.count("\n")) == (2, [], 1)
+    assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_took_no_step_begins_again_and_another_needs_resume(invoke, tmp_path):
+    log, checkpoint = tmp_path / "steps.jsonl", tmp_path / "checkpoints/step-00000001"
+    log.write_text("")
+    assert invoke("--out", str(tmp_path))[0] == 0
+    log.write_text('{"step": 1}\n')
+    status, message, started = invoke("--out", str(tmp_path))
+    assert (status, started) == (2, [])
+    assert "holds a run: go on with --resume" in message
+    log.unlink()
+    checkpoint.mkdir(parents=True)  # the log was deleted
+    assert invoke("--out", str(tmp_path))[0] == 2
+    assert invoke("--out", str(tmp_path), "--resume")[0] == 0
