@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 from overlap_mtp.training.rendezvous import PeerError, connect
@@ -146,7 +146,7 @@ def _speak_when_ended(watchdog: Watchdog) -> None:
     def wait() -> None:
         while os.read(reader, 1) != bytes([signal.SIGTERM]):
             pass
-        end_process(f"overlap_mtp: ended by the launcher; {watchdog.whereabouts}")
+        end_process(f"overlap_mtp: ended by the launcher; {watchdog.status}")
 
     threading.Thread(target=wait, name="overlap_mtp SIGTERM", daemon=True).start()
 

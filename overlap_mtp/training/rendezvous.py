@@ -1,7 +1,9 @@
-"""Ranks that meet at the start of a run, or say who has not come."""
+"""Let the ranks of a run meet at its start, or name those that did not arrive."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import threading
@@ -9,116 +11,98 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
-T = TypeVar("T")
 DEADLINE = timedelta(seconds=60)
-POLL_S = 0.05
-STAY_S = 5.0  # at most, of the store's holder, for the others to hear that it gave up
 
 
 class PeerError(RuntimeError):
-    """Another rank is gone, has failed or has not arrived; the message says which, and where it was."""
+    """Another rank died, failed or did not arrive; the message names the rank and its phase."""
 
 
 def connect(deadline: timedelta = DEADLINE) -> Store:
-    """The store of torchrun's environment, once all ranks have come to it. Raises PeerError naming who has not.
+    """Return the store that torchrun's environment names, after all ranks have connected to it.
 
-    For `dist.init_process_group(backend, store=PrefixStore("groups", store), ...)` and for a Watchdog.
+    Raises:
+        PeerError: a rank did not arrive within the deadline; the message names it.
     """
     rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    is_holder, begin = rank == 0 and store_holder() == "rank 0", time.monotonic()
-    address, left = os.environ["MASTER_ADDR"], deadline
+    address, end = os.environ["MASTER_ADDR"], time.monotonic() + deadline.total_seconds()
+    holds_store = rank == 0 and store_holder() == "rank 0"
+    where = (address, port, world_size, holds_store)
     try:
-        if not is_holder:
-            left -= _await_port(address, port, deadline)
-        where = (address, port, world_size, is_holder)
-        store = _within(left, lambda: TCPStore(*where, timeout=deadline, wait_for_workers=False))
+        if not holds_store:
+            _await_port(address, port, end)
+        store = _until(end, lambda: TCPStore(*where, timeout=deadline, wait_for_workers=False))
     except (RuntimeError, OSError) as error:  # a TimeoutError is an OSError
-        if is_holder:  # its port is taken, say
+        if holds_store:  # for example, the port is taken
             raise
-        raise PeerError(
-            f"overlap_mtp: rank {rank} of {world_size} waited {time.monotonic() - begin:.0f} s at the start for "
-            f"{store_holder()}, which never arrived with the store ({line_of(error)})"
-        ) from error
+        waited = f"overlap_mtp: rank {rank} of {world_size} waited at the start for {store_holder()}"
+        raise PeerError(f"{waited}, which never arrived with the store ({error!r:.300})") from error
     attempt = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    await_ranks(attempt, rank, world_size, deadline - timedelta(seconds=time.monotonic() - begin))
+    await_ranks(attempt, rank, world_size, timedelta(seconds=end - time.monotonic()))
     return attempt
 
 
 def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE) -> None:
-    """Waits until all ranks have called it. Raises PeerError naming who has not in time.
+    """Wait until all ranks have called this function.
 
-    The first rank that found all of them, or gave up, writes its verdict into the store and all keep to it, however
-    far apart they began to wait.
+    The last rank that arrives, or the first that gives up, writes the result into the store. All ranks keep to it,
+    no matter how far apart they began to wait.
+
+    Raises:
+        PeerError: a rank did not arrive in time, this rank arrived too late, or the store is gone.
     """
-    missing, lost = [other for other in range(world_size) if other != rank], ""
-    begin = time.monotonic()
-    end = begin + 0.95 * deadline.total_seconds()
+    names = [f"start/{other}" for other in range(world_size)]
 
-    def arrive() -> None:
-        store.set(f"start/{rank}", "")
-        while missing and time.monotonic() < end:  # for one at a time, which is few requests
-            if store.check([f"start/{missing[0]}"]):
-                missing.pop(0)
-            elif store.check(["start/verdict"]):
-                break
-            else:
-                time.sleep(POLL_S)
-        absent = [other for other in missing if not store.check([f"start/{other}"])]
-        verdict = store.compare_set("start/verdict", "", " ".join(map(str, absent)) or "none")
-        missing[:] = [] if verdict == b"none" else map(int, verdict.split())
-        if missing:
-            store.add("start/told", 1)
+    def meet() -> Any:
+        store.set(names[rank], "")
+        if store.add("start/arrived", 1) < world_size:
+            with contextlib.suppress(DistStoreError):  # a timeout
+                store.wait(["start/missing"], 0.9 * deadline)
+        missing = [] if store.check(names) else [i for i, name in enumerate(names) if not store.check([name])]
+        agreed = json.loads(store.compare_set("start/missing", "", json.dumps(missing)))
+        store.set(f"start/told/{rank}", "")
+        return agreed
 
+    this = f"overlap_mtp: rank {rank} of {world_size}"
     try:
-        _within(deadline, arrive)
+        missing: list[int] = _until(time.monotonic() + deadline.total_seconds(), meet)
     except (RuntimeError, TimeoutError) as error:
-        lost = f" (others may be missing: {store_holder()}, which holds the store, is gone: {line_of(error)})"
-        del missing[1:]
-    waited = f"overlap_mtp: rank {rank} of {world_size} waited {time.monotonic() - begin:.0f} s at the start"
+        lost = f"{store_holder()}, which holds the store, was gone ({error!r:.300})"
+        raise PeerError(f"{this} waited at the start until {lost}") from error
     if rank in missing:
-        raise PeerError(f"{waited}, but the others had given up: it came too late")
+        raise PeerError(f"{this} came too late to the start: the others had given up")
     if missing:
-        if rank == 0 and store_holder() == "rank 0":  # the others are to read it from its store
-            stay_until = time.monotonic() + STAY_S
-            while store.add("start/told", 0) < world_size - len(missing) and time.monotonic() < stay_until:
-                time.sleep(POLL_S)
-        raise PeerError(
-            f"{waited} for rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, which never arrived{lost}"
-        )
+        if rank == 0 and store_holder() == "rank 0":  # the others have to read the result from its store
+            told = [f"start/told/{other}" for other in range(world_size) if other not in missing]
+            with contextlib.suppress(DistStoreError):
+                store.wait(told, timedelta(seconds=5))
+        absent = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}, which never arrived"
+        raise PeerError(f"{this} waited at the start for {absent}")
 
 
 def store_holder() -> str:
-    """Who holds the store that all ranks talk by."""
+    """Return who holds the store that all ranks use: "the launcher" or "rank 0"."""
     return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
-def _await_port(address: str, port: int, limit: timedelta) -> timedelta:
-    """How long it took until something listened there. OSError where nothing does.
-
-    torch's client would try for up to three times its timeout, and no thread may be left in it when Python ends.
-    """
-    begin, limit_s = time.monotonic(), limit.total_seconds()
+def _await_port(address: str, port: int, end: float) -> None:
+    """Wait until a process listens on the port: torch's client would try for up to three times its timeout."""
     while True:
-        passed_s = time.monotonic() - begin
         try:
-            socket.create_connection((address, port), max(POLL_S, limit_s - passed_s)).close()
-            return timedelta(seconds=passed_s)
+            return socket.create_connection((address, port), max(0.05, end - time.monotonic())).close()
         except OSError:
-            if passed_s > limit_s:
+            if time.monotonic() > end:
                 raise
-            time.sleep(POLL_S)
+            time.sleep(0.05)
 
 
-def _within(limit: timedelta, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; TimeoutError where it takes longer.
-
-    A store whose host is frozen never answers, and connects without end, whatever its timeout (torch 2.13).
-    """
-    outcome: Future[T] = Future()
+def _until(end: float, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns. Raise TimeoutError at `end`: torch 2.13 waits for a frozen host for ever."""
+    outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
@@ -127,10 +111,4 @@ def _within(limit: timedelta, call: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return outcome.result(max(0.0, limit.total_seconds()))
-
-
-def line_of(error: BaseException) -> str:
-    """Its kind and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300] if text else ''}".rstrip(": ")
+    return outcome.result(max(0.0, end - time.monotonic()))

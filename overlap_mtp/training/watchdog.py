@@ -1,12 +1,12 @@
-"""Ranks that look after one another: one that dies, fails or never arrives ends the others, which say who it was.
+"""Watch the ranks of a run: if one dies, fails or stalls, the others stop and name it.
 
-The main thread may sit in a collective that never returns (NCCL spins, gloo waits), and the store may never answer
-(its host is frozen, or out of reach). So a rank has two threads: one tells the others by way of the store how far this
-rank is and reads how far they are, the other judges what it read, by this host's clock, and ends the process.
+The main thread may be blocked for good: NCCL spins, gloo waits. The store never answers if its host is frozen. So each
+rank has two more threads: one exchanges heartbeats through the store, the other judges them and ends the process.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,36 +17,30 @@ import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
-from overlap_mtp.training.rendezvous import DEADLINE, PeerError, line_of, store_holder
+from overlap_mtp.training.rendezvous import DEADLINE, PeerError, store_holder
 
-EXIT_CODE = 70  # of a process that ends for another rank's sake
-# What gloo, NCCL and our exchanges say of a peer that did not come, and of one that could not be reached either.
-LATE = re.compile(r"timed? ?out|gave up waiting", re.I)
-LOST = re.compile(rf"{LATE.pattern}|gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe", re.I)
+EXIT_CODE = 70  # of a process that ends because of another rank
+RUNNING = ("working", "lost")
+# What gloo, NCCL and our exchanges say if they lose a peer.
+LOST = re.compile(r"timed? ?out|gave up|gloo|nccl|connection.* (closed|reset|refused)|broken pipe", re.I)
 
 
 def collectives_begun(group: dist.ProcessGroup) -> Callable[[], int]:
-    """How many this rank has begun in a group, for `Watchdog.follow`. On NCCL it is the host's calls that count.
+    """Return a function for `Watchdog.follow` that counts the collectives this rank has begun in a group.
 
-    For groups in which all ranks begin as many: without isend and irecv, which gloo counts too.
+    All ranks must begin the same number: use no isend or irecv in the group, since gloo counts them too.
     """
-    reference = weakref.ref(group)  # who holds a group keeps it from ending
-
-    def count() -> int:
-        group = reference()
-        return 0 if group is None else group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-
-    return count
+    held = weakref.ref(group)  # a group that is referred to cannot end; torch has no public count
+    return lambda: one._get_sequence_number_for_group() if (one := held()) else 0  # type: ignore[attr-defined]
 
 
 def end_process(message: str) -> NoReturn:
-    """Ends this process and what it started by multiprocessing, whatever its other threads do."""
+    """Print a message, then end this process and its multiprocessing children, even if its threads are blocked."""
     try:
         print(message, file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
@@ -55,157 +49,104 @@ def end_process(message: str) -> NoReturn:
         os._exit(EXIT_CODE)
 
 
-class Sign(NamedTuple):
-    """What a rank says of itself."""
+class Heartbeat(NamedTuple):
+    """What a rank last told the others about itself."""
 
     beat: int
-    number: int  # of its phase: all ranks go through the same ones
+    progress: list[int]  # the number of its phase, and how much it has done of what is followed
     phase: str
-    progress: int = 0  # within the phase: the count of what is followed
-    state: str = "at work"  # or "lost" (its connection), "failed", "done"
+    state: str = "working"  # or "lost" (its connection), "failed", "done"
     error: str = ""
-
-    @property
-    def is_running(self) -> bool:
-        return self.state in ("at work", "lost")
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far it is."""
-        return self.number, self.progress
+    diagnosis: str = ""
 
 
 class Watchdog:
-    """Looks after the ranks of a run while it is entered, once. Does nothing in a world of one.
+    """Watch the ranks of a run inside a `with` block. Do nothing in a world of one rank.
 
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
             dist.init_process_group(..., store=PrefixStore("groups", store))
             watchdog.follow(collectives_begun(dist.group.WORLD))
             for step in range(steps):
-                watchdog.phase(f"step {step}")   # on all ranks, in the same order
-                ...
+                watchdog.phase(f"step {step}")  # on all ranks, in the same order
 
-    A rank is gone when nothing was heard of it for a quarter of the deadline; it has not arrived when this rank has
-    been further, and stood still, for nearly the deadline: in a later phase, or in the same one with a higher count of
-    what is followed. This process then ends by `on_verdict`, in the watchdog's thread: by default with one line on
-    stderr and EXIT_CODE. An exception of this rank is told the others. If it means a lost connection, leaving waits
-    until it is known for whom (half of the deadline at most) and raises PeerError from it; only where all others live
-    is this rank itself to blame. Clocks of different hosts are never compared.
+    If a rank dies or stalls, every rank ends within the deadline and names that rank and its phase. A rank is gone if
+    it sent no heartbeat for a quarter of the deadline. A rank has not arrived if this rank has made more progress (it
+    is in a later phase, or has done more in the same phase) and has then stood still for nearly the deadline. If the
+    block raises, the others are told. If the exception means a lost connection, the exit waits up to half of the
+    deadline for the diagnosis, and then raises PeerError.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        world_size: int,
-        deadline: timedelta = DEADLINE,
-        interval_s: float = 1.0,
-        on_verdict: Callable[[str], Any] = end_process,
-    ) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.deadline_s = deadline.total_seconds()
-        if self.deadline_s <= 0 or interval_s <= 0:
-            raise ValueError(
-                f"deadline and interval_s must be > 0 s, got {self.deadline_s} and {interval_s} s"
-            )
-        self.interval_s = min(interval_s, self.deadline_s / 40)
-        self.silence_s = self.deadline_s / 4
-        self.patience_s = self.deadline_s - 6 * self.interval_s  # what is left is for telling the others
-        self._store, self._on_verdict = PrefixStore("watchdog", store), on_verdict
+    def __init__(self, store: Store, rank: int, world_size: int, deadline: timedelta = DEADLINE) -> None:
+        if deadline <= timedelta(0):
+            raise ValueError(f"deadline must be > 0 s, got {deadline.total_seconds()} s")
+        self.rank, self.world_size, self.deadline_s = rank, world_size, deadline.total_seconds()
+        self.interval_s = min(1.0, self.deadline_s / 40)  # between heartbeats
+        self.heartbeat_timeout_s = self.deadline_s / 4
+        self.progress_timeout_s = self.deadline_s - 6 * self.interval_s  # the rest is for telling the others
+        self._store = PrefixStore("watchdog", store)
         self._clock = 0.0  # seconds that this process has watched
-        # The phase's number, its text, when it began, and how long others may take to arrive in it.
-        self._at = (0, "start", 0.0, self.patience_s)
+        self._phase = (0, "start", 0.0, self.progress_timeout_s)  # number, text, begin, seconds it may take
         self._followed: list[Callable[[], int]] = []
-        self._count = (0, 0.0)  # of all that is followed, since when
-        self._state = ("at work", "")  # and the error
-        self._gave_up = float("inf")  # when a collective was
-        self._heard = {other: (Sign(-1, 0, "start"), 0.0) for other in range(world_size) if other != rank}
-        self._answered, self._trouble = 0.0, ""  # when the store last did, and what came instead since
-        self._what = ""  # is the matter, found here or by another rank
-        self._verdict = ""
-        self._wake, self._told, self._found, self._over = (threading.Event() for _ in range(4))
-        self._is_closing = False
-        self._talker = threading.Thread(target=self._talk, name="overlap_mtp signs", daemon=True)
-        self._judge = threading.Thread(target=self._watch, name="overlap_mtp watchdog", daemon=True)
+        self._count = (0, 0.0)  # the sum of what is followed, and when it last changed
+        self._state = ("working", "")  # and the error
+        self._heard = {i: (Heartbeat(-1, [0, 0], "start"), 0.0) for i in range(world_size) if i != rank}
+        self._answered, self._store_error = 0.0, ""  # when the store last did, and its error since then
+        self._diagnosis = self._message = ""  # what all ranks say, and what this rank adds to it
+        self._wake, self._concluded, self._over = (threading.Event() for _ in range(3))
+        tasks = (self._talk, self._watch) if world_size > 1 else ()
+        self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
 
     def phase(self, text: str, allowed: timedelta = timedelta(0)) -> None:
-        """Says what this rank does from now on. Less than 1 µs.
-
-        `allowed`: how long a rank may rightly keep the others waiting in it, where that is more than the deadline.
-        """
-        patience_s = max(self.patience_s, allowed.total_seconds())
-        self._at = (self._at[0] + 1, text, self._clock, patience_s)
+        """Say what this rank does from now on, for up to `allowed` if that is more than the deadline."""
+        timeout_s = max(self.progress_timeout_s, allowed.total_seconds())
+        self._phase = (self._phase[0] + 1, text, self._clock, timeout_s)
 
     def follow(self, *counts: Callable[[], int]) -> None:
-        """Adds counts of what all ranks do alike: who is behind within a phase is the rank that has done least.
-
-        They are asked for in other threads, now and every `interval_s`. All ranks call this at the same place.
-        """
+        """Add counters of work that all ranks do equally; in one phase, a lower sum means less progress."""
         self._followed += counts
-        self._count = (self._total(), self._clock)
-
-    def _total(self) -> int:
-        return sum(count() for count in self._followed)
 
     @property
-    def whereabouts(self) -> str:
-        """Where this rank is, and where others were when they were last heard of: the furthest behind first."""
-        heard = sorted((sign.place, other, sign.phase) for other, (sign, _) in self._heard.items())
-        others = [f'rank {other} in "{phase}"' for _, other, phase in heard[:8]]
-        said = (
-            f", {', '.join(others)}{', ...' if len(heard) > 8 else ''} when last heard of" if others else ""
-        )
-        return f'rank {self.rank} was in "{self._at[1]}"{said}'
+    def status(self) -> str:
+        """The phase of this rank, and the last known phases of up to eight others, least progress first."""
+        heard = sorted((its.progress, other, its.phase) for other, (its, _) in self._heard.items())
+        others = [f'rank {other} in "{phase}"' for _, other, phase in heard[:8]] + ["..."] * (len(heard) > 8)
+        return ", ".join([f'rank {self.rank} was in "{self._phase[1]}"', *others])
 
     def __enter__(self) -> Watchdog:
-        if self.world_size > 1:
-            self._talker.start()
-            self._judge.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.world_size == 1:
-            return
-        is_lost = error is not None and _says(error, LOST)
-        if error is None or (isinstance(error, SystemExit) and not error.code):
-            self._state = ("done", "")
-        else:
-            self._gave_up = self._clock if _says(error, LATE) else self._gave_up
-            self._state = ("lost" if is_lost else "failed", line_of(error))
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        is_done = error is None or (isinstance(error, SystemExit) and not error.code)
+        is_lost = self.world_size > 1 and _is_lost_connection(error)
+        self._state = ("done" if is_done else "lost" if is_lost else "failed", f"{error!r:.300}")
         self._wake.set()
-        if is_lost and not self._found.wait(self.silence_s + 10 * self.interval_s):
-            is_lost, self._state = False, ("failed", self._state[1])
-        if self.rank == 0:
-            self._let_others_read()
-        self._is_closing = True
-        self._wake.set()
-        self._talker.join(self.silence_s)
-        self._over.set()
-        if is_lost:
-            raise PeerError(self._verdict) from error
-
-    def _let_others_read(self) -> None:
-        """Rank 0 may hold the store: it stays until the others are done too, or have had the time to read its end."""
-        is_done = self._state[0] == "done"
+        if is_lost and not self._concluded.wait(self.heartbeat_timeout_s + 10 * self.interval_s):
+            is_lost, self._state = False, ("failed", self._state[1])  # no other rank is to blame
+        # Rank 0 may hold the store: it stays until the others are done, or have had time to read how it ended.
         end = time.monotonic() + (self.deadline_s if is_done else 6 * self.interval_s)
-        while time.monotonic() < end and any(sign.is_running for sign, _ in self._heard.values()):
-            if self._found.wait(self.interval_s / 2):
-                return
+        while self.rank == 0 and any(its.state in RUNNING for its, _ in self._heard.values()):
+            if time.monotonic() > end or self._concluded.wait(self.interval_s / 2):
+                break
+        self._over.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(self.heartbeat_timeout_s)
+        if is_lost:
+            raise PeerError(self._message) from error
 
     def _talk(self) -> None:
-        store, beat = None, 0
-        while True:
-            is_last = self._is_closing  # read first: what is sent after that says how this rank ended
+        store = None
+        for beat in itertools.count(1):
+            is_last = self._over.is_set()  # read before the exchange, which then tells how this rank ended
             try:
-                store = store or _own_connection(self._store)
-                beat += 1
+                store = store or self._store.clone()  # type: ignore[attr-defined]  # a client serves one thread at a time
                 self._exchange(store, beat)
-                self._answered, self._trouble = self._clock, ""
+                self._answered, self._store_error = self._clock, ""
             except Exception as error:
-                self._trouble = line_of(error)
+                self._store_error = f"{error!r:.300}"
                 is_last |= isinstance(error, dist.DistNetworkError)  # torch's client does not connect again
             if is_last:
                 return
@@ -213,120 +154,82 @@ class Watchdog:
             self._wake.clear()
 
     def _exchange(self, store: Store, beat: int) -> None:
-        """Tells and reads: three requests once all have been heard of."""
-        number, phase, *_ = self._at
-        store.set(str(self.rank), json.dumps((beat, number, phase, self._count[0], *self._state)))
-        if self._what and not self._told.is_set():
-            store.set("verdict", self._what)
-        if store.check(["verdict"]):
-            self._what = self._what or store.get("verdict").decode()
-            self._told.set()
+        """Send a heartbeat and read the others': three requests after all have sent one."""
+        number, phase, *_ = self._phase
+        own = Heartbeat(beat, [number, self._count[0]], phase, *self._state, self._diagnosis)
+        store.set(str(self.rank), json.dumps(own))
         names = [str(other) for other in self._heard]
         if not store.check(names):
             names = [name for name in names if store.check([name])]
         for name, value in zip(names, store.multi_get(names) if names else [], strict=True):
-            sign = Sign(*json.loads(value))
-            if sign.beat != self._heard[int(name)][0].beat:
-                self._heard[int(name)] = (sign, self._clock)
+            its = Heartbeat(*json.loads(value))
+            self._diagnosis = self._diagnosis or its.diagnosis
+            if its.beat != self._heard[int(name)][0].beat:
+                self._heard[int(name)] = (its, self._clock)
 
     def _watch(self) -> None:
         before = time.monotonic()
-        while not self._over.wait(self.interval_s):
+        while not self._diagnosis and not self._over.wait(self.interval_s):
             now = time.monotonic()
-            self._clock += min(now - before, self.silence_s / 2)  # a process that was stopped has not watched
-            before = now
-            if (count := self._total()) != self._count[0]:
+            # If this process was stopped, it did not watch in that time.
+            self._clock += min(now - before, self.heartbeat_timeout_s / 2)
+            before, count = now, sum(one() for one in self._followed)
+            if count != self._count[0]:
                 self._count = (count, self._clock)
-            self._what = self._what or self._find()
-            if self._what:
-                self._conclude(self._what)
-                return
+            self._diagnosis = self._diagnosis or self._find_gone() or self._find_late()
+        if self._diagnosis:
+            self._conclude()
 
-    def _find(self) -> str:
-        """What is the matter, if anything: who is gone, before who failed, before who is late."""
-        state, (number, _, since, patience_s), (count, last) = self._state[0], self._at, self._count
-        still_s = self._clock - max(since, last)
-        for other, (sign, when) in self._heard.items():
-            # As of the last answer: a store that says nothing says nothing of the others either.
-            silent_s, limit_s = self._answered - when, self.silence_s if sign.beat > 0 else self.patience_s
-            if sign.is_running and silent_s > limit_s:
-                return f'rank {other} is gone: no sign of it for {silent_s:.0f} s, the last was in "{sign.phase}"'
-        for other, (sign, _) in self._heard.items():
-            if sign.state == "failed":
-                return f'rank {other} failed in "{sign.phase}": {sign.error}'
-        silent_s = self._clock - self._answered
-        if (
-            silent_s > (5 * self.interval_s if self._trouble else self.silence_s)
-            and not self._may_be_closed()
-        ):
-            return self._of_store(silent_s)
-        # The furthest behind: those between wait for them as well.
-        working = {other: sign for other, (sign, _) in self._heard.items() if sign.state == "at work"}
-        behind = min((sign.place for sign in working.values()), default=(number + 1, 0))
-        is_late = (
-            state == "at work"
-            and behind < (number, count)
-            # A phase that may take longer is for those that are in it.
-            and still_s > (patience_s if behind[0] == number else self.patience_s)
-        )
-        # A collective was given up, and the others live and noticed nothing: they never came to it.
-        gave_up_s = self._clock - self._gave_up
-        is_absent = (
-            state == "lost" and behind[0] <= number and gave_up_s > self.silence_s + 2 * self.interval_s
-        )
-        if is_late or is_absent:
-            return _of_late(
-                [(other, sign) for other, sign in working.items() if sign.place == behind], still_s
-            )
-        return ""
+    def _find_gone(self) -> str:
+        """Name a rank that is gone, else one that failed, else the holder of the store if it is gone."""
+        for other, (its, when) in self._heard.items():
+            # Up to the store's last answer: a silent store says nothing about the others either.
+            silent_s = self._answered - when
+            limit_s = self.heartbeat_timeout_s if its.beat > 0 else self.progress_timeout_s
+            if its.state in RUNNING and silent_s > limit_s:
+                return f'rank {other} is gone: no heartbeat for {silent_s:.0f} s, the last in "{its.phase}"'
+        for other, (its, _) in self._heard.items():
+            if its.state == "failed":
+                return f'rank {other} failed in "{its.phase}": {its.error}'
+        silent_s, rank_0 = self._clock - self._answered, self._heard[0][0] if self.rank else None
+        limit_s = 5 * self.interval_s if self._store_error else self.heartbeat_timeout_s
+        # A rank 0 that is done has stayed for the deadline and may have taken the store with it.
+        if silent_s <= limit_s or (rank_0 and rank_0.state == "done"):
+            return ""
+        phase = f', the last heartbeat in "{rank_0.phase}"' if rank_0 and store_holder() == "rank 0" else ""
+        silent = f"no answer for {silent_s:.0f} s" + (f" ({self._store_error})" if self._store_error else "")
+        return f"{store_holder()}, which holds the store, is gone: {silent}{phase}"
 
-    def _of_store(self, silent_s: float) -> str:
-        what = f"{store_holder()}, which holds the store, is gone: no answer for {silent_s:.0f} s"
-        what += f" ({self._trouble})" if self._trouble else ""
-        is_rank = store_holder() == "rank 0" and self.rank != 0
-        return what + (f', the last sign was in "{self._heard[0][0].phase}"' if is_rank else "")
+    def _find_late(self) -> str:
+        """Name the ranks with the least progress, if this rank has waited too long for them."""
+        number, _, begin, timeout_s = self._phase
+        working = {other: its for other, (its, _) in self._heard.items() if its.state == "working"}
+        least = min((its.progress for its in working.values()), default=[number + 1])
+        still_s = self._clock - max(begin, self._count[1])
+        # Only ranks that are in this phase may use the time that it allows.
+        limit_s = timeout_s if least[0] == number else self.progress_timeout_s
+        if self._state[0] not in RUNNING or least >= [number, self._count[0]] or still_s <= limit_s:
+            return ""
+        late = [str(other) for other, its in working.items() if its.progress == least]
+        names = ", ".join(late[:8] + ["..."] * (len(late) > 8))
+        who = f"one of ranks {names}" if len(late) > 1 else f"rank {names}"
+        return f'{who} has not arrived after {still_s:.0f} s: it is still in "{working[int(late[0])].phase}"'
 
-    def _may_be_closed(self) -> bool:
-        """Whether rank 0 is done: it stayed for the deadline, and may have taken the store along."""
-        return self.rank != 0 and self._heard[0][0].state == "done"
-
-    def _conclude(self, what: str) -> None:
-        """Tells the others, so that all say the same; then ends this rank, or lets its main thread know."""
-        self._verdict = (
-            f'overlap_mtp: {what}; rank {self.rank} of {self.world_size} was in "{self._at[1]}" and ends'
-        )
+    def _conclude(self) -> None:
+        """Tell the others, so that all say the same. Then end this rank, or let its main thread end it."""
+        where = f'rank {self.rank} of {self.world_size} was in "{self._phase[1]}" and ends'
+        self._message = f"overlap_mtp: {self._diagnosis}; {where}"
         self._wake.set()
-        self._told.wait(2 * self.interval_s)
-        if self.rank == 0:
-            time.sleep(3 * self.interval_s)  # it may hold the store
-        self._found.set()
-        if self._state[0] == "at work":
-            self._on_verdict(self._verdict)
+        time.sleep((3 if self.rank == 0 else 1) * self.interval_s)  # rank 0 may hold the store
+        self._concluded.set()
+        if self._state[0] == "working":
+            end_process(self._message)
 
 
-def _of_late(signs: list[tuple[int, Sign]], still_s: float) -> str:
-    """Of ranks that are equally far: which of them the others wait for is not known."""
-    names, phase = [str(other) for other, _ in signs], signs[0][1].phase
-    if len(names) == 1:
-        return f'rank {names[0]} has not arrived after {still_s:.0f} s: it is still in "{phase}"'
-    more = [f"{len(names) - 8} more"] if len(names) > 8 else []
-    return (
-        f'of ranks {", ".join(names[:8] + more)}, all in "{phase}", one has not arrived after {still_s:.0f} s'
-    )
-
-
-def _own_connection(store: Store) -> Store:
-    """Another client of the same store: one that waits keeps the rest of its process from using it."""
-    return store.clone() if hasattr(store, "clone") else store
-
-
-def _says(error: BaseException, words: re.Pattern[str]) -> bool:
-    """Whether an exception, or one that it came from, is torch's or ours of another rank and says such a thing."""
-    seen: BaseException | None = error
-    while seen is not None:
-        is_of_torch = isinstance(seen, dist.DistError) and words is LOST
-        is_plain = isinstance(seen, RuntimeError) and not type(seen).__module__.startswith("overlap_mtp.")
-        if is_of_torch or (is_plain and words.search(str(seen))):  # a class of ours may name any path
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Return whether an exception, or its cause, is torch's and says that a peer is lost."""
+    if error is None or isinstance(error, dist.DistError):
+        return error is not None
+    is_ours = type(error).__module__.startswith("overlap_mtp.")  # and its message may name any path
+    says_lost = isinstance(error, RuntimeError) and not is_ours and LOST.search(str(error))
+    return bool(says_lost) or _is_lost_connection(error.__cause__ or error.__context__)

@@ -23,7 +23,7 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
     assert run.returncode != 0
     assert not any(is_alive(pid) for pid in ranks)
     if launcher == "train.py":
-        assert re.search(r'rank 1 is gone: no sign of it for \d+ s, the last was in "', output), output
+        assert re.search(r'rank 1 is gone: no heartbeat for \d+ s, the last in "', output), output
         assert re.search(r'rank 0 of 2 was in "(step|saving)', output), output
         assert "Traceback" not in output.split("overlap_mtp: ")[0]
     else:  # torchrun names the rank, and ends the others at once
