@@ -1,87 +1,66 @@
-"""Checkpoints of a training run: complete or absent, and loadable at other parallel sizes."""
+"""Checkpoints of a training run: they are complete or absent, and load at other parallel sizes."""
 
 from __future__ import annotations
 
-import io
+import copy
 import json
 import os
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+import torch.distributed.checkpoint as dcp
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from overlap_mtp.training.snapshot import (
-    CheckpointError,
-    Json,
-    adopt,
-    compare,
-    first_few,
-    make_room,
-    random_state,
-    set_random_state,
-    state_of,
-)
-
-__all__ = ["CheckpointError", "Checkpoints", "NoCheckpointError"]
-
 FORMAT = 1
+HINT = "; delete its folder to resume from the checkpoint before it"
 T = TypeVar("T")
+Json = Mapping[str, Any]  # of JSON values
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or loaded. All ranks raise the same error."""
 
 
 class NoCheckpointError(CheckpointError):
-    """There is none in the folder: the run begins."""
+    """The folder holds no checkpoint: the run starts from the beginning."""
 
 
 class Checkpoints:
     """The last `keep` checkpoints of one run, in a folder that all ranks of `group` share.
 
-        checkpoints = Checkpoints(folder, sizes={"dp": 2, "cp": 2, "tp": 2})
-        try:
-            progress = checkpoints.load(model, optimizer, scheduler, identity)
-        except NoCheckpointError:
-            progress = {"step": 0, "samples": 0}
-        ...
-        checkpoints.save(step, model, optimizer, scheduler, {"samples": samples}, identity)
+    A checkpoint is a folder `step-00000100` (`step-00000100-2` if that step was saved again). It holds the tensors in
+    torch's distributed format, `state.pt` (parameter groups, scheduler, random generators) and `run.json` (plain
+    numbers, and the size and CRC-32 of every file). Its name begins with a dot until all of it is on disk, and again
+    while it is deleted. So a folder `step-*` is complete, whenever the run dies. Only one run at a time may write.
 
-    A checkpoint is a folder `step-00000100` (`step-00000100-2` where that step was saved again): the tensors as
-    torch.distributed.checkpoint lays them out, `state.pt` (parameter groups, scheduler, random generators) and
-    `run.json` (the plain numbers, and the size and CRC-32 of every file). It is written under a name that begins
-    with a dot, renamed when all of it is on disk, and renamed back before it is deleted: a folder with the name of a
-    checkpoint is complete whenever the run dies. One run at a time may write to a folder.
-
-    `group`: the ranks that save and load together (default: all; this process alone where torch.distributed is not
-    in use). With NCCL, each rank must have set its device. `sizes`: of the meshes. torch's random generators are
-    restored only where these and the number of ranks are those saved; else they are left alone.
+    Args:
+        sizes: of the mesh. Random generators are restored only at the same sizes and number of ranks.
+        group: the ranks that save and load together, by default all. With NCCL, each must have set its device.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        keep: int = 3,
-        *,
-        sizes: Json | None = None,
-        group: dist.ProcessGroup | None = None,
+        self, folder: Path, keep: int = 3, *, sizes: Json | None = None, group: ProcessGroup | None = None
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
-        self.folder, self.keep, self.sizes, self.group = Path(folder), keep, dict(sizes or {}), group
+        self.folder, self.keep, self.group = Path(folder), keep, group
+        self._rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._layout = {**(sizes or {}), "ranks": self._size}
 
     def latest(self) -> Path | None:
-        """The last complete checkpoint. Changes nothing and asks no other rank."""
+        """Return the last complete checkpoint, if any. Change nothing and ask no other rank."""
         return next((path for *_, path in reversed(self._complete())), None)
 
     def save(
@@ -93,32 +72,32 @@ class Checkpoints:
         progress: Json,
         identity: Json,
     ) -> Path:
-        """Writes the checkpoint of `step`, then deletes those before the last `keep`; where it is.
+        """Write the checkpoint of `step`, then delete all but the last `keep`. Collective over the group.
 
-        Collective over the group; it is complete on return. `progress` (counters, the position in the data) and
-        `identity` (what model this is) are JSON values, of which the first rank's are written. Call it between
-        steps: gradients are not saved. Changes nothing in the run, no random generator either. A step that was
-        saved before is saved again beside the old one, which goes afterwards.
+        Call it between steps: gradients are not saved. It changes nothing in the run, not even a random generator. A
+        step that was saved before is saved again beside the old one, which is then deleted.
 
-        Raises CheckpointError, the earlier checkpoints left as they are, where something cannot be written or the
-        folder holds a later step (a run that was taken back goes on in another folder).
+        Args:
+            progress: JSON values for `load` to return, for example the position in the data. Rank 0's are saved.
+            identity: JSON values that must be the same in the run that loads, for example the model's sizes.
+
+        Raises:
+            CheckpointError: a file cannot be written, or there is a later step. Earlier checkpoints stay as they are.
         """
         what = f"saving step {step} in {self.folder}"
-        made_by = _made_by(optimizer, scheduler, identity)
-        layout = {**self.sizes, "ranks": self._size}
-        run = {"progress": {**progress, "step": step}, "identity": made_by, "layout": layout}
-        self._on_first(what, lambda: json.dumps(run))  # refused before anything is written
-        final = self._on_first(what, lambda: self._prepare(step))
+        identity = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
+        run = {"progress": {**progress, "step": step}, "identity": identity, "layout": self._layout}
+        final = self._on_first(what, lambda: self._begin(step, run))
         scratch = self.folder / f".{final.name}.tmp"
-        tensors, groups = self._together(what, lambda: state_of(model, optimizer))
-        randoms = self._gather(random_state())
-        state = {"groups": groups, "scheduler": scheduler.state_dict(), "random": randoms}
+        tensors, groups = self._together(what, lambda: _state_of(model, optimizer))
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
+        state = {"groups": groups, "scheduler": scheduler.state_dict(), "random": self._gather(random)}
         self._on_first(what, lambda: _write_state(scratch / "state.pt", state))
-        writer = FileSystemWriter(scratch, sync_files=False)  # `_seal` does, after the last byte
-        self._together(what, lambda: self._dcp(save_tensors, tensors, storage_writer=writer))
-        names = self._on_first(what, lambda: sorted(path.name for path in scratch.iterdir()))
-        sealed = self._gather(self._together(what, lambda: self._seal(scratch, names)))
-        run["files"] = dict(chain(*(share.items() for share in sealed)))
+        writer = dcp.FileSystemWriter(scratch, sync_files=False)  # `_marks` does, after the last byte
+        self._together(what, lambda: dcp.save(tensors, storage_writer=writer, process_group=self.group))
+        names = self._on_first(what, lambda: [path.name for path in scratch.iterdir()])
+        run["files"] = self._marks_of(what, scratch, names)
         self._on_first(what, lambda: self._publish(run, scratch, final))
         return final
 
@@ -130,51 +109,55 @@ class Checkpoints:
         identity: Json,
         path: Path | None = None,
     ) -> dict[str, Any]:
-        """Loads the last complete checkpoint, or the one at `path`; its progress, with "step" in it.
+        """Load the checkpoint at `path`, by default the last one, and return its progress and its "step". Collective.
 
-        Collective over the group; all ranks load what the first one finds. Gradients are dropped, and shards are
-        read beside the model's own, into the memory that gradients take later: whatever is wrong with a checkpoint
-        is found before model, optimizer and scheduler are touched. Files may hold pickles (`.metadata` is one):
-        load only what you trust.
+        Everything is read and checked before the run changes, except that gradients are dropped: the tensors are read
+        into their memory. Files may hold pickles (`.metadata` is one): load only what you trust.
 
-        Raises NoCheckpointError where the folder holds none, and CheckpointError where a file is missing or not of
-        the size and CRC-32 written, where the format is not known, and where the checkpoint was made with another
-        `identity`, other parameters or parameter groups, or another class of optimizer or scheduler.
+        Raises:
+            NoCheckpointError: there is none.
+            CheckpointError: a file is missing or is not as it was written, the format is unknown, or the checkpoint was
+                made with another identity, other parameters or groups, or another class of optimizer or scheduler.
         """
-        path = self._on_first("loading", lambda: self._choose(path))
+        path = self._on_first("loading", lambda: path or self.latest())
+        if path is None:
+            raise NoCheckpointError(f"loading: there is no checkpoint in {self.folder}")
         what = f"loading {path}"
-        made_by = _made_by(optimizer, scheduler, identity)
-        run = self._on_first(what, lambda: _read_run(path, made_by))
-        self._together(what, lambda: self._check(path, run["files"]))
-        tensors, state = self._together(what, lambda: make_room(path, model, optimizer))
+        identity = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
+        run = self._on_first(what, lambda: _read_run(path, identity))
+        found = self._marks_of(what, path, run["files"])
+        for name, marks in run["files"].items():
+            if found[name] != marks:
+                how = f"its [bytes, CRC-32] are {found[name] or 'missing'}, not {marks}"
+                raise CheckpointError(f"{what}: {name} is half-written or damaged ({how}){HINT}")
+        tensors, state = self._together(what, lambda: _make_room(path, model, optimizer))
         optimizer.zero_grad(set_to_none=True)
-        reader = FileSystemReader(path)
-        self._together(what, lambda: self._dcp(load_tensors, tensors, storage_reader=reader))
-        self._together(what, lambda: adopt(tensors, state, model, optimizer))
+        reader = dcp.FileSystemReader(path)
+        self._together(what, lambda: dcp.load(tensors, storage_reader=reader, process_group=self.group))
+        self._together(what, lambda: _adopt(tensors, state, model, optimizer))
         scheduler.load_state_dict(state["scheduler"])
-        if run["layout"] == {**self.sizes, "ranks": self._size}:
-            set_random_state(state["random"][self._rank])
-        progress: dict[str, Any] = run["progress"]
-        return progress
+        if run["layout"] == self._layout:
+            random = state["random"][self._rank]
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random["cuda"])
+        return dict(run["progress"])
 
     def _complete(self) -> list[tuple[int, int, Path]]:
-        """(step, how many times it was saved, where), from the first to the last."""
+        """Return (step, how many times it was saved, path) of each checkpoint, in this order."""
         paths = self.folder.iterdir() if self.folder.is_dir() else []
         matches = [(re.fullmatch(r"step-(\d+)(?:-(\d+))?", path.name), path) for path in paths]
         return sorted((int(match[1]), int(match[2] or 1), path) for match, path in matches if match)
 
-    def _choose(self, path: Path | None) -> Path:
-        if path := path or self.latest():
-            return Path(path)
-        raise NoCheckpointError(f"no checkpoint in {self.folder}")
-
-    def _prepare(self, step: int) -> Path:
-        """Where the checkpoint will be; makes the folder that it is written to, and clears what dead runs left."""
+    def _begin(self, step: int, run: Json) -> Path:
+        """Make the temporary folder of a checkpoint and delete those of dead runs. Return its final path."""
+        json.dumps(run)  # raises before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
         for last_step, times, last in self._complete()[-1:]:
             if last_step > step:
-                raise CheckpointError(f"{last.name} is there: a run taken back goes on in another folder")
+                newer = f"checkpoint {last.name} is newer than step {step}"
+                raise CheckpointError(f"{newer}: resume into a different folder")
             if last_step == step:
                 final = self.folder / f"step-{step:08d}-{times + 1}"
         for leftover in self.folder.glob(".step-*.tmp"):
@@ -183,50 +166,23 @@ class Checkpoints:
         return final
 
     def _publish(self, run: dict[str, Any], scratch: Path, final: Path) -> None:
-        record = {"format": FORMAT, "crc32": _crc32_of(run), "run": run}
+        record = {"format": FORMAT, "crc32": zlib.crc32(json.dumps(run).encode()), "run": run}
         (scratch / "run.json").write_text(json.dumps(record, indent=1))
         _sync(scratch / "run.json")
         _sync(scratch)
         os.rename(scratch, final)
         _sync(self.folder)
-        last_of_step = {step: path for step, _, path in self._complete()}
-        kept = list(last_of_step.values())[-self.keep :]
+        kept = list({step: path for step, _, path in self._complete()}.values())[-self.keep :]
         for old in [path for *_, path in self._complete() if path not in kept]:
             aside = self.folder / f".{old.name}.old.tmp"
             os.rename(old, aside)
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _seal(self, folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-        """[bytes, CRC-32] of this rank's share of the files, which are on disk afterwards."""
-        for name in self._share(names):
-            _sync(folder / name)
-        return {name: _marks(folder / name) for name in self._share(names)}
-
-    def _check(self, folder: Path, files: dict[str, list[int]]) -> None:
-        """This rank's share of the files."""
-        for name in self._share(files):
-            if not (folder / name).is_file():
-                raise _damaged(f"half-written: {name} is missing")
-            if (found := _marks(folder / name)) != files[name]:
-                marks = f"[bytes, CRC-32] are {found}, {files[name]} were written"
-                raise _damaged(f"{name} is truncated or garbled: its {marks}")
-
-    def _dcp(self, function: Callable[..., T], tensors: dict[str, Any], **storage: Any) -> T:
-        with warnings.catch_warnings():
-            alone = "torch.distributed is disabled, unavailable or uninitialized"  # which is fine
-            warnings.filterwarnings("ignore", alone, UserWarning)
-            return function(tensors, **storage, process_group=self.group, no_dist=not dist.is_initialized())
-
-    @property
-    def _rank(self) -> int:
-        return dist.get_rank(self.group) if dist.is_initialized() else 0
-
-    @property
-    def _size(self) -> int:
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
-
-    def _share(self, names: Iterable[str]) -> list[str]:
-        return sorted(names)[self._rank :: self._size]
+    def _marks_of(self, what: str, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+        """Return the marks of all files. Each rank reads its share of them."""
+        share = sorted(names)[self._rank :: self._size]
+        marks = self._together(what, lambda: {name: _marks(folder / name) for name in share})
+        return {name: mark for some in self._gather(marks) for name, mark in some.items()}
 
     def _gather(self, value: T) -> list[T]:
         values: list[Any] = [value] * self._size
@@ -235,75 +191,118 @@ class Checkpoints:
         return values
 
     def _together(self, what: str, function: Callable[[], T]) -> T:
-        """This rank's result, once every rank has one: where one fails all raise, and none waits for it."""
-        value: Any = None
-        failure: BaseException | None = None
+        """Return this rank's result after every rank has one. If one fails, all raise, and none waits for it."""
+        result, failure = cast(T, None), cast(BaseException | None, None)
         try:
-            value = function()
-        except (Exception, CheckpointException) as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it may be
+                result = function()
+        except (Exception, dcp.CheckpointException) as error:
             failure = error
-        kind = NoCheckpointError if isinstance(failure, NoCheckpointError) else CheckpointError
-        failures = [other for other in self._gather(failure and (kind, _message(failure))) if other]
-        if failures:
-            messages = dict.fromkeys(message for _, message in failures)
-            raise failures[0][0](f"{what}: {first_few(list(messages))}") from failure
-        result: T = value
+        if failures := dict.fromkeys(other for other in self._gather(failure and _message(failure)) if other):
+            raise CheckpointError(f"{what}: {_first_few(list(failures))}") from failure
         return result
 
     def _on_first(self, what: str, function: Callable[[], T]) -> T:
-        """The first rank's result, on all ranks."""
-        result: Any = self._together(what, lambda: function() if self._rank == 0 else None)
-        first: T = self._gather(result)[0]
-        return first
+        """Return the first rank's result on all ranks."""
+        return cast(T, self._gather(self._together(what, lambda: function() if self._rank == 0 else None))[0])
 
 
-def _made_by(optimizer: Optimizer, scheduler: LRScheduler, identity: Json) -> dict[str, Any]:
-    return {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
+def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the tensors and the parameter groups, with the names of the model without parallelism."""
+    own: dict[str, Any] = get_model_state_dict(model)  # first, because it reshards FSDP2
+    wrapper = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
+    names = {parameter: wrapper.sub("", name) for name, parameter in model.named_parameters()}
+    flat = [names.get(one, "?") for group in optimizer.param_groups for one in group["params"]]
+    if unknown := [name for name in flat if name not in own]:
+        raise CheckpointError(f"the model lacks these parameters of the optimizer: {_first_few(unknown)}")
+    packed = optimizer.state_dict()  # get_optimizer_state_dict would take a step if there is no state yet
+    groups = [{**group, "params": [flat[i] for i in group["params"]]} for group in packed["param_groups"]]
+    return {"model": own, "optimizer": {flat[i]: values for i, values in packed["state"].items()}}, groups
+
+
+def _make_room(path: Path, model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return tensors to read a checkpoint into, sharded as the model is, and the contents of its `state.pt`."""
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    saved = [(*place, metadata.state_dict_metadata[key]) for key, place in metadata.planner_data.items()]
+    tensors, groups = _state_of(model, optimizer)
+    own = tensors["model"]
+    there = {name: _kind(entry) for part, name, *_, entry in saved if part == "model"}
+    _compare("parameters", there, {name: _kind(value) for name, value in own.items()})
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    sorted_names = [[sorted(group["params"]) for group in some] for some in (state["groups"], groups)]
+    _compare("parameter groups", *({f"group {i}": n for i, n in enumerate(some)} for some in sorted_names))
+
+    room: dict[str, Any] = {"model": copy.deepcopy(own), "optimizer": {}}
+    for name, what, entry in [rest for part, *rest in saved if part == "optimizer"]:
+        values = room["optimizer"].setdefault(name, {})
+        values[what] = None  # an object: reading replaces it
+        if isinstance(entry, dcp.TensorStorageMetadata):
+            # A moment is sharded as its parameter; a step is on the CPU.
+            like = own[name] if what != "step" and entry.size == own[name].shape else torch.empty(entry.size)
+            values[what] = torch.empty_like(like, dtype=entry.properties.dtype)
+    return room, state
+
+
+def _adopt(tensors: dict[str, Any], state: dict[str, Any], model: Module, optimizer: Optimizer) -> None:
+    """Give model and optimizer the tensors that were read."""
+    _, own = _state_of(model, optimizer)
+    names = [name for group in own for name in group["params"]]
+    # A parameter that never had a gradient has no state, neither in the saved run nor here.
+    states = {i: tensors["optimizer"][name] for i, name in enumerate(names) if name in tensors["optimizer"]}
+    places = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    groups = [{**group, "params": some} for group, some in zip(state["groups"], places, strict=True)]
+    set_model_state_dict(model, tensors["model"])
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    torch.load(buffer, weights_only=True)  # what `load` would refuse is refused now
-    path.write_bytes(buffer.getbuffer())
+    torch.save(state, path)
+    torch.load(path, weights_only=True)  # what `load` would refuse is refused now
 
 
-def _read_run(path: Path, made_by: Json) -> dict[str, Any]:
-    if not (path / "run.json").is_file():
-        raise _damaged("half-written, or no checkpoint: run.json is missing")
+def _read_run(path: Path, identity: Json) -> dict[str, Any]:
     try:
         record = json.loads((path / "run.json").read_text())
         if record["format"] != FORMAT:
             raise CheckpointError(f"format {record['format']!r} is unknown: this library reads {FORMAT}")
-        if record["crc32"] != _crc32_of(record["run"]):
-            raise _damaged("run.json is garbled (its CRC-32 is another)")
         run: dict[str, Any] = record["run"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(f"run.json is garbled ({_message(error)})") from error
-    compare("settings", run["identity"], json.loads(json.dumps(made_by)))
+        if record["crc32"] != zlib.crc32(json.dumps(run).encode()):
+            raise ValueError("its CRC-32 is wrong")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"run.json is half-written or damaged ({_message(error)}){HINT}") from error
+    _compare("settings", run["identity"], json.loads(json.dumps(identity)))
     return run
 
 
-def _damaged(how: str) -> CheckpointError:
-    return CheckpointError(f"{how}; with its folder deleted, the run goes on from the checkpoint before")
+def _compare(of_what: str, there: Json, here: Json) -> None:
+    """Raise CheckpointError if the checkpoint and this run differ, with the names and values that do."""
+    pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in {**there, **here}]
+    if differ := [f"{name} is {that} there, {this} here" for name, that, this in pairs if that != this]:
+        raise CheckpointError(f"the checkpoint was made with other {of_what}: {_first_few(differ)}")
 
 
-def _marks(path: Path) -> list[int]:
-    """[bytes, CRC-32]."""
+def _kind(value: Any) -> str:
+    """Return the dtype and global shape of a tensor, in this run or in a checkpoint."""
+    if isinstance(value, dcp.TensorStorageMetadata):
+        return f"{value.properties.dtype} {list(value.size)}"
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else "an object"
+
+
+def _marks(path: Path) -> list[int] | None:
+    """Return [bytes, CRC-32] of a file, which is then on disk, or None if there is no such file."""
     size = crc = 0
+    if not path.is_file():
+        return None
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
         while block := file.read(1 << 22):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
 
 
-def _crc32_of(run: Any) -> int:
-    return zlib.crc32(json.dumps(run).encode())
-
-
 def _sync(path: Path) -> None:
-    """Has a file, or a folder's names, on disk."""
+    """Make sure that a file, or the names in a folder, are on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -312,6 +311,10 @@ def _sync(path: Path) -> None:
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
+    if isinstance(error, dcp.CheckpointException):
         return "; ".join(f"rank {rank}: {_message(cause)}" for rank, (cause, _) in error.failures.items())
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _first_few(texts: list[str]) -> str:
+    return "; ".join([*texts[:5], f"and {len(texts) - 5} more"] if len(texts) > 5 else texts)
