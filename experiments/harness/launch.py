@@ -1,4 +1,4 @@
-"""Starting one process per rank, where torchrun has not done so already."""
+"""Start one process per rank, unless torchrun has done so."""
 
 from __future__ import annotations
 
@@ -27,31 +27,34 @@ def run_on_ranks(
     deadline: timedelta | None = None,
     share_gpus: bool = False,
 ) -> None:
-    """Calls `function(device, *arguments)` on every rank, inside a process group over all of them.
+    """Call `function(device, *arguments)` on every rank, inside a process group of all ranks.
 
-    Under torchrun this process is one rank. Otherwise starts `ranks` of them here: by default one for each GPU, or
-    two on CPU. `device`: "cuda" or "cpu", by default CUDA where there is any. With a `deadline` a watchdog looks after
-    the ranks, which `function` is given last. With `share_gpus` there may be more ranks than GPUs: good to see that
-    results are right, far too slow to time.
+    Under torchrun, this process is one rank.
+
+    Args:
+        ranks: how many to start if torchrun has not; by default one per GPU, or two on CPU.
+        device: "cuda" or "cpu"; by default CUDA if there is a GPU.
+        deadline: if given, a Watchdog with this deadline is the last argument of `function`.
+        share_gpus: allow more ranks than GPUs, to check results. This is far too slow to time.
     """
     device = choose_device(device)
     ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2)
     check_gpus(ranks, device, share_gpus)
     if "RANK" in os.environ:
-        _rank_main(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
+        _run_rank(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
-    # Theirs isolated: what this process starts later is no rank of this run.
+    # Only the ranks get these variables: what this process starts later is no rank of this run.
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     context = spawn(  # type: ignore[no-untyped-call]
         _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
     )
-    # Ranks that are left find out who is gone, and say so, before they are ended; who is frozen is killed after that.
+    # After a rank has died, the others have time to name it. Then those that are still there are killed.
     while not context.join(grace_period=deadline.total_seconds() / 2 if deadline else None):
         pass
 
 
 def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
-    """Raises ValueError where this host has too few GPUs for its share of `ranks`, which torchrun knows."""
+    """Raise ValueError if this host has too few GPUs for its ranks. Under torchrun, that is its share of them."""
     gpus, seen = torch.cuda.device_count(), 1 + int(os.environ.get("LOCAL_RANK", ranks - 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", seen))
     if device == "cuda" and (here < 1 or (here > gpus and not share_gpus)):
@@ -61,7 +64,7 @@ def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """cuda or cpu; by default CUDA where there is any. Raises ValueError where it cannot be that."""
+    """Return "cuda" or "cpu", by default CUDA if there is a GPU. Raise ValueError if the device cannot be used."""
     if device not in ("cuda", "cpu", None):
         raise ValueError(f"device must be cuda or cpu, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -69,21 +72,28 @@ def choose_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _spawned(
-    rank: int,
-    environment: dict[str, str],
-    device: str,
-    deadline: timedelta | None,
-    function: Callable[..., None],
-    arguments: tuple[Any, ...],
-) -> None:
+def timeout_of_groups(deadline: timedelta) -> timedelta:
+    """Return the timeout of collectives under a watchdog: longer, because the watchdog names the rank."""
+    return 2 * deadline
+
+
+def take_gpu(local_rank: int) -> torch.device:
+    """Make this rank's GPU the current one. NCCL is told that ranks that share a GPU are on different hosts."""
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{local_rank // gpus}"
+    torch.cuda.set_device(local_rank % gpus)
+    return torch.device("cuda", local_rank % gpus)
+
+
+def _spawned(rank: int, environment: dict[str, str], *rest: Any) -> None:
     os.environ.update(environment, RANK=str(rank))
-    # What torch has the kernel send where the launcher dies; started in a shell's background it would be ignored.
+    # The kernel sends SIGINT if the launcher dies. A rank that was started in a shell's background would ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _rank_main(rank, device, deadline, function, arguments)
+    _run_rank(rank, *rest)
 
 
-def _rank_main(
+def _run_rank(
     local_rank: int,
     device: str,
     deadline: timedelta | None,
@@ -107,36 +117,21 @@ def _rank_main(
     try:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
-            _speak_when_ended(watchdog)
+            _print_status_if_ended(watchdog)
             watchdog.phase("joining the process group")
-            groups = PrefixStore("groups", store)
-            patience = timeout_of_groups(deadline)
-            dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=patience)
+            groups, timeout = PrefixStore("groups", store), timeout_of_groups(deadline)
+            dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
             function(here, *arguments, watchdog)
             watchdog.phase("leaving the process group")
             dist.destroy_process_group()
-    except PeerError as error:  # whose traceback says nothing of the peer
-        end_process(str(error))  # the groups' threads may still wait for it
+    except PeerError as error:  # its traceback says nothing about the peer
+        end_process(str(error))  # threads of the groups may still wait for the peer
 
 
-def timeout_of_groups(deadline: timedelta) -> timedelta:
-    """Of collectives among ranks that a watchdog looks after: it is faster, and says who."""
-    return 2 * deadline
+def _print_status_if_ended(watchdog: Watchdog) -> None:
+    """Print the phases of all ranks if the launcher ends this one. torchrun does so at once after a rank has died.
 
-
-def take_gpu(local_rank: int) -> torch.device:
-    """This rank's GPU, made the current one. Ranks that share one must look to NCCL as if on different hosts."""
-    gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
-        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{local_rank // gpus}"
-    torch.cuda.set_device(local_rank % gpus)
-    return torch.device("cuda", local_rank % gpus)
-
-
-def _speak_when_ended(watchdog: Watchdog) -> None:
-    """Has this rank say where all were when its launcher ends it, as torchrun does at once when another one dies.
-
-    The main thread may sit in a collective, where Python runs no handlers: another one waits for the signal.
+    The main thread may be in a collective, where Python runs no signal handlers. So another thread waits for SIGTERM.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""What a run says of its steps, one JSON object a line, whole after any number of restarts."""
+"""The log of a training run: one JSON object per step, complete after any number of restarts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ class RunInProgressError(RuntimeError):
 
 
 class StepLog:
-    """A JSONL file with one record a step, in order. One rank has it.
+    """A JSONL file with one record per step, in order. One rank writes it.
 
-    A run that goes on from a checkpoint takes its steps again: what the file says of steps behind the checkpoint is
-    taken out, as is a last line that was cut short. `sync` before a checkpoint is saved makes sure that none is
-    missing. `missing` says how many of those steps the file lacks all the same: it was deleted, say.
+    A run that resumes from a checkpoint repeats steps. So the records of steps after the checkpoint are removed first,
+    and so is an incomplete last line. Call `sync` before each checkpoint, so that no record before it is lost.
+
+    Args:
+        path: the file. Its folder is made if there is none.
+        steps_done: the number of steps that the checkpoint holds. Records of later steps (counted from 1) are removed.
+
+    Attributes:
+        missing: how many of the `steps_done` records the file lacks, for example because it was deleted.
+
+    Raises:
+        RunInProgressError: another process writes a log in this folder. File systems without locks do not show it.
     """
 
     def __init__(self, path: Path, steps_done: int = 0) -> None:
-        """`steps_done`: how many steps the checkpoint holds; records of later ones, numbered from 1, go.
-
-        Raises RunInProgressError where the folder's log is another process's, on file systems that have locks.
-        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(path.parent, os.O_RDONLY)
         self._lock()
-        kept = (
-            [record for record in read_records(path) if record["step"] <= steps_done] if path.exists() else []
-        )
+        kept = [one for one in read_records(path) if one["step"] <= steps_done] if path.exists() else []
         self.missing = steps_done - len({record["step"] for record in kept})
         temporary = path.with_suffix(".tmp")
         with temporary.open("w") as file:
@@ -44,7 +47,7 @@ class StepLog:
         self._file = path.open("a")
 
     def _lock(self) -> None:
-        """Of the folder: the file is another one after each restart."""
+        """Lock the folder, because each restart replaces the file."""
         try:
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,11 +59,12 @@ class StepLog:
             pass
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` has a `step`. It survives the process from now on, and the machine after `sync`."""
+        """Append a record, which has a `step`. It survives the end of this process, but not yet of the machine."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
+        """Make sure that all records are on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -69,7 +73,11 @@ class StepLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a log. A last line that was cut short is left out; any other that is not JSON is a ValueError."""
+    """Return the records of a log. Leave out an incomplete last line.
+
+    Raises:
+        ValueError: another line is not JSON; the message names its number.
+    """
     records = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, start=1):

@@ -18,19 +18,20 @@ def two_gpus(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("ranks", [-1, 3])
-def test_ranks_have_a_gpu_each(ranks):
-    with pytest.raises(ValueError, match=rf"ranks must be in \[1, 2\] on this machine's GPUs, got {ranks}"):
+@pytest.mark.parametrize(
+    ("ranks", "environment", "here"),
+    [
+        (-1, {}, -1),
+        (3, {}, 3),
+        (None, {"RANK": "6", "LOCAL_WORLD_SIZE": "3"}, 3),
+        (None, {"RANK": "6", "LOCAL_RANK": "2"}, 3),  # a launcher that sets less than torchrun
+    ],
+)
+def test_each_rank_needs_a_gpu(monkeypatch, ranks, environment, here):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"ranks must be in \[1, 2\] on this machine's GPUs, got {here}"):
         launch.run_on_ranks(pytest.fail, ranks, "cuda")
-
-
-@pytest.mark.parametrize(("name", "value"), [("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "2")])
-def test_under_torchrun_too(monkeypatch, name, value):
-    """Or under another launcher, which says less."""
-    monkeypatch.setenv("RANK", "6")
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"ranks must be in \[1, 2\] on this machine's GPUs, got 3"):
-        launch.run_on_ranks(pytest.fail, None, "cuda")
 
 
 def test_ranks_that_share_a_gpu_are_on_different_hosts_to_nccl(monkeypatch):
