@@ -58,23 +58,21 @@ def wait_for(condition: Callable[[], object], limit_s: float = 5) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("by", ["phases", "counts"])
-def test_the_rank_with_the_least_progress_is_named(ranks, by):
-    """Rank 0 waits for rank 1, and both wait for rank 2. Of two counters, the sum decides: 9, 7 and 6."""
-    made = ranks.make(5, 2, 5) if by == "counts" else ranks.make(0, 0, 0)
-    for watchdog, more, phases in zip(made, (4, 5, 1), (3, 2, 1), strict=True):
+@pytest.mark.parametrize(
+    ("phases", "counts", "what"),
+    [  # rank 0 waits for rank 1, and both wait for rank 2
+        ((3, 2, 1), (0, 0, 0), 'rank 2 has not arrived after 1 s: it is still in "phase 0"'),
+        ((1, 1, 1), (9, 7, 6), 'rank 2 has not arrived after 1 s: it is still in "phase 0"'),
+        ((0, 0, 0), (1, 0, 0), 'one of ranks 1, 2 has not arrived after 1 s: it is still in "start"'),
+    ],
+)
+def test_the_ranks_with_the_least_progress_are_named(ranks, phases, counts, what):
+    for watchdog, number in zip(ranks.make(*counts), phases, strict=True):
+        watchdog.follow(lambda number=number: 3 - number)  # the sum of both counters is what counts
         watchdog.__enter__()
-        for number in range(phases if by == "phases" else 1):
-            watchdog.phase(f"phase {number}")
-        if by == "counts":
-            watchdog.follow(lambda more=more: more)
-    ranks.assert_all_say('rank 2 has not arrived after 1 s: it is still in "phase 0"')
-
-
-def test_ranks_with_equal_progress_are_named_together(ranks):
-    for watchdog in ranks.make(1, 0, 0):
-        watchdog.__enter__()
-    ranks.assert_all_say('one of ranks 1, 2 has not arrived after 1 s: it is still in "start"')
+        for phase in range(number):
+            watchdog.phase(f"phase {phase}")
+    ranks.assert_all_say(what)
 
 
 def test_ranks_that_advance_or_are_all_equally_far_are_left_alone(ranks):
@@ -168,14 +166,11 @@ def test_the_others_learn_how_a_rank_ended(error, state):
     assert state in json.loads(store.get("watchdog/1"))
 
 
-def test_a_world_of_one_has_nobody_to_watch():
+def test_a_world_of_one_has_nobody_to_watch_and_a_deadline_must_be_positive():
     store = dist.HashStore()
     with Watchdog(store, 0, 1) as watchdog:
         watchdog.phase("alone")
     assert store.num_keys() == 0
-
-
-def test_a_deadline_must_be_positive():
     with pytest.raises(ValueError, match=r"deadline must be > 0 s, got 0\.0"):
         Watchdog(dist.HashStore(), 0, 2, timedelta(0))
 
