@@ -88,6 +88,7 @@ def failing_saves(group, folder):
     fail(step=1)
     dist.barrier(group)
     assert kept(folder) == own
+    dist.barrier(group)  # the next save makes a folder
     run.optimizer.param_groups[0]["odd"] = Run
     fail()
     del run.optimizer.param_groups[0]["odd"]
