@@ -39,7 +39,7 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
         for mode, row in rows.items()
         if mode != "prepared"
     }
-    title = f"{caption(result)}, {result['where']['date']}"
+    title = f"{caption(result)}\n{result['where']['date']}"
     what = "step time (ms), median and p10 to p90; ratio to `prepared`"
     paths = [_draw_bars(spread, ratios, what, title, out / f"{name}step_time.png")]
     labels = [f"{value:,.0f} µs" for value, *_ in deltas.values()]
