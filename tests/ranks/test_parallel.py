@@ -57,34 +57,43 @@ def test_loss_and_every_gradient_equal_one_process(rows, case):
 
 def refusals(world: dist.ProcessGroup) -> list[str]:
     """Return what a mesh, a model and a step say of dimensions that nobody checked, and of compiling with tp."""
-
-    def message_of(function, *arguments) -> str:
-        with pytest.raises(ValueError, match=r"tp|cp") as refused:
-            function(*arguments)
-        return str(refused.value)
-
-    found = [message_of(ParallelMesh.make, ParallelDims(1, 2, 2), "cpu")]
     parallel = parity.mesh_of(ParallelDims(1, 2, 4), "cpu")
     wrong = GPT(replace(parity.CONFIG, num_kv_heads=2), parallel.cp_group)
-    found.append(message_of(parallelize, wrong, parallel))
     model = parallelize(GPT(parity.CONFIG, parallel.cp_group), parallel)
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
-    for layout in (SequenceLayout.dense(20, 2), SequenceLayout.dense(64, 4)):
-        found.append(message_of(trainer.step, [({}, layout)]))
-    found.append(message_of(model.compile_layers))
+    found = []
+    for function, *arguments in (
+        (ParallelMesh.make, ParallelDims(1, 2, 2), "cpu"),
+        (parallelize, wrong, parallel),
+        (trainer.step, [({}, SequenceLayout.dense(20, 2))]),
+        (trainer.step, [({}, SequenceLayout.dense(64, 4))]),
+        (model.compile_layers,),
+    ):
+        with pytest.raises(ValueError, match=r"tp|cp") as refused:
+            function(*arguments)
+        found.append(str(refused.value))
     model.mtp.roller.close()
     return found
 
 
 def test_the_library_names_what_disagrees_without_being_asked(pool: RankPool):
-    for found in pool.run(refusals, 8):
-        assert found[:4] == [
+    for *found, last in pool.run(refusals, 8):
+        assert found == [
             "dp * cp * tp must be the number of ranks: 1 * 2 * 2 = 4, got 8 ranks",
             "num_kv_heads must be a multiple of tp = 4, got 2",
             "seq_len / cp must be a multiple of tp = 4, got 10",
             "the layout's cp_size must be the mesh's cp = 2, got 4",
         ]
-        assert found[4].startswith("compiled layers and tp > 1 do not go together")
+        assert last.startswith("compiled layers and tp > 1 do not go together")
+
+
+def mesh_timeouts(world: dist.ProcessGroup) -> set[object]:
+    parallel = ParallelMesh.make(ParallelDims(2, 2, 2), "cpu", timedelta(seconds=77))
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in parallel.groups}
+
+
+def test_a_mesh_waits_as_long_as_it_is_told(pool: RankPool):
+    assert pool.run(mesh_timeouts, 8) == [{timedelta(seconds=77)}] * 8
 
 
 @dataclass(frozen=True)
@@ -95,22 +104,27 @@ class Setting:
     normalisation: str = "token"
     schedule: str = "prefetch"
     recompute: bool = False
+    bfloat16: bool = False
+    weight: float = 1.0  # of each token that counts
 
 
-def step(
-    world: dist.ProcessGroup | None, dims: ParallelDims | None, setting: Setting
-) -> tuple[StepReport, dict[str, torch.Tensor]]:
+DIMS = ParallelDims(2, 2, 2)
+Result = tuple[StepReport, dict[str, torch.Tensor]]
+
+
+def step(world: dist.ProcessGroup | None, dims: ParallelDims | None, setting: Setting) -> Result:
     """Take a step on four sequences over dp ranks. Their numbers of valid tokens differ, and the last has none.
 
     Return the report, and the gradients, whole.
     """
     parallel = parity.mesh_of(dims, "cpu") if dims else None
     torch.manual_seed(0)
-    model = GPT(setting.config, parallel.cp_group if parallel else None, setting.schedule).double()
+    model = GPT(setting.config, parallel.cp_group if parallel else None, setting.schedule)
+    model.to(torch.float32 if setting.bfloat16 else torch.float64)
     model.recompute_layers(setting.recompute)
     cp, dp, dp_rank = (dims.cp, dims.dp, parallel.dp_rank) if dims and parallel else (1, 1, 0)
     if parallel:
-        parallelize(model, parallel)
+        parallelize(model, parallel, torch.bfloat16 if setting.bfloat16 else None)
     batches = []
     for number in range(4):
         documents = "packed" if number % 2 else "dense"
@@ -118,6 +132,7 @@ def step(
         full = parity.batch_of(documents, 4, setting.config.vocab_size)
         full = {name: tensor[number, None] for name, tensor in full.items()}
         full["loss_mask"][:, : 50 * number if number < 3 else None] = 0
+        full["loss_mask"] *= setting.weight
         if setting.config.derive_labels:
             del full["labels"]
         if setting.schedule == "prepared":
@@ -131,15 +146,6 @@ def step(
     model.mtp.roller.close()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return report, {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
-
-
-def assert_same(
-    found: tuple[StepReport, dict[str, torch.Tensor]], expected: tuple[StepReport, dict[str, torch.Tensor]]
-) -> None:
-    for name, value in asdict(expected[0]).items():
-        assert asdict(found[0])[name] == pytest.approx(value, rel=1e-9), name
-    for name, gradient in expected[1].items():
-        assert float((found[1][name] - gradient).norm() / gradient.norm()) <= 1e-10, name
 
 
 ALL_AT_ONCE = replace(CONFIG, num_depths=3, num_experts=4, repeat_mtp_layer=True, derive_labels=True)
@@ -157,28 +163,36 @@ DETACHED = Setting(replace(CONFIG, num_experts=4, detach_mtp=True))
 )
 def test_report_and_gradients_are_those_of_one_process_under_all_options(pool: RankPool, dims, setting):
     """Sums and counts are over dp, cp and accumulated microbatches, and count each token once."""
-    expected = step(None, None, setting)
-    for found in pool.run(step, 8, ParallelDims(*dims), setting):
-        assert_same(found, expected)
-
-
-def differences_of_variants(world: dist.ProcessGroup, dims: ParallelDims) -> list[str]:
-    """Return what differs among steps that must give the same bits: by any schedule, and recomputed."""
-    plain = Setting(replace(CONFIG, num_experts=4))
-    report, gradients = step(world, dims, plain)
-    variants = [replace(plain, schedule=schedule) for schedule in ("sync", "merged", "overlap", "prepared")]
-    wrong = []
-    for variant in [*variants, replace(plain, recompute=True)]:
-        other, found = step(world, dims, variant)
-        names = ["report"] if other != report else []
-        names += [name for name, gradient in gradients.items() if not torch.equal(found[name], gradient)]
-        wrong += [f"{variant.schedule}, recompute {variant.recompute}: {name}" for name in names]
-    return wrong
+    report, gradients = step(None, None, setting)
+    for found_report, found in pool.run(step, 8, ParallelDims(*dims), setting):
+        for name, value in asdict(report).items():
+            assert asdict(found_report)[name] == pytest.approx(value, rel=1e-9), name
+        for name, gradient in gradients.items():
+            assert float((found[name] - gradient).norm() / gradient.norm()) <= 1e-10, name
 
 
 @pytest.mark.slow
 def test_schedules_and_recomputing_give_the_same_bits(pool: RankPool):
-    assert pool.run(differences_of_variants, 8, ParallelDims(2, 2, 2)) == [[]] * 8
+    plain = Setting(replace(CONFIG, num_experts=4))
+    expected = pool.run(step, 8, DIMS, plain)
+    variants = [replace(plain, schedule=schedule) for schedule in ("sync", "merged", "overlap", "prepared")]
+    for variant in [*variants, replace(plain, recompute=True)]:
+        for (report, gradients), (other, found) in zip(
+            expected, pool.run(step, 8, DIMS, variant), strict=True
+        ):
+            assert other == report, variant
+            assert [name for name in gradients if not torch.equal(found[name], gradients[name])] == [], (
+                variant
+            )
+
+
+def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(pool: RankPool):
+    """Tokens of weight 0.3, which bfloat16 cannot hold, give the losses of tokens of weight 1."""
+    ones = Setting(replace(CONFIG, num_experts=4), bfloat16=True)
+    reports = [pool.run(step, 8, DIMS, setting)[0][0] for setting in (ones, replace(ones, weight=0.3))]
+    for name in ("loss", "lm_loss", "mtp_losses", "aux_loss", "acceptance"):
+        one, weighed = (getattr(report, name) for report in reports)
+        assert weighed == pytest.approx(one, rel=1e-6), name
 
 
 def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]:
@@ -199,39 +213,6 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]
 
 
 def test_a_loss_that_is_not_finite_is_named_on_all_ranks(pool: RankPool):
-    for message, weights_are_unchanged in pool.run(not_finite, 8, ParallelDims(2, 2, 2)):
+    for message, weights_are_unchanged in pool.run(not_finite, 8, DIMS):
         assert message.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
         assert weights_are_unchanged
-
-
-def weighed_losses(world: dist.ProcessGroup) -> list[StepReport]:
-    """Take a step in bfloat16 on tokens of weight 1, and one on tokens of weight 0.3, which bfloat16 cannot hold."""
-    parallel, reports = parity.mesh_of(ParallelDims(2, 2, 2), "cpu"), []
-    layout = parity.layout_of("packed", 2)
-    for weight in (1.0, 0.3):
-        torch.manual_seed(0)
-        model = GPT(replace(CONFIG, num_experts=4), parallel.cp_group)
-        parallelize(model, parallel, torch.bfloat16)
-        full = parity.batch_of("packed", 1, 64)
-        full["loss_mask"] = torch.full_like(full["loss_mask"], weight)
-        batch = {name: layout.shard(tensor, parallel.cp_rank) for name, tensor in full.items()}
-        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
-        reports.append(trainer.step([(batch, layout)]))
-        model.mtp.roller.close()
-    return reports
-
-
-def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(pool: RankPool):
-    for ones, weighed in pool.run(weighed_losses, 8):
-        for name in ("loss", "lm_loss", "mtp_losses", "aux_loss"):
-            assert asdict(weighed)[name] == pytest.approx(asdict(ones)[name], rel=1e-6), name
-        assert weighed.acceptance == pytest.approx(ones.acceptance, rel=1e-6)
-
-
-def mesh_timeouts(world: dist.ProcessGroup) -> set[object]:
-    parallel = ParallelMesh.make(ParallelDims(2, 2, 2), "cpu", timedelta(seconds=77))
-    return {group._get_backend(torch.device("cpu")).options._timeout for group in parallel.groups}
-
-
-def test_a_mesh_waits_as_long_as_it_is_told(pool: RankPool):
-    assert pool.run(mesh_timeouts, 8) == [{timedelta(seconds=77)}] * 8

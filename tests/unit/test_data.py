@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from overlap_mtp.layout import length_unit, pad_documents
+from overlap_mtp.layout import pad_documents
 from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, TokenError, open_corpus
 
 
@@ -154,15 +154,11 @@ def test_one_text_file_is_cut_into_documents(tmp_path):
     assert text(corpus.documents[1].read(0, 4096)) == words[4096:8192]
     with pytest.raises(ValueError, match="at most the 4 documents that the data holds, got 5"):
         stream_of(corpus, 5)
+    with pytest.raises(ValueError, match=r"num_documents must be in \[1, 63\] .* got 64"):
+        stream_of(corpus, 64)
     stream = stream_of(corpus, 4, batch_size=1)
     lengths = [stream.batch(step)[1].valid_lengths.tolist() for step in range(4)]
     assert len({tuple(one) for one in lengths}) == 4  # every pass over the corpus is packed differently
-
-
-def test_more_documents_than_fit_are_refused():
-    unit = length_unit(2, "zigzag")
-    with pytest.raises(ValueError, match=r"num_documents must be in \[1, 63\] .* got 64"):
-        stream_of(open_corpus(), 256 // unit)
 
 
 def test_batches_are_the_same_at_every_cp_size():
