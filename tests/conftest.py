@@ -9,9 +9,6 @@ from hypothesis import settings
 
 from rank_pool import RankPool
 
-settings.register_profile("overlap_mtp", deadline=None)
-settings.load_profile("overlap_mtp")
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 torch.set_num_threads(1)  # tests' tensors are tiny: on busy cores, a second thread takes three times the time
