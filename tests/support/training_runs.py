@@ -35,13 +35,14 @@ def start(
     ignoring_sigint: bool = False,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, *before, str(ROOT / program), "--out", str(out)]
+    paths = os.pathsep.join(filter(None, [f"{ROOT}/experiments", str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400", "HANGS_IN": hangs_in}
     return subprocess.Popen(
         [*command, *COMMON, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment | {"PYTHONPATH": f"{ROOT}/experiments:{ROOT}"},
+        env=environment | {"PYTHONPATH": paths},
         start_new_session=True,
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring_sigint else None,
     )
