@@ -20,7 +20,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from harness.command import parse_options, usage_errors
 from harness.launch import run_on_ranks
 from training.curves import draw_losses
-from training.run import RunSettings, train_on_rank
+from training.run import train_on_rank
+from training.settings import RunSettings
 
 
 def main() -> None:

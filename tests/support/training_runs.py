@@ -19,7 +19,8 @@ import torch.distributed as dist
 import tyro
 
 from overlap_mtp.training.step_log import read_records
-from training.run import RunSettings, train_on_rank
+from training.run import train_on_rank
+from training.settings import RunSettings
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -17,7 +17,8 @@ from overlap_mtp.model.config import PRESETS
 from overlap_mtp.training.data import TokenError
 from overlap_mtp.training.parallel import ParallelDims
 from overlap_mtp.training.trainer import NonFiniteLossError, TrainConfig
-from training.run import RunSettings, line_of, progress_bar
+from training.run import line_of, progress_bar
+from training.settings import RunSettings
 
 OPTIONS = """--dp 3 --tp 2 --ranks 12 --experts 3 --experts-per-token 1 --aux-loss-factor 0.02 --depths 1
     --mtp-loss-factor 0.2 --derive-labels --detach-mtp --repeat-mtp-layer --steps 9 --learning-rate 1e-2 --clip 0.5
@@ -119,9 +120,9 @@ def test_our_own_errors_need_no_traceback_under_torchrun(invoke, tmp_path, error
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--keep 0", "keep must be >= 1, got 0"),
-        ("--save-every -1", "save_every must be >= 0, got -1"),
-        ("--deadline 0", "deadline must be >= 5 s, got 0"),
+        ("--keep 0", "--keep must be at least 1, got 0"),
+        ("--save-every -1", "--save-every must be at least 0, got -1"),
+        ("--deadline 0", "--deadline must be at least 5.0, got 0"),
         ("--deadline 1e20", "Python int too large"),
         ("--dp 0", "dp must be >= 1, got 0"),
         ("--cp 0", "cp must be >= 1, got 0"),

@@ -1,0 +1,168 @@
+"""The options of experiments/train.py, and what they make of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tyro.conf import UseAppendAction
+
+from harness.command import check_least
+from harness.launch import check_gpus, choose_device
+from overlap_mtp.layout import length_unit
+from overlap_mtp.model.config import PRESETS, ModelConfig
+from overlap_mtp.schedules import SCHEDULES
+from overlap_mtp.training.checkpoint import Checkpoints
+from overlap_mtp.training.data import BatchStream, Corpus, open_corpus
+from overlap_mtp.training.parallel import ParallelDims
+from overlap_mtp.training.trainer import Normalisation, TrainConfig
+from training.curves import LOG
+
+SHORTEST_DEADLINE_S = 5.0  # starting ranks are silent for seconds
+SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the same batches
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The options of experiments/train.py."""
+
+    out: Path | None = None  # The run's folder. Default: out/train, or out/curves for --curves.
+    resume: bool = False  # Go on from the folder's last checkpoint.
+    curves: UseAppendAction[tuple[Path, ...]] = ()  # Draw the losses of this run into --out, and train none.
+    data: Path | None = None  # Text, a folder of it, or a .bin of token ids. Default: Python's library.
+    token_dtype: str = "uint16"  # Of a .bin: uint16 or uint32.
+    preset: str = "tiny"  # The model: tiny, small, h2048 or h4096.
+    dp: int = 1  # Ranks that share no sequence.
+    cp: int | None = None  # Ranks that share a sequence. Default: all that dp and tp leave.
+    tp: int = 1  # Ranks that share each tensor.
+    ranks: int | None = None  # Processes to start, if torchrun did not. Default: one for each GPU, or two.
+    device: str | None = None  # cuda or cpu. Default: cuda if there is a GPU.
+    share_gpus: bool = False  # Allow several ranks on a GPU; slow.
+    schedule: str = "prefetch"  # sync, merged, overlap, prefetch or prepared.
+    seq_len: int = 1024  # Tokens of a microbatch's sequence, over all cp ranks.
+    documents: int = 8  # Documents packed into each sequence; 0: one dense stream.
+    steps: int = 200  # Optimizer steps.
+    accumulate: int = 1  # Microbatches of a rank in a step.
+    learning_rate: float = 1e-3  # The highest learning rate.
+    warmup: int | None = None  # Steps to reach it. Default: 20, or all if there are fewer.
+    clip: float = 1.0  # Largest norm of the gradients.
+    normalisation: Normalisation = "token"  # Divide losses by the tokens of the step, or of each batch.
+    mtp_loss_factor: float = 0.3  # Weight of the mean loss of the MTP depths.
+    depths: int = 2  # MTP depths.
+    experts: int = 0  # Experts of each feed-forward layer; 0: none.
+    experts_per_token: int = 2  # Experts that a token goes to.
+    aux_loss_factor: float = 0.01  # Weight of the load-balancing loss.
+    derive_labels: bool = False  # Take labels from input_ids.
+    detach_mtp: bool = False  # Let MTP losses train the MTP block only.
+    repeat_mtp_layer: bool = False  # Use one MTP layer for all depths.
+    recompute: bool = False  # Keep no activations of layers; compute them again in backward.
+    compile: bool = False  # Compile the layers; not with tp.
+    deterministic: bool = False  # Give the same bits in every run on GPUs; slower.
+    save_every: int = 100  # Steps from one checkpoint to the next; 0: save the last step only.
+    keep: int = 3  # Checkpoints to keep.
+    deadline: float = 60  # Seconds that ranks wait for one another, or for a silent rank a quarter of it.
+    save_deadline: float = 3600  # The same while ranks save or load.
+    seed: int = 0  # Of the first weights and of the order of the documents.
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("out/train")
+
+    @property
+    def dims(self) -> ParallelDims:
+        return ParallelDims(self.dp, 1 if self.cp is None else self.cp, self.tp)
+
+    @property
+    def model(self) -> ModelConfig:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        return replace(
+            PRESETS[self.preset].model,
+            num_depths=self.depths,
+            mtp_loss_factor=self.mtp_loss_factor,
+            num_experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            aux_loss_factor=self.aux_loss_factor,
+            derive_labels=self.derive_labels,
+            detach_mtp=self.detach_mtp,
+            repeat_mtp_layer=self.repeat_mtp_layer,
+        )
+
+    @property
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(20, self.steps) if self.warmup is None else self.warmup,
+            clip_norm=self.clip,
+            accumulate=self.accumulate,
+            normalisation=self.normalisation,
+        )
+
+    def resolved(self) -> RunSettings:
+        """Choose the device, the number of ranks and cp, and make the run's folder.
+
+        Raises:
+            ValueError: if an option is illegal; no rank has been started yet.
+        """
+        device, others = choose_device(self.device), ParallelDims(self.dp, 1, self.tp).world
+        ranks = int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or others * (self.cp or 0)
+        ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2 * others)
+        check_gpus(ranks, device, self.share_gpus)
+        cp = max(1, ranks // others) if self.cp is None else self.cp
+        settings = replace(self, device=device, ranks=ranks, cp=cp)
+        settings._check(ranks)
+        return settings
+
+    def _check(self, ranks: int) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        self.dims.check(self.model, self.seq_len, "zigzag", ranks)
+        if self.compile and self.tp > 1:
+            raise ValueError(
+                f"--compile and tp > 1 do not go together, got tp {self.tp}: leave out one of them"
+            )
+        check_least(self, keep=1, save_every=0, deadline=SHORTEST_DEADLINE_S)
+        # These raise if an option is illegal.
+        _ = self.train_config, timedelta(seconds=self.deadline), timedelta(seconds=self.save_deadline)
+        self.stream(self.corpus())
+        has_log = (log := self.folder / LOG).exists() and log.stat().st_size
+        if not self.resume and (has_log or Checkpoints(self.folder / "checkpoints").latest()):
+            raise ValueError(f"{self.folder} holds a run: go on with --resume, or give another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out must be a folder, or a path for one: {error}") from None
+
+    def corpus(self) -> Corpus:
+        return open_corpus(self.data, self.token_dtype)
+
+    def stream(self, corpus: Corpus) -> BatchStream:
+        """Return batches of one sequence each, the same for every number of ranks."""
+        corpus, vocab_size = corpus.shuffled(self.seed), self.model.vocab_size
+        documents, unit = self.documents or None, self._multiple_of
+        return BatchStream(corpus, self.seq_len, 1, self.dims.cp, "zigzag", vocab_size, documents, unit)
+
+    @property
+    def _multiple_of(self) -> int:
+        return length_unit(math.lcm(SHARED_BY, self.dims.cp), "zigzag")
+
+    def identity(self, corpus: Corpus) -> dict[str, Any]:
+        """Return what a run must share with a checkpoint to go on from it: model, training and order of the data."""
+        training = {f"train_config.{name}": value for name, value in asdict(self.train_config).items()}
+        training["dp * accumulate"] = self.dp * training.pop("train_config.accumulate")
+        return {
+            **asdict(self.model),
+            **training,
+            "data": corpus.fingerprint,
+            "token_dtype": self.token_dtype,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "num_documents": self.documents or None,
+            "documents' lengths are multiples of": self._multiple_of if self.documents else None,
+        }
