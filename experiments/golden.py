@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from harness.command import write_record
 from harness.launch import run_on_ranks
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.training.parallel import ParallelDims, parallelize
@@ -38,9 +40,9 @@ def path_of(documents: str) -> Path:
     return FOLDER / f"losses-{documents}.json"
 
 
-def train(dims: ParallelDims, documents: str) -> Values:
-    """Return the losses and gradient norms of a run. Collective."""
-    parallel = parity.mesh_of(dims, "cpu")
+def train(device: torch.device, dims: ParallelDims, documents: str, out: Path) -> None:
+    """Write the losses and gradient norms of a run. Collective."""
+    parallel = parity.mesh_of(dims, device.type)
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)
@@ -48,7 +50,7 @@ def train(dims: ParallelDims, documents: str) -> Values:
     layout = parity.layout_of(documents, dims.cp)
     full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
     values: Values = {}
-    microbatches = parity.share_out(full, layout, parallel, torch.device("cpu"))
+    microbatches = parity.share_out(full, layout, parallel, device)
     for step in range(STEPS):
         report = trainer.step([microbatches[step % BATCHES]])
         named = {"LM": report.lm_loss, "aux": report.aux_loss, "gradient norm": report.grad_norms["model"]}
@@ -57,41 +59,32 @@ def train(dims: ParallelDims, documents: str) -> Values:
             assert value is not None
             values.setdefault(name, []).append(value)
     model.mtp.roller.close()
-    return values
-
-
-def train_on_rank(device: torch.device, tp_cp: list[tuple[int, int]], out: Path) -> None:
-    found = {
-        documents: {f"tp {tp} cp {cp}": train(ParallelDims(1, cp, tp), documents) for tp, cp in tp_cp}
-        for documents in DOCUMENTS
-    }
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(values))
 
 
 def compute() -> dict[str, dict[str, Values]]:
     """Return the values of all runs, by documents and then by "tp 1 cp 2"."""
     found: dict[str, dict[str, Values]] = {documents: {} for documents in DOCUMENTS}
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in sorted({tp * cp for tp, cp in TP_CP}):
-            path = Path(folder) / f"{ranks}.json"
-            run_on_ranks(
-                train_on_rank, ranks, "cpu", [one for one in TP_CP if one[0] * one[1] == ranks], path
-            )
-            for documents, runs in json.loads(path.read_text()).items():
-                found[documents] |= runs
+        path = Path(folder) / "values.json"
+        for (tp, cp), documents in product(TP_CP, DOCUMENTS):
+            run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), documents, path)
+            found[documents][f"tp {tp} cp {cp}"] = json.loads(path.read_text())
     return found
 
 
 def moved(old: dict[str, Values], new: dict[str, Values]) -> dict[str, float]:
     """Return the largest relative change of each loss of each run; infinite if one of the two lacks it."""
-    changes = {}
-    for run in {**old, **new}:
-        for name in {**old.get(run, {}), **new.get(run, {})}:
-            a, b = old.get(run, {}).get(name, []), new.get(run, {}).get(name, [])
-            pairs = zip(a, b, strict=False)
-            change = max((abs(x - y) / max(abs(x), 1e-30) for x, y in pairs), default=float("inf"))
-            changes[f"{run}, {name}"] = change if len(a) == len(b) else float("inf")
+    before, after = (
+        {f"{run}, {name}": losses for run, values in runs.items() for name, losses in values.items()}
+        for runs in (old, new)
+    )
+    changes = dict.fromkeys({**before, **after}, float("inf"))
+    for name in before.keys() & after.keys():
+        if len(before[name]) == len(after[name]):
+            pairs = zip(before[name], after[name], strict=True)
+            changes[name] = max(abs(x - y) / max(abs(x), 1e-30) for x, y in pairs)
     return changes
 
 
@@ -105,7 +98,7 @@ def main() -> None:
             print(f"{documents}, {name}: moved by {change:.1e}")
         if not changes:
             print(f"{documents}: nothing moved by more than 1e-12")
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_record(found, path)
 
 
 if __name__ == "__main__":
