@@ -45,19 +45,15 @@ def draw_losses(runs: list[Path], out: Path) -> str:
 def _losses(run: Path) -> Losses:
     if not (run / LOG).exists() or not (records := read_records(run / LOG)):
         raise ValueError(f"{run} holds no {LOG} with steps of a run")
-    losses: Losses = {"LM": {record["step"]: _number(record["lm_loss"]) for record in records}}
-    for depth in range(len(records[0]["mtp_losses"])):
-        losses[f"MTP depth {depth + 1}"] = {
-            record["step"]: _number(record["mtp_losses"][depth]) for record in records
-        }
-    if records[0]["aux_loss"] is not None:
-        losses["load balancing"] = {record["step"]: record["aux_loss"] for record in records}
+    losses: Losses = {}
+    for record in records:
+        named = {"LM": record["lm_loss"]}
+        named |= {f"MTP depth {depth}": loss for depth, loss in enumerate(record["mtp_losses"], start=1)}
+        if record["aux_loss"] is not None:
+            named["load balancing"] = record["aux_loss"]
+        for name, loss in named.items():  # None if no token counted
+            losses.setdefault(name, {})[record["step"]] = np.nan if loss is None else loss
     return losses
-
-
-def _number(loss: float | None) -> float:
-    """Return NaN if no token counted, for matplotlib and numpy."""
-    return float("nan") if loss is None else loss
 
 
 def _different_settings(runs: list[Path]) -> str:
@@ -79,26 +75,22 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
 
     panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
     rows = 1 + (len(found) > 1)
+    size = (4 * len(panels), 3 * rows)
     figure, grid = plt.subplots(
-        rows,
-        len(panels),
-        figsize=(4 * len(panels), 3 * rows),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
+        rows, len(panels), figsize=size, layout="constrained", squeeze=False, sharex=True
     )
-    first = next(iter(found.values()))
+    reference, first = next(iter(found.items()))
     for column, panel in enumerate(panels):
         for number, (name, losses) in enumerate(found.items()):
-            if panel not in losses:
-                continue
-            steps, values = list(losses[panel]), list(losses[panel].values())
+            mine = losses.get(panel, {})
             # The first is a broad line, so that it stays visible below a line that coincides with it.
             style: dict[str, Any] = {"linewidth": 4, "alpha": 0.35} if number == 0 else {"linewidth": 1}
-            grid[0][column].plot(steps, values, label=name, **style)
-            if number and panel in first:
-                both, difference = _differences(losses[panel], first[panel])
-                grid[1][column].plot(both, difference, linewidth=0.8, color=f"C{number}")
+            grid[0][column].plot(list(mine), list(mine.values()), label=name, **style)
+            if number:
+                difference = _differences(mine, first.get(panel, {}))
+                grid[1][column].plot(
+                    list(difference), list(difference.values()), linewidth=0.8, color=f"C{number}"
+                )
         grid[0][column].set_title(panel, fontsize=9)
         grid[-1][column].set_xlabel("step")
     for axes in grid.flat:
@@ -106,20 +98,19 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
     grid[0][0].legend(fontsize=7)
     grid[0][0].set_ylabel("loss")
     if rows > 1:
-        grid[1][0].set_ylabel(f"difference to {next(iter(found))}")
+        grid[1][0].set_ylabel(f"difference to {reference}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _differences(losses: dict[int, float], others: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Return the steps that both have, and the differences."""
-    both = [step for step in losses if step in others]
-    return both, [losses[step] - others[step] for step in both]
+def _differences(losses: dict[int, float], others: dict[int, float]) -> dict[int, float]:
+    """Return the differences of the steps that both have."""
+    return {step: losses[step] - others[step] for step in losses if step in others}
 
 
 def _table(found: dict[str, Losses]) -> str:
     name, first = next(iter(found.items()))
-    steps = {run: len(losses["LM"]) for run, losses in found.items()}
+    longest = max(len(losses["LM"]) for losses in found.values())
     common = sorted(set.intersection(*(set(losses["LM"]) for losses in found.values())))
     if not common:
         raise ValueError("the runs have no step in common")
@@ -133,13 +124,12 @@ def _table(found: dict[str, Losses]) -> str:
     for run, losses in found.items():
         cells = []
         for panel, reference in first.items():
-            if panel not in losses:
-                cells.append("")
-                continue
-            largest = max(map(abs, _differences(losses[panel], reference)[1]), default=float("nan"))
+            mine = losses.get(panel, {})
+            largest = max(map(abs, _differences(mine, reference).values()), default=np.nan)
             difference = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
-            mean = np.mean([losses[panel][step] for step in last])
+            mean = np.mean([mine.get(step, np.nan) for step in last])
             cells.append("-" if np.isnan(mean) else f"{mean:.4f}{difference}")
-        short = f" ({steps[run]} steps)" if steps[run] < max(steps.values()) else ""
+        steps = len(losses["LM"])
+        short = f" ({steps} steps)" if steps < longest else ""
         lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
