@@ -59,39 +59,25 @@ def main(
         console.print(schedules_table(report))
         for note in report.notes:
             console.print(note, soft_wrap=True)
-        write(report, json_out, plot_out)
+        for path in filter(None, (json_out, plot_out)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if json_out is not None:
+            json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        if plot_out is not None:
+            from overlap_mtp.profiling.plot import plot  # matplotlib takes a second to import
+
+            plot(report.timelines, plot_out)
     except (ProfileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if min_hidden is not None:
-        passed, message = judge(report, min_hidden)
-        console.print(message, soft_wrap=True)
-        raise typer.Exit(0 if passed else 1)
-
-
-def write(report: Report, json_out: Path | None, plot_out: Path | None) -> None:
-    """Write the files that were asked for."""
-    for path in (json_out, plot_out):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    if json_out is not None:
-        json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    if plot_out is not None:
-        from overlap_mtp.profiling.plot import plot  # matplotlib takes a second to import
-
-        plot(report.timelines, plot_out)
-
-
-def judge(report: Report, min_hidden: float) -> tuple[bool, str]:
-    """Return whether enough is hidden, and a line that says so."""
-    what, fraction = report.judged()
-    if fraction is None:
-        return False, f"FAILED: there is nothing to judge: the profile does not hold {what}"
-    passed = fraction >= min_hidden
-    return passed, (
-        f"{'ok' if passed else 'FAILED'}: {_percent(fraction)} of {what} is hidden on the worst device, "
-        f"at least {_percent(min_hidden)} is wanted"
-    )
+        what, fraction = report.judged()
+        passed, message = False, f"there is nothing to judge: the profile does not hold {what}"
+        if fraction is not None:
+            passed, wanted = fraction >= min_hidden, f"at least {_percent(min_hidden)} is wanted"
+            message = f"{_percent(fraction)} of {what} is hidden on the worst device, {wanted}"
+        console.print(f"{'ok' if passed else 'FAILED'}: {message}", soft_wrap=True)
+        raise typer.Exit(int(not passed))
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
@@ -106,25 +92,23 @@ def rows_table(rows: Sequence[Row]) -> Table:
         by_time = sorted(members, key=lambda row: -row.time_us)
         rest = by_time[MOST_ROWS:]
         for row in by_time[:MOST_ROWS] if rest else members:
-            table.add_row(Text(device), schedule, *_cells(row))
+            steps = max(1, row.steps)
+            table.add_row(
+                Text(device),
+                schedule,
+                Text(row.range),  # not markup, whatever brackets it holds
+                row.kind,
+                *(_number(value, steps, 1) for value in (row.time_us, row.hidden_us, row.exposed_us)),
+                _percent(row.hidden_fraction),
+                _number(row.peer_wait_us, steps, 1),
+                _number(row.launches, steps, 0 if row.launches % steps == 0 else 1),
+                _number(row.bytes, steps, 0),
+            )
         if rest:
             time_us = sum(row.time_us / max(1, row.steps) for row in rest)
             table.add_row(Text(device), schedule, f"{len(rest)} others", "", f"{time_us:,.1f}")
         table.add_section()
     return table
-
-
-def _cells(row: Row) -> tuple[str | Text, ...]:
-    steps = max(1, row.steps)
-    return (
-        Text(row.range),  # not markup, whatever brackets it holds
-        row.kind,
-        *(_number(value, steps, 1) for value in (row.time_us, row.hidden_us, row.exposed_us)),
-        _percent(row.hidden_fraction),
-        _number(row.peer_wait_us, steps, 1),
-        _number(row.launches, steps, 0 if row.launches % steps == 0 else 1),
-        _number(row.bytes, steps, 0),
-    )
 
 
 def schedules_table(report: Report) -> Table:

@@ -39,12 +39,7 @@ class Role(IntEnum):
     OPAQUE = 5  # a CUDA graph whose kernels were not traced
 
 
-ROLE_OF_RANGE = {
-    "pack": Role.EXCHANGE,
-    "send-recv": Role.EXCHANGE,
-    "join": Role.LOCAL,
-    "unroll": Role.LOCAL,
-}
+ROLE_OF_RANGE = {"pack": Role.EXCHANGE, "send-recv": Role.EXCHANGE, "join": Role.LOCAL, "unroll": Role.LOCAL}
 
 
 @dataclass(frozen=True)
@@ -118,26 +113,24 @@ def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
     labels = [LABEL.match(text) for text in profile.texts]
     names = [label["name"] if label else "" for label in labels]
     range_roles = np.array([ROLE_OF_RANGE.get(name, NONE) for name in names], np.int64)[ranges.text]
-    launched_in, captured_in, parents = _innermost(profile, ranges.is_ours)
+    launched_in, captured_in = _innermost(profile, ranges.is_ours)
     in_exchange = _pick(range_roles, launched_in, NONE) != NONE
     by_launch = in_exchange | (captured_in == NONE)
     mine = np.where(by_launch, launched_in, captured_in)
     role = _roles(profile, _pick(range_roles, mine, NONE))
 
-    parts = Texts(NO_RANGE)
+    parts = Texts({NO_RANGE: 0})
     own_parts = [
-        parts.index(f"{name} {label['detail']}" if label and name == "depth" else name)
+        parts[f"{name} {label['detail']}" if label and name == "depth" else name]
         for label, name in zip(labels, names, strict=True)
     ]
-    other_parts = [parts.index(text) for text in profile.texts]
-    by_owner = np.array([other_parts, own_parts], np.int64)  # [2, texts]
-    range_parts = by_owner[ranges.is_ours.astype(np.int64), ranges.text]
-    innermost = np.where(mine == NONE, _innermost_other(profile), mine)
-
-    is_settled = np.append(np.array([name in REGIONS for name in names], bool)[ranges.text], True)
-    region_range = mine.copy()
-    while (inner := np.flatnonzero(~is_settled[region_range])).size:
-        region_range[inner] = parents[region_range[inner]]
+    other_parts = [parts[text] for text in profile.texts]
+    range_parts = np.array([other_parts, own_parts], np.int64)[ranges.is_ours.astype(int), ranges.text]
+    is_library = np.array([LIBRARY_RANGE.match(text) is not None for text in profile.texts], bool)
+    launched, captured = _innermost(profile, ~ranges.is_ours & ~is_library[ranges.text])
+    innermost = np.where(mine != NONE, mine, np.where(captured == NONE, launched, captured))
+    is_region = ranges.is_ours & np.array([name in REGIONS for name in names], bool)[ranges.text]
+    region_range = np.where(by_launch, *_innermost(profile, is_region))
 
     # A range in which a graph was captured counts again in each launch of the graph.
     occasion = np.stack([mine, np.where(by_launch, 0, activities.launched)])
@@ -151,30 +144,17 @@ def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
         "region": _pick(range_parts, region_range, 0),
         "num_bytes": _bytes(activities.num_bytes, payload_bytes, occasion, role),
     }
-    return columns, ~in_exchange & (activities.captured == LOST), parts.all()
+    return columns, ~in_exchange & (activities.captured == LOST), tuple(parts)
 
 
-def _innermost(profile: Profile, chosen: Mask) -> tuple[Ints, Ints, Ints]:
-    """For each activity the innermost of the chosen ranges at its launch and at its capture; each range's parent.
-
-    All are indices into `profile.ranges`, or NONE.
-    """
+def _innermost(profile: Profile, chosen: Mask) -> tuple[Ints, Ints]:
+    """For each activity the innermost of the chosen ranges at its launch and at its capture: an index, or NONE."""
     activities, ranges = profile.activities, profile.ranges
     index = np.flatnonzero(chosen)
     nesting = Nesting(ranges.thread[index], ranges.start[index], ranges.end[index])
     launched = nesting.innermost(activities.thread, activities.launched)
     captured = nesting.innermost(activities.capture_thread, activities.captured)
-    parents = np.full(chosen.size, NONE, np.int64)
-    parents[index] = _pick(index, nesting.parents, NONE)
-    return _pick(index, launched, NONE), _pick(index, captured, NONE), parents
-
-
-def _innermost_other(profile: Profile) -> Ints:
-    """For each activity the innermost range that is neither ours nor a library's, or NONE."""
-    is_library = np.array([LIBRARY_RANGE.match(text) is not None for text in profile.texts], bool)
-    others = ~profile.ranges.is_ours & ~is_library[profile.ranges.text]
-    launched, captured, _ = _innermost(profile, others)
-    return np.where(captured == NONE, launched, captured)
+    return _pick(index, launched, NONE), _pick(index, captured, NONE)
 
 
 def _pick(values: Ints, index: Ints, default: int) -> Ints:

@@ -69,32 +69,28 @@ def _profile(source: str, header: Event, timed: list[tuple[str, Event]]) -> Prof
     calls: dict[int, tuple[int, int]] = {}
     for category, event in timed:
         if category in CALLS and "correlation" in event.get("args", {}):
-            call = (_ns(event["ts"]), threads.index(str(event["tid"])))
+            call = (_ns(event["ts"]), threads[str(event["tid"])])
             correlation = int(event["args"]["correlation"])
             calls[correlation] = min(call, calls.get(correlation, call))
     activities = [
         _activity(event, KINDS[category], names, calls) for category, event in timed if category in KINDS
     ]
-    if not activities:
-        raise ProfileError(
-            f"{source}: the profile is empty: it holds no kernel, copy or memset (was the GPU traced?)"
-        )
     ranges = [
-        (*_interval(event), threads.index(str(event["tid"])), texts.index(event["name"]))
+        (*_interval(event), threads[str(event["tid"])], texts[event["name"]])
         for category, event in timed
         if category == ANNOTATION
     ]
     pid = next((e["pid"] for category, e in timed if category in CALLS and isinstance(e["pid"], int)), 0)
     rank = (header.get("distributedInfo") or {}).get("rank")
     start, end, thread, text = np.array(ranges, np.int64).reshape(-1, 4).T
-    is_ours = np.array([LABEL.match(one) is not None for one in texts.all()], bool)[text]
+    is_ours = np.array([LABEL.match(one) is not None for one in texts], bool)[text]
     zeros = np.zeros_like(start)
     return Profile(
         source,
         [pid],
-        names.all(),
-        texts.all(),
-        Activities(*np.array(activities, np.int64).T),
+        list(names),
+        list(texts),
+        Activities(*np.array(activities, np.int64).reshape(-1, 12).T),
         Ranges(start, end, zeros, thread, text, zeros, is_ours),
         {} if rank is None else {0: int(rank)},
     )
@@ -108,7 +104,7 @@ def _activity(event: Event, kind: Kind, names: Texts, calls: Mapping[int, tuple[
     device, stream = int(args.get("device", event["pid"])), int(args.get("stream", event["tid"]))
     call = calls.get(int(args.get("correlation", UNKNOWN)), (UNKNOWN, UNKNOWN))
     captured = LOST if args.get("graph node id") else UNKNOWN
-    name = names.index(event["name"])
+    name = names[event["name"]]
     return [*_interval(event), 0, device, stream, kind, name, _bytes(args), *call, captured, captured]
 
 

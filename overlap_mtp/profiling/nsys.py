@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ PAYLOADS = ("uint64Value", "int64Value", "uint32Value", "int32Value")
 RANGE, RANGE_MORE = ("start", "globalTid"), ("end", "eventType", "domainId", "textId", "text", *PAYLOADS)
 NODE, NODE_MORE = ("start", "globalTid", "graphNodeId"), ("originalGraphNodeId",)
 PID_BITS = 24  # a globalTid holds machine, process and thread; the thread has the lower bits
-CHUNK = 100_000  # rows read at once
 
 
 def read_nsys(path: Path) -> Profile:
@@ -72,10 +72,9 @@ class _Export:
         self._check()
         names, strings = Texts(), dict(self._rows("StringIds", ("id", "value")))
         raw = [self._activities(kind, names, strings) for kind in TABLES if TABLES[kind] in self._columns]
-        columns = np.concatenate(raw)
-        if not len(columns):
-            raise ProfileError(f"{self._name}: the profile is empty: it holds no kernel, copy or memset")
-        start, end, device, stream, correlation, global_pid, node, kind, name, num_bytes = columns.T
+        start, end, device, stream, correlation, global_pid, node, kind, name, num_bytes = np.concatenate(
+            raw
+        ).T
         launched, thread = _find_calls(global_pid >> PID_BITS, correlation, self._numbers(CALLS, CALL).T)
         process = np.where(global_pid != UNKNOWN, global_pid, thread) >> PID_BITS
         texts, ranges = self._ranges(strings)
@@ -83,8 +82,8 @@ class _Export:
         return Profile(
             self._name,
             [0 if pid == UNKNOWN else pid & 0xFFFFFF for pid in pids.tolist()],
-            names.all(),
-            texts.all(),
+            list(names),
+            list(texts),
             Activities(
                 *(start, np.maximum(start, end), np.searchsorted(pids, process), device, stream),
                 *(kind, name, num_bytes, launched, thread, *self._captures(process, node)),
@@ -118,14 +117,11 @@ class _Export:
             within = np.isin(copy_kind, WITHIN_DEVICE)
             kinds[within] = Kind.LOCAL_COPY
             kinds[(within & between) | (copy_kind == BETWEEN_DEVICES)] = Kind.PEER_COPY
-        ids, inverse = np.unique(label_id if kind is Kind.KERNEL else kinds, return_inverse=True)
-        texts = [
-            strings.get(i, "unknown kernel")
-            if kind is Kind.KERNEL
-            else Kind(i).name.lower().replace("_", " ")
-            for i in ids.tolist()
-        ]
-        name = np.array([names.index(text) for text in texts], np.int64)[inverse]
+        if kind is Kind.KERNEL:
+            texts = [strings.get(i, "unknown kernel") for i in label_id.tolist()]
+        else:
+            texts = [Kind(i).name.lower().replace("_", " ") for i in kinds.tolist()]
+        name = np.array([names[text] for text in texts], np.int64)
         return np.column_stack([rows[:, :7], kinds, name, num_bytes])
 
     def _captures(self, process: Ints, node: Ints) -> Ints:
@@ -136,18 +132,17 @@ class _Export:
             made.setdefault((tid >> PID_BITS, its_node), (start, tid))
             if original not in (UNKNOWN, 0, its_node):
                 copied_from[tid >> PID_BITS, its_node] = original
-        nodes = np.flatnonzero(node > 0)
-        pairs, inverse = np.unique(np.stack([process, node])[:, nodes], axis=1, return_inverse=True)
-        capture = np.full((pairs.shape[1], 2), LOST, np.int64)
-        for number, (its_process, its_node) in enumerate(pairs.T.tolist()):
+
+        @cache
+        def capture(process: int, node: int) -> tuple[int, int]:
             seen = set()
-            while (its_process, its_node) in copied_from and its_node not in seen:
-                seen.add(its_node)
-                its_node = copied_from[its_process, its_node]
-            capture[number] = made.get((its_process, its_node), (LOST, LOST))
-        captures = np.full((2, node.size), UNKNOWN, np.int64)
-        captures[:, nodes] = capture[inverse.reshape(-1)].T
-        return captures
+            while (process, node) in copied_from and node not in seen:
+                seen.add(node)
+                node = copied_from[process, node]
+            return made.get((process, node), (LOST, LOST)) if node > 0 else (UNKNOWN, UNKNOWN)
+
+        pairs = zip(process.tolist(), node.tolist(), strict=True)
+        return np.array([capture(*pair) for pair in pairs], np.int64).reshape(-1, 2).T
 
     def _ranges(self, strings: Mapping[int, str]) -> tuple[Texts, Ranges]:
         """The texts and the ranges; here `process` is the upper bits of the globalTid, not an index."""
@@ -164,36 +159,32 @@ class _Export:
             elif event in (PUSH_POP, START_END) or (event is None and end is not None):
                 payload = next((value for value in values if value), 0)
                 stop = FOREVER if end is None else end
-                columns.append((start, stop, tid >> PID_BITS, tid, texts.index(name), payload, domain or 0))
+                columns.append((start, stop, tid >> PID_BITS, tid, texts[name], payload, domain or 0))
         start, stop, process, thread, index, payload, domain = np.array(columns, np.int64).reshape(-1, 7).T
-        is_label = np.array([LABEL.match(one) is not None for one in texts.all()], bool)
+        is_label = np.array([LABEL.match(one) is not None for one in texts], bool)
         # A domain that was made before the capture began has no name here: then the label alone decides.
         named = [domains.get(key, DOMAIN) for key in zip(process.tolist(), domain.tolist(), strict=True)]
         is_ours = is_label[index] & (np.array(named, object) == DOMAIN)
         return texts, Ranges(start, stop, process, thread, index, payload, is_ours)
 
     def _numbers(self, table: str, required: Sequence[str], optional: Sequence[str] = ()) -> Ints:
-        """[n, columns]: UNKNOWN for a value or a column that is missing; no rows for a missing table."""
-        chunks = [np.zeros((0, len(required) + len(optional)), np.int64)]
-        if table in self._columns:
-            cursor = self._db.execute(self._select(table, required, optional, 'COALESCE("{}", -1)', "-1"))
-            while rows := cursor.fetchmany(CHUNK):
-                chunks.append(np.array(rows, np.int64))
-        return np.concatenate(chunks)
+        """[n, columns]: as `_rows`, with UNKNOWN for what is missing."""
+        rows = self._rows(table, required, optional, str(UNKNOWN))
+        return np.fromiter(rows, np.dtype((np.int64, len(required) + len(optional))))
 
-    def _rows(self, table: str, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Any]:
-        """The rows of a table: None for a value or a column that is missing; no rows for a missing table."""
-        if table in self._columns:
-            yield from self._db.execute(self._select(table, required, optional, '"{}"', "NULL"))
-
-    def _select(
-        self, table: str, required: Sequence[str], optional: Sequence[str], present: str, absent: str
-    ) -> str:
-        have = self._columns[table]
-        if missing := [column for column in required if column not in have]:
-            raise ProfileError(f"{self._name}: unknown schema: {table} has no column {missing[0]}")
-        wanted = [present.format(name) if name in have else absent for name in (*required, *optional)]
-        return f'SELECT {", ".join(wanted)} FROM "{table}"'
+    def _rows(
+        self, table: str, required: Sequence[str], optional: Sequence[str] = (), missing: str = "NULL"
+    ) -> Iterator[Any]:
+        """The rows of a table, with `missing` for a value or a column that is missing; none for a missing table."""
+        have = self._columns.get(table)
+        if have is None:
+            return iter(())
+        if unknown := [column for column in required if column not in have]:
+            raise ProfileError(f"{self._name}: unknown schema: {table} has no column {unknown[0]}")
+        wanted = [
+            f'COALESCE("{name}", {missing})' if name in have else missing for name in (*required, *optional)
+        ]
+        return self._db.execute(f'SELECT {", ".join(wanted)} FROM "{table}"')
 
 
 def _find_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, Ints]:
@@ -203,18 +194,13 @@ def _find_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, In
     start, thread, correlation. Of several calls with one correlation the first counts.
     """
     start, thread, called = calls
-    unknown = np.full(correlation.size, UNKNOWN)
-    if not called.size:
-        return unknown, unknown
+    processes = np.concatenate([thread >> PID_BITS, process])
     if (process == UNKNOWN).any():
-        process, callers = np.zeros_like(process), np.zeros_like(thread)
-    else:
-        callers = thread >> PID_BITS
-    processes = np.unique(np.concatenate([process, callers]))
-    call_key = np.searchsorted(processes, callers) << 40 | called
-    order = np.lexsort((start, call_key))
-    key = np.searchsorted(processes, process) << 40 | correlation
-    found = np.searchsorted(call_key, key, sorter=order)
-    call = order[np.minimum(found, order.size - 1)]
-    hit = (call_key[call] == key) & (correlation >= 0)
-    return np.where(hit, start[call], UNKNOWN), np.where(hit, thread[call], UNKNOWN)
+        processes[:] = 0
+    number = np.unique(processes, return_inverse=True)[1]
+    key = np.unique(number << 40 | np.concatenate([called, correlation]), return_inverse=True)[1]
+    first = np.full(key.size, UNKNOWN)  # the first call with each key
+    order = np.argsort(start)[::-1]
+    first[key[order]] = order  # of several, the last one assigned stays
+    call = np.where(correlation >= 0, first[key[start.size :]], UNKNOWN)
+    return np.append(start, UNKNOWN)[call], np.append(thread, UNKNOWN)[call]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from overlap_mtp.profiling.classify import DeviceTimeline, Mask, Role, base_name, classify
-from overlap_mtp.profiling.intervals import FOREVER, NONE, Ints, covered, length, merge
+from overlap_mtp.profiling.intervals import NONE, Ints, covered, length, merge
 from overlap_mtp.profiling.trace import UNKNOWN, Profile
 
 EVERYTHING, OUTSIDE = "all", "outside steps"  # stand for a schedule if there is no step
@@ -108,17 +108,16 @@ def report_on(profiles: Sequence[Profile]) -> Report:
             several recordings, and labels name the file.
     """
     groups = [classify(profile) for profile in profiles]
-    labels = Counter(timeline.label for group in groups for timeline in group)
-    if max(labels.values()) > 1:  # ranks of different recordings do not wait for each other
-        waits = [wait for group in groups for wait in _peer_waits(group)]
+    labels = [timeline.label for group in groups for timeline in group]
+    if len(set(labels)) < len(labels):
         groups = [
             [replace(timeline, label=f"{profile.source}: {timeline.label}") for timeline in group]
             for profile, group in zip(profiles, groups, strict=True)
         ]
-    else:
-        waits = _peer_waits([timeline for group in groups for timeline in group])
-    timelines = tuple(timeline for group in groups for timeline in group)
-    measured = [_Measured(timeline, wait) for timeline, wait in zip(timelines, waits, strict=True)]
+    else:  # one recording, whose ranks wait for each other
+        groups = [[timeline for group in groups for timeline in group]]
+    measured = [_Measured(*one) for group in groups for one in zip(group, _peer_waits(group), strict=True)]
+    timelines = tuple(one.timeline for one in measured)
     rows = tuple(row for one in measured for row in one.rows())
     notes = tuple(_notes(timelines, rows))
     return Report(tuple(profile.source for profile in profiles), rows, _schedules(measured), notes, timelines)
@@ -231,14 +230,11 @@ def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
     """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns."""
     slowest: Counter[tuple[str, int]] = Counter()
     for timeline in timelines:
-        inside = timeline.step != NONE
-        (start, end), step = timeline.times(inside), timeline.step[inside]
-        numbers, first = np.unique(step, return_index=True)  # activities are sorted by start
-        last = np.full(len(timeline.steps), -FOREVER)
-        np.maximum.at(last, step, end)
-        for number, time in zip(numbers.tolist(), (last[numbers] - start[first]).tolist(), strict=True):
-            key = (timeline.steps[number].schedule, timeline.steps[number].number)
-            slowest[key] = max(slowest[key], time)
+        for at, step in enumerate(timeline.steps):
+            start, end = timeline.times(timeline.step == at)
+            if start.size:
+                key = (step.schedule, step.number)
+                slowest[key] = max(slowest[key], int(end.max() - start.min()))
     times: dict[str, list[int]] = {}
     for (schedule, _), time in slowest.items():
         times.setdefault(schedule, []).append(time)

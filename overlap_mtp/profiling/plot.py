@@ -60,13 +60,9 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     )
     views = _views(timeline)
     heights = [1.6 + np.unique(timeline.stream[view.members]).size for view in views]
+    size = (13, 1.2 + 0.5 * sum(heights))
     figure, grid = plt.subplots(
-        len(views),
-        2,
-        figsize=(13, 1.2 + 0.5 * sum(heights)),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
+        len(views), 2, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
     )
     whole = max(view.end - view.begin for view in views)  # one scale for all steps
     for (left, right), view in zip(grid, views, strict=True):
@@ -113,12 +109,10 @@ def _close_view(view: View) -> tuple[int, int]:
 def _title(view: View) -> str:
     step = f"{(view.end - view.begin) / 1e6:.2f} ms"
     exchange = view.merged(view.of(Role.EXCHANGE))
-    if not view.of(Role.EXCHANGE).size:
+    if not (time := length(exchange)):
         return step
     hidden = int(covered(view.merged(view.of(Role.COMPUTE)), *exchange).sum())
-    time = length(exchange)
-    share = 100 * hidden / time if time else 0
-    return f"{step}, exchange {time / 1e3:,.0f} µs, {share:.0f} % of it under compute"
+    return f"{step}, exchange {time / 1e3:,.0f} µs, {100 * hidden / time:.0f} % of it under compute"
 
 
 def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, origin: int = 0) -> None:

@@ -56,11 +56,11 @@ def starts_with(path: Path, mark: bytes) -> bool:
 
 def _read_plain(path: Path, plain: Path) -> Profile:
     with plain.open("rb") as file:
-        head = file.read(len(SQLITE))
+        head = file.read(100)
     if not head.strip():
         raise ProfileError(f"{path.name}: the file is empty")
-    if head == SQLITE:
-        _check_length(plain)
+    if head.startswith(SQLITE):
+        _check_length(plain, head)
         return read_nsys(plain)
     if path.suffix in (".nsys-rep", ".qdrep"):
         raise ProfileError(f"{path.name}: export it first: nsys export --type sqlite {path.name}")
@@ -71,10 +71,11 @@ def _read_plain(path: Path, plain: Path) -> Profile:
     )
 
 
-def _check_length(path: Path) -> None:
-    """Check that the file is complete: SQLite notices a missing end only if it has to read it."""
-    with path.open("rb") as file:
-        head = file.read(100)  # https://www.sqlite.org/fileformat.html, "The Database Header"
+def _check_length(path: Path, head: bytes) -> None:
+    """Check that the file is complete: SQLite notices a missing end only if it has to read it.
+
+    `head` is https://www.sqlite.org/fileformat.html, "The Database Header": 100 bytes.
+    """
     page_bytes = int.from_bytes(head[16:18]) or 1
     pages, size = int.from_bytes(head[28:32]), path.stat().st_size
     if len(head) < 100 or pages * (65536 if page_bytes == 1 else page_bytes) > size:

@@ -117,22 +117,18 @@ def _shrink_kineto(source: Path, target: Path) -> None:
     launched = {event.get("args", {}).get("correlation") for kind, event in spans if kind in kineto.KINDS}
     events = []
     for kind, event in spans:
-        if kind in kineto.KINDS:
-            events.append(_shrink_event(kind, event, WORK_ARGS))
-        elif kind in kineto.CALLS and event.get("args", {}).get("correlation") in launched:
-            events.append(_shrink_event(kind, event, ("correlation",)))
-        elif kind == kineto.ANNOTATION and (not has_ours or LABEL.match(event["name"])):
-            events.append(_shrink_event(kind, event, ()))
+        args = event.get("args", {})
+        is_call = kind in kineto.CALLS and args.get("correlation") in launched
+        is_range = kind == kineto.ANNOTATION and (not has_ours or LABEL.match(event["name"]))
+        if kind in kineto.KINDS or is_call or is_range:
+            kept = {name: event[name] for name in ("ph", "ts", "dur", "pid", "tid") if name in event}
+            wanted = WORK_ARGS if kind in kineto.KINDS else ("correlation",)
+            details = {name: args[name] for name in wanted if name in args}
+            events.append({**kept, "cat": kind, "name": without_folders(event["name"]), "args": details})
     small: dict[str, Any] = {"schemaVersion": kineto.KNOWN_SCHEMA, "traceEvents": events}
     if "rank" in (header.get("distributedInfo") or {}):
         small["distributedInfo"] = {"rank": header["distributedInfo"]["rank"]}
     target.write_text(json.dumps(small, separators=(",", ":")))
-
-
-def _shrink_event(category: str, event: kineto.Event, args: Sequence[str]) -> dict[str, Any]:
-    kept = {name: event[name] for name in ("ph", "ts", "dur", "pid", "tid") if name in event}
-    details = {name: event["args"][name] for name in args if name in event.get("args", {})}
-    return {**kept, "cat": category, "name": without_folders(event["name"]), "args": details}
 
 
 def main() -> None:

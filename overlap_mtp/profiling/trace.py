@@ -78,6 +78,12 @@ class Profile:
     ranges: Ranges
     ranks: Mapping[int, int] = field(default_factory=dict)  # process -> rank, if the file itself says so
 
+    def __post_init__(self) -> None:
+        if not self.activities.start.size:
+            raise ProfileError(
+                f"{self.source}: the profile is empty: it holds no kernel, copy or memset (was the GPU traced?)"
+            )
+
     def rank(self, process: int) -> int | None:
         """Return the rank in the labels of a process's ranges, else the one that the file states, else None."""
         ours = np.flatnonzero(self.ranges.is_ours & (self.ranges.process == process))
@@ -88,14 +94,8 @@ class Profile:
         return self.ranks.get(process)
 
 
-class Texts:
-    """Distinct strings, numbered in the order in which they first appear."""
+class Texts(dict[str, int]):
+    """Numbers distinct strings in the order in which they are first asked for."""
 
-    def __init__(self, *texts: str) -> None:
-        self._index = {text: index for index, text in enumerate(texts)}
-
-    def index(self, text: str) -> int:
-        return self._index.setdefault(text, len(self._index))
-
-    def all(self) -> tuple[str, ...]:
-        return tuple(self._index)
+    def __missing__(self, text: str) -> int:
+        return self.setdefault(text, len(self))
