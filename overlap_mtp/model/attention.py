@@ -103,7 +103,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def attention_plan(
-    layout: SequenceLayout, cp_rank: int, batch_size: int, like: torch.Tensor
+    layout: SequenceLayout, cp_rank: int, batch_size: int, device: torch.device, dtype: torch.dtype
 ) -> AttentionPlan:
     """Return the plan for a batch.
 
@@ -111,11 +111,11 @@ def attention_plan(
         layout: the layout of the batch.
         cp_rank: this rank in the cp group.
         batch_size: rows of the batch.
-        like: a tensor with the device and dtype of the hidden states. They choose between flash attention and a mask.
+        device, dtype: those of the hidden states. They choose between flash attention and a mask.
     """
-    if like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16):
-        return VarlenPlan.of(layout, cp_rank, batch_size, like.device)
-    return MaskPlan.of(layout, cp_rank, like.device)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return VarlenPlan.of(layout, cp_rank, batch_size, device)
+    return MaskPlan.of(layout, cp_rank, device)
 
 
 class GatherSequence(torch.autograd.Function):
@@ -159,10 +159,8 @@ def rope(position_ids: torch.Tensor, config: ModelConfig, dtype: torch.dtype) ->
         Two tensors [B, L, 1, 1, head_dim].
     """
     precise = torch.promote_types(dtype, torch.float32)
-    exponent = (
-        torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=precise) / config.head_dim
-    )
-    angles = position_ids.to(precise)[..., None] * config.rope_theta**-exponent
+    pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=precise)
+    angles = position_ids.to(precise)[..., None] * config.rope_theta ** -(pairs / config.head_dim)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], -1)[:, :, None, None], torch.cat([-sin, sin], -1)[:, :, None, None]
 

@@ -69,11 +69,6 @@ class ModelConfig:
         """How many depths the batch is rolled by: derived labels need one more than `num_depths`."""
         return self.num_depths + self.derive_labels
 
-    @property
-    def num_sums(self) -> int:
-        """How many loss sums GPT.forward returns: LM, each MTP depth, and load balancing if there are experts."""
-        return 1 + self.num_depths + bool(self.num_experts)
-
 
 @dataclass(frozen=True)
 class Preset:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,9 @@ from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attentio
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
 from overlap_mtp.model.moe import MoE, RouterStats, balance_loss
-from overlap_mtp.model.mtp import MTPDepth, MultiTokenPrediction, recomputed
-from overlap_mtp.schedules.roller import Rolls
+from overlap_mtp.model.mtp import MultiTokenPrediction, Recomputed
+from overlap_mtp.schedules.roller import Roller
+from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import BackwardSpan, span
 
@@ -37,10 +38,10 @@ class SwiGLU(nn.Module):
         return out
 
 
-class DecoderLayer(nn.Module):
-    """Attention, then a feed-forward layer or experts.
+class DecoderLayer(Recomputed):
+    """Attention, then a feed-forward layer or experts. Return hidden states, and the router's statistics if any.
 
-    With `recompute`, backward computes the layer again instead of keeping its activations.
+    The event `before_ffn` is recorded just before the feed-forward layer, whose kernels are long.
     """
 
     def __init__(self, config: ModelConfig, cp_group: dist.ProcessGroup | None = None) -> None:
@@ -49,16 +50,9 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, cp_group)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = MoE(config) if config.num_experts else SwiGLU(config)
-        self.recompute = False
-
-    def forward(
-        self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None = None
-    ) -> tuple[torch.Tensor, RouterStats | None]:
-        """Run the layer. `before_ffn` is recorded just before the feed-forward layer, whose kernels are long."""
-        return recomputed(self._forward, self.recompute)(x, inputs, before_ffn)
 
     def _forward(
-        self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None
+        self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None = None
     ) -> tuple[torch.Tensor, RouterStats | None]:
         x = x + self.attention(self.attention_norm(x), inputs.rope, inputs.plan)
         normed, stats = self.ffn_norm(x), None
@@ -78,17 +72,6 @@ class LayerInputs:
     rope: Rope
     plan: AttentionPlan
     valid: torch.Tensor | None = None  # bool [L], for experts: the tokens that enter their statistics
-
-
-class Starts(Protocol):
-    """Anything that starts an exchange: a Roller, a TimedRoller or a MultiTokenPrediction."""
-
-    def start(
-        self,
-        batch: Mapping[str, torch.Tensor],
-        layout: SequenceLayout,
-        ready: torch.cuda.Event | None = None,
-    ) -> Rolls: ...
 
 
 class GPT(nn.Module):
@@ -133,14 +116,14 @@ class GPT(nn.Module):
         )
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ready: torch.cuda.Event | None = None
-        self._dense_plans: dict[Hashable, AttentionPlan] = {}
+        self._dense_plan: Callable[..., AttentionPlan] = lru_cache(64)(attention_plan)
         self.apply(_initialise)
 
     def forward(
         self,
         batch: Mapping[str, torch.Tensor],
         layout: SequenceLayout,
-        roller: Starts | None = None,
+        roller: Roller | TimedRoller | None = None,
         acceptance: DraftAcceptance | None = None,
     ) -> torch.Tensor:
         """Return the sums of the losses over this rank's valid tokens.
@@ -180,7 +163,9 @@ class GPT(nn.Module):
         with span("trunk"):
             hidden = backward.ends(self.embedding(ids))
             angles = rope(position_ids, self.config, hidden.dtype)
-            inputs = LayerInputs(angles, self._plan(layout, ids.shape[0], hidden), self._routed(layout, ids))
+            make_plan = attention_plan if layout.is_packed else self._dense_plan
+            plan = make_plan(layout, self.cp_rank, ids.shape[0], hidden.device, hidden.dtype)
+            inputs = LayerInputs(angles, plan, self._routed(layout, ids))
             for number, layer in enumerate(self.layers):
                 # A compiled layer is one graph: no event can be recorded inside it.
                 events = (ready,) if number == 0 and ready and not self._is_compiled else ()
@@ -208,7 +193,7 @@ class GPT(nn.Module):
         and values are gathered again.
         """
         for block in (*self.layers, *self.mtp.depths):
-            assert isinstance(block, DecoderLayer | MTPDepth)
+            assert isinstance(block, Recomputed)
             block.recompute = wanted
 
     def compile_layers(self, backend: str = "inductor") -> None:
@@ -262,16 +247,6 @@ class GPT(nn.Module):
             return None
         valid = upload(layout.valid(self.cp_rank), ids.device)
         return valid if self.tp_group is None else valid.chunk(self.tp_group.size())[self.tp_group.rank()]
-
-    def _plan(self, layout: SequenceLayout, rows: int, hidden: torch.Tensor) -> AttentionPlan:
-        if layout.is_packed:
-            return attention_plan(layout, self.cp_rank, rows, hidden)
-        plans, key = self._dense_plans, (layout.key, rows, hidden.device, hidden.dtype)
-        if key not in plans:
-            if len(plans) == 64:
-                del plans[next(iter(plans))]  # the oldest
-            plans[key] = attention_plan(layout, self.cp_rank, rows, hidden)
-        return plans[key]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,16 +15,18 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules import Roller, Rolls, make_roller
 from overlap_mtp.tracing import span
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
+class Recomputed(nn.Module):
+    """A module that computes `_forward`. With `recompute`, backward computes it again: no activations are kept."""
 
-def recomputed(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
-    """Wrap `function` in activation checkpointing if `wanted`."""
-    if not (wanted and torch.is_grad_enabled()):
-        return function
-    # The layers draw no random numbers, so there is no random state to restore.
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    recompute = False
+    _forward: Callable[..., Any]
+
+    def forward(self, *arguments: Any) -> Any:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(*arguments)
+        # The layers draw no random numbers, so there is no random state to restore.
+        return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,7 @@ class MultiTokenPrediction(nn.Module):
         )
 
     def start(
-        self,
-        batch: Mapping[str, torch.Tensor],
-        layout: SequenceLayout,
-        ready: torch.cuda.Event | None = None,
+        self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
     ) -> Rolls:
         """Start the exchange of this rank's batch.
 
@@ -153,11 +151,8 @@ class MultiTokenPrediction(nn.Module):
         return predictions
 
 
-class MTPDepth(nn.Module):
-    """One depth: return hidden states for the next depth, the same normalised for the head, and the layer's extra.
-
-    With `recompute`, backward computes the depth again instead of keeping its activations. The rolls are kept.
-    """
+class MTPDepth(Recomputed):
+    """One depth: return hidden states for the next depth, the same normalised for the head, and the layer's extra."""
 
     def __init__(self, hidden_size: int, layer: nn.Module, norm_eps: float) -> None:
         super().__init__()
@@ -166,12 +161,6 @@ class MTPDepth(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.layer = layer
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.recompute = False
-
-    def forward(
-        self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        return recomputed(self._forward, self.recompute)(hidden, embedded, *layer_arguments)
 
     def _forward(
         self, hidden: torch.Tensor, embedded: torch.Tensor, *layer_arguments: Any

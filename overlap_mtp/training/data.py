@@ -114,11 +114,9 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
         if not files:
             raise ValueError(f"{data} holds no text: put files into it, or give another folder")
         return Corpus([Document(path, _num_tokens(path, "uint8")) for path in files])
-    dtype = "uint8"
-    if data.suffix == ".bin":
-        dtype = token_dtype
-        if dtype not in TOKEN_DTYPES:
-            raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {dtype!r}")
+    dtype = token_dtype if data.suffix == ".bin" else "uint8"
+    if dtype not in ("uint8", *TOKEN_DTYPES):
+        raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {dtype!r}")
     size = _num_tokens(data, dtype)
     starts = range(0, size, PIECE_TOKENS)
     return Corpus([Document(data, min(PIECE_TOKENS, size - at), at, dtype) for at in starts])
@@ -151,9 +149,7 @@ class BatchStream:
     kind: Kind
     vocab_size: int
     num_documents: int | None = None
-    multiple_of: int = (
-        1  # pads documents further: runs that share it see the same batches at any cp_size dividing it
-    )
+    multiple_of: int = 1  # pads documents further: they are then the same at all cp_sizes that divide it
 
     def __post_init__(self) -> None:
         if self.num_documents is None:
@@ -206,7 +202,9 @@ class BatchStream:
         count = len(self.corpus.documents)
         lap = first // count  # each pass over the corpus begins one document later, so that packings differ
         chosen = [(first + lap + i) % count for i in range(self.batch_size * num_documents)]
-        lengths = self._fit([self.corpus.documents[at].num_tokens for at in chosen[:num_documents]])
+        whole = [self.corpus.documents[at].num_tokens for at in chosen[:num_documents]]
+        share = min(1.0, (self.seq_len - num_documents * self._unit) / sum(whole))
+        lengths = [max(1, int(length * share)) for length in whole]  # their padded sum fits in seq_len
         streams = []
         for row in range(self.batch_size):  # all rows have the bounds of the first
             starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]].tolist()
@@ -226,13 +224,6 @@ class BatchStream:
             "position_ids": offsets.repeat(self.batch_size, 1),
             "loss_mask": has_label.float().repeat(self.batch_size, 1),
         }, layout
-
-    def _fit(self, lengths: list[int]) -> list[int]:
-        """Scale lengths (to at least 1) so that their padded sum fits in seq_len."""
-        unit = self._unit
-        room = self.seq_len - len(lengths) * unit
-        share = min(1.0, room / sum(lengths))
-        return [max(1, int(length * share)) for length in lengths]
 
     def _checked(self, tokens: Tokens, at: int) -> npt.NDArray[np.int64]:
         if tokens.size and int(tokens.max()) >= self.vocab_size:

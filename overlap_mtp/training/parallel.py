@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -236,8 +235,6 @@ class SplitExperts(ParallelStyle):
         return module
 
 
-@contextmanager
-def split_loss(parallel: ParallelMesh | None) -> Iterator[None]:
-    """Run forward and backward in this context: the loss then takes logits that are split over tp ranks."""
-    with loss_parallel() if parallel is not None and parallel.dims.tp > 1 else nullcontext():
-        yield
+def split_loss(parallel: ParallelMesh | None) -> AbstractContextManager[None]:
+    """Return a context for forward and backward, in which the loss takes logits that are split over tp ranks."""
+    return loss_parallel() if parallel is not None and parallel.dims.tp > 1 else nullcontext()

@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.model.gpt import GPT, Starts
+from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import DraftAcceptance, combine
+from overlap_mtp.schedules.roller import Roller
+from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
@@ -120,7 +122,7 @@ class Trainer:
     def step(
         self,
         microbatches: Sequence[Microbatch],
-        roller: Starts | None = None,
+        roller: Roller | TimedRoller | None = None,
         where: str = "",
         first_batch: int = 0,
     ) -> StepReport:
@@ -140,8 +142,13 @@ class Trainer:
             raise ValueError(
                 f"a step takes accumulate = {self.config.accumulate} microbatches, got {len(microbatches)}"
             )
+        dims = self.parallel.dims if self.parallel is not None else ParallelDims()
         for _, layout in microbatches:
-            self._check_layout(layout)
+            if layout.cp_size != dims.cp:
+                raise ValueError(
+                    f"the layout's cp_size must be the mesh's cp = {dims.cp}, got {layout.cp_size}"
+                )
+            dims.check_length(layout.seq_len, layout.kind)
         self.optimizer.zero_grad()
         weights = self._table(torch.stack([self._weights(*one) for one in microbatches]))
         counts, tokens = weights[..., :-1], weights[..., -1].sum()
@@ -158,18 +165,12 @@ class Trainer:
             right.append(torch.stack(guesses.right))
         self._on_phase(f"{where}: losses and update")  # the host waits for the device here for the first time
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
-        totals, hits = table[..., : counts.shape[-1]], table[..., counts.shape[-1] :]
+        totals, hits = table.tensor_split([counts.shape[-1]], -1)
         self._check_finite(totals, where, first_batch)
         norms = self._clip(where)
         self.optimizer.step()
         self.scheduler.step()
         return self._report(totals, hits, counts, norms, tokens)
-
-    def _check_layout(self, layout: SequenceLayout) -> None:
-        dims = self.parallel.dims if self.parallel is not None else ParallelDims()
-        if layout.cp_size != dims.cp:
-            raise ValueError(f"the layout's cp_size must be the mesh's cp = {dims.cp}, got {layout.cp_size}")
-        dims.check_length(layout.seq_len, layout.kind)
 
     def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """Return this rank's counts of a microbatch's losses, then its number of tokens, [num_sums + 1]."""
@@ -213,12 +214,10 @@ class Trainer:
 
     def _clip(self, where: str) -> dict[str, float]:
         """Clip the gradients, those of a detached MTP block by themselves. Return their norms before."""
-        parts = {"model": list(self.model.parameters())}
+        parts, norms = {"model": list(self.model.parameters())}, {}
         if self.model.config.detach_mtp:
-            mtp = list(self.model.mtp.parameters())
-            of_mtp = {id(parameter) for parameter in mtp}
-            parts = {"trunk": [p for p in self.model.parameters() if id(p) not in of_mtp], "mtp": mtp}
-        norms = {}
+            trunk = [p for name, p in self.model.named_parameters() if not name.startswith("mtp.")]
+            parts = {"trunk": trunk, "mtp": list(self.model.mtp.parameters())}
         for name, parameters in parts.items():
             norm = clip_grad_norm_(parameters, self.config.clip_norm)
             norms[name] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
