@@ -123,38 +123,38 @@ def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, orig
         unit: the axis's unit, in ns.
         origin: the axis's 0, in ns since the step began.
     """
-    timeline, width = view.timeline, window[1] - window[0]
+    timeline, resolution = view.timeline, (window[1] - window[0]) // RESOLUTION
+    low, high = ((edge - origin) / unit for edge in window)
 
-    def at(time: float) -> float:
-        return (time - view.begin - origin) / unit
-
-    def bars(union: Union, place: tuple[float, float], colour: str) -> None:
-        spans = [(at(start), (end - start) / unit) for start, end in zip(*union, strict=True)]
+    def bars(union: Union, place: tuple[float, float], colour: str) -> list[list[float]]:
+        """Draw a bar for each interval, and return the intervals in the axis's unit."""
+        intervals: list[list[float]] = ((np.stack(union, 1) - view.begin - origin) / unit).tolist()
+        spans = [(start, end - start) for start, end in intervals]
         if spans:  # the edge keeps visible what is shorter than a pixel
             axes.broken_barh(spans, place, facecolors=colour, edgecolors=colour, linewidth=0.4)
+        return intervals
 
     streams = np.unique(timeline.stream[view.members]).tolist()
     for number, stream in enumerate(streams):
         for role, (colour, _) in LOOKS.items():
             members = view.of(role)
             members = members[timeline.stream[members] == stream]
-            bars(view.merged(members, width // RESOLUTION), (-number - 0.4, 0.8), colour)
+            bars(view.merged(members, resolution), (-number - 0.4, 0.8), colour)
     for part in np.unique(timeline.region[view.members]).tolist():
         name, _, depth = timeline.parts[part].partition(" ")
         if name not in REGIONS:
             continue
         members = view.members[timeline.region[view.members] == part]
         union = view.merged(members, (view.end - view.begin) // 50)
-        bars(union, (0.65, 0.6), REGION_COLOURS[name])
-        for start, end in (np.stack(union, 1) - view.begin).tolist():
-            if depth and window[0] <= start <= window[1]:
-                axes.axvline((start - origin) / unit, color="#a8741a", linewidth=0.8, linestyle=":")
-            start, end = max(start, window[0]), min(end, window[1])
-            if end - start > 0.02 * width:  # there is room for a name
-                text = timeline.parts[part] if end - start > 0.07 * width else depth
-                centre = ((start + end) / 2 - origin) / unit
-                axes.text(centre, 0.95, text, ha="center", va="center", fontsize=7)
-    axes.set_xlim((window[0] - origin) / unit, (window[1] - origin) / unit)
+        for start, end in bars(union, (0.65, 0.6), REGION_COLOURS[name]):
+            if depth and low <= start <= high:
+                axes.axvline(start, color="#a8741a", linewidth=0.8, linestyle=":")
+            start, end = max(start, low), min(end, high)
+            share = (end - start) / (high - low)
+            if share > 0.02:  # there is room for a name
+                text = timeline.parts[part] if share > 0.07 else depth
+                axes.text((start + end) / 2, 0.95, text, ha="center", va="center", fontsize=7)
+    axes.set_xlim(low, high)
     axes.set_ylim(-len(streams) + 0.4, 1.35)
     axes.set_yticks([0.95, *(-number for number in range(len(streams)))])
     axes.set_yticklabels(["part of step", *(f"stream {stream}" for stream in streams)], fontsize=8)

@@ -86,12 +86,9 @@ class Profile:
 
     def rank(self, process: int) -> int | None:
         """Return the rank in the labels of a process's ranges, else the one that the file states, else None."""
-        ours = np.flatnonzero(self.ranges.is_ours & (self.ranges.process == process))
-        if ours.size:
-            label = LABEL.match(self.texts[self.ranges.text[ours[0]]])
-            assert label is not None
-            return int(label["rank"])
-        return self.ranks.get(process)
+        ours = self.ranges.text[self.ranges.is_ours & (self.ranges.process == process)]
+        label = LABEL.match(self.texts[ours[0]]) if ours.size else None
+        return int(label["rank"]) if label else self.ranks.get(process)
 
 
 class Texts(dict[str, int]):
