@@ -69,14 +69,12 @@ class VarlenPlan:
         lengths_q, lengths_k = (end - begin)[used], (end - start)[used]
         bounds_k = np.concatenate([[0], np.cumsum(lengths_k)])
         position = np.arange(bounds_k[-1]) + np.repeat(start[used] - bounds_k[:-1], lengths_k)
-        index = layout.gather_index[position]
-        rows = np.arange(batch_size)[:, None]
+        index = layout.gather_index[position] + np.arange(batch_size)[:, None] * layout.seq_len
         cu = [
             np.concatenate([[0], np.cumsum(np.tile(lengths, batch_size))]).astype(np.int32)
             for lengths in (lengths_q, lengths_k)
         ]
-        key_index = (index + rows * layout.seq_len).astype(np.int32).ravel()
-        table = upload(np.concatenate([*cu, key_index]), device)
+        table = upload(np.concatenate([*cu, index.astype(np.int32).ravel()]), device)
         cu_seqlens_q, cu_seqlens_k, keys = table.tensor_split([cu[0].size, 2 * cu[0].size])
         return cls(cu_seqlens_q, cu_seqlens_k, int(lengths_q.max()), int(lengths_k.max()), keys)
 

@@ -63,12 +63,15 @@ class MoE(nn.Module):
         probabilities = scores.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-        stats = self._stats(probabilities, chosen, valid)
+        weight = valid.to(probabilities.dtype)[:, None]
+        counts = (F.one_hot(chosen, probabilities.shape[-1]).sum(-2) * weight).flatten(0, -2).sum(0)
+        total = self._redistributed((probabilities * weight).flatten(0, -2).sum(0), Partial(), Replicate())
         # Each tp rank computes a term of every token's output: the gradients of what it is given add up.
         x, weights, chosen = (
             self._redistributed(tensor, Shard(1), Replicate(), Partial()) for tensor in (x, weights, chosen)
         )
-        return self._redistributed(self._experts(x, weights, chosen), Partial(), Shard(1)), stats
+        out = self._redistributed(self._experts(x, weights, chosen), Partial(), Shard(1))
+        return out, RouterStats(counts.detach(), total)
 
     def _experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Run each expert on the tokens that chose it, and add its output times their weights."""
@@ -81,14 +84,6 @@ class MoE(nn.Module):
             inner = F.silu(mine @ gates[expert].T) * (mine @ ups[expert].T)
             out.index_add_(0, token, inner @ downs[expert].T * weights[token, choice, None])
         return out.view_as(x)
-
-    def _stats(self, probabilities: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) -> RouterStats:
-        weight = valid.to(probabilities.dtype)[:, None]
-        counts = F.one_hot(chosen, probabilities.shape[-1]).sum(-2) * weight
-        total = (probabilities * weight).flatten(0, -2).sum(0)
-        return RouterStats(
-            counts.flatten(0, -2).sum(0).detach(), self._redistributed(total, Partial(), Replicate())
-        )
 
     def _redistributed(
         self, x: torch.Tensor, source: Placement, target: Placement, gradient: Placement | None = None

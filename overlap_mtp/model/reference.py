@@ -120,7 +120,8 @@ def _decoder_layer(
         heads.append(scores.softmax(-1) @ value)
     x = x + torch.cat(heads, -1) @ weights[name + "attention.out_proj.weight"].T
     normed = _rms_norm(x, weights[name + "ffn_norm.weight"], config.norm_eps)
-    parts = [weights[f"{name}ffn.{part}"] for part in _parts(config.num_experts)]
+    suffix = "" if config.num_experts else ".weight"
+    parts = [weights[f"{name}ffn.{part}{suffix}"] for part in ("gate_proj", "up_proj", "down_proj")]
     if not config.num_experts:
         return x + _swiglu(normed, *parts)
     probabilities = (normed @ weights[name + "ffn.router"].T).softmax(-1)
@@ -133,11 +134,6 @@ def _decoder_layer(
         outs = [_swiglu(normed[token], *(part[expert] for part in parts)) for expert in chosen[token]]
         rows.append((share / share.sum()) @ torch.stack(outs))
     return x + torch.stack(rows)
-
-
-def _parts(num_experts: int) -> tuple[str, ...]:
-    names = ("gate_proj", "up_proj", "down_proj")
-    return names if num_experts else tuple(f"{name}.weight" for name in names)
 
 
 def _swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -81,8 +81,7 @@ class ParallelDims:
         """Check only the length of a sequence."""
         if seq_len < 1:
             raise ValueError(f"seq_len must be >= 1, got {seq_len}")
-        unit = length_unit(self.cp, kind)
-        _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", unit)
+        _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", length_unit(self.cp, kind))
         # Sequence parallelism splits the tokens of a cp rank again.
         _divides("seq_len / cp", seq_len // self.cp, "tp", self.tp)
 

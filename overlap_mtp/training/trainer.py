@@ -196,9 +196,8 @@ class Trainer:
 
     def _objective(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         config = self.model.config
-        return combine(
-            sums, counts, config.mtp_loss_factor, config.aux_loss_factor if config.num_experts else None
-        )
+        aux_loss_factor = config.aux_loss_factor if config.num_experts else None
+        return combine(sums, counts, config.mtp_loss_factor, aux_loss_factor)
 
     def _check_finite(self, totals: torch.Tensor, where: str, first_batch: int) -> None:
         bad = ~totals.isfinite()
@@ -268,8 +267,6 @@ def global_counts(
 
 def reduce_gradients(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
     """Sum the gradients over the ranks of `group`, in place, for a model that is not sharded over them."""
-    if group is None:
-        return
-    for parameter in parameters:
+    for parameter in parameters if group is not None else ():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=group)
