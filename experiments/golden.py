@@ -47,10 +47,9 @@ def train(device: torch.device, dims: ParallelDims, documents: str, out: Path) -
     model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     trainer = Trainer(model, optimizer, TrainConfig(STEPS, warmup_steps=5), parallel)
-    layout = parity.layout_of(documents, dims.cp)
     full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
+    microbatches = parity.share_out(full, parity.layout_of(documents, dims.cp), parallel, device)
     values: Values = {}
-    microbatches = parity.share_out(full, layout, parallel, device)
     for step in range(STEPS):
         report = trainer.step([microbatches[step % BATCHES]])
         named = {"LM": report.lm_loss, "aux": report.aux_loss, "gradient norm": report.grad_norms["model"]}

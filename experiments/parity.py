@@ -127,9 +127,8 @@ def mesh_of(dims: ParallelDims, device_type: str) -> ParallelMesh:
 
 def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None = None) -> GPT:
     """Return a model with parameters in the case's dtype, and random weights."""
-    config = replace(
-        CONFIGS[device.type], num_experts=case.num_experts, experts_per_token=case.experts_per_token
-    )
+    config = CONFIGS[device.type]
+    config = replace(config, num_experts=case.num_experts, experts_per_token=case.experts_per_token)
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
     return GPT(config, group).to(device, dtype)
 
@@ -149,9 +148,8 @@ def step(case: Case, parallel: ParallelMesh, device: torch.device, folder: Path)
     trainer = new_trainer(case, model := new_model(case, device, parallel.cp_group), parallel)
     checkpoints_of(case, folder).load(model, trainer.optimizer, trainer.scheduler, identity={})
     model.recompute_layers(case.recompute)
-    layout = layout_of(case.documents, case.cp)
     full = batch_of(case.documents, case.dp, model.config.vocab_size)
-    loss = trainer.step(share_out(full, layout, parallel, device)).loss
+    loss = trainer.step(share_out(full, layout_of(case.documents, case.cp), parallel, device)).loss
     model.mtp.roller.close()
     # They are DTensors after `parallelize`.
     gradients: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}

@@ -166,17 +166,16 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if settings.resume:
         watchdog.phase("loading a checkpoint", save_deadline)
         run.load()
-    writes = dist.get_rank() == 0
-    log = StepLog(settings.folder / LOG, run.steps_done) if writes else None
-    if writes:
+    log = None
+    if dist.get_rank() == 0:
+        log = StepLog(settings.folder / LOG, run.steps_done)
         options = asdict(settings)
         for path in ("out", "data", "curves"):
             del options[path]
         where = describe(device, dist.get_world_size())
         facts = {"settings": options, "identity": run.identity, "where": where}
         write_record(facts, settings.folder / "run.json")
-    steps, console = settings.steps, Console(quiet=not writes, soft_wrap=True, highlight=False)
-    every = max(1, steps // LINES)
+    steps, console = settings.steps, Console(quiet=log is None, soft_wrap=True, highlight=False)
     console.print(run.introduction)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
@@ -188,7 +187,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             if log is not None:
                 log.write(record)
             progress.update(task, completed=run.steps_done, description=line_of(record))
-            if not console.is_terminal and run.steps_done % every == 0:
+            if not console.is_terminal and run.steps_done % max(1, steps // LINES) == 0:
                 console.print(f"{run.steps_done}/{steps} {line_of(record)}")
             if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
                 watchdog.phase(f"saving step {run.steps_done}", save_deadline)
