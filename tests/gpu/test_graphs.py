@@ -16,8 +16,7 @@ from overlap_mtp import SequenceLayout, make_roller
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.kernels.launch import Grid, Launch
 
-from cases import NUM_DEPTHS, PACKED, error_of
-from gpu_cases import TRANSPORTS, differences, packed, shards
+from cases import NUM_DEPTHS, PACKED, TRANSPORTS, Microbatch, error_of
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.multi_gpu
@@ -25,26 +24,24 @@ pytestmark = pytest.mark.multi_gpu
 
 def replay_with_other_documents(group: dist.ProcessGroup, schedule: str, transport: str) -> list[str]:
     """Captured once; replayed with other tokens, then with other documents, between exchanges outside of it."""
-    rank, first = group.rank(), packed(group.size(), 0)
+    first = Microbatch.of(group)
     roller = make_roller(schedule, group, NUM_DEPTHS, transport, max_documents=8)
-    batch = shards(first, group, 0)
-    rolls = roller.start(batch, first)
-    wrong = differences([rolls.at(1), rolls.at(2)], first, rank, 0)
+    tensors = first.shards()
+    wrong = first.wrong(roller.start(tensors, first.layout))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = roller.start(batch, first)
+        captured = roller.start(tensors, first.layout)
         rolled = [captured.at(1), captured.at(2)]
     for turn in range(6):
-        layout = packed(group.size(), turn // 2)
+        batch, eager = (Microbatch.of(group, turn // 2, shift) for shift in (turn, 9))
         if turn % 2 == 0 and turn:
-            captured.set_replay_layout(layout)
-        for name, tensor in shards(layout, group, turn).items():
-            batch[name].copy_(tensor)
+            captured.set_replay_layout(batch.layout)
+        for name, tensor in batch.shards().items():
+            tensors[name].copy_(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        wrong += [f"replay {turn}: {one}" for one in differences(rolled, layout, rank, turn)]
-        eager = roller.start(shards(layout, group, 9), layout)
-        wrong += differences([eager.at(1), eager.at(2)], layout, rank, 9)
+        wrong += [f"replay {turn}: {one}" for one in batch.differences(rolled)]
+        wrong += eager.wrong(eager.start(roller))
     graph.reset()
     del graph
     gc.collect()
@@ -56,8 +53,7 @@ def replay_with_other_documents(group: dist.ProcessGroup, schedule: str, transpo
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("schedule", PACKED)
 def test_a_captured_exchange_takes_other_tokens_and_documents(gpu_pool: RankPool, schedule, transport):
-    size = gpu_pool.world_size
-    assert gpu_pool.run(replay_with_other_documents, size, schedule, transport) == [[]] * size
+    gpu_pool.check(replay_with_other_documents, gpu_pool.world_size, schedule, transport)
 
 
 class Cycle:
@@ -83,10 +79,9 @@ def collecting(launch: Launch, grid: Grid | None = None) -> None:
 
 
 def used_roller(group: dist.ProcessGroup, transport: str, is_closed: bool) -> list[object]:
-    """A roller and the rolls of an exchange of its, on a device that has done with them."""
-    layout = packed(group.size(), 0)
+    """A roller and the rolls of one of its exchanges, on a device that has done with them."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
-    rolls = roller.start(shards(layout, group, 0), layout)
+    rolls = Microbatch.of(group).start(roller)
     rolls.at(1)
     torch.cuda.synchronize()
     if is_closed:
@@ -99,28 +94,28 @@ def go_during_captures(group: dist.ProcessGroup, transport: str, is_closed: bool
 
     Once in the thread that captures, once in another one.
     """
-    layout, rank = packed(group.size(), 0), group.rank()
-    batch, wrong = shards(layout, group, 0), []
+    batch, wrong = Microbatch.of(group), []
+    tensors = batch.shards()
     for in_another in (False, True):
         roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
         gc.disable()
         Cycle(used_roller(group, transport, is_closed))
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Launch, "__call__", collecting)
-            rolls = roller.start(batch, layout)
+            rolls = roller.start(tensors, batch.layout)
         gc.enable()
-        wrong += differences([rolls.at(1), rolls.at(2)], layout, rank, 0)
+        wrong += batch.wrong(rolls)
         kept = used_roller(group, transport, is_closed)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            rolls = roller.start(batch, layout)
+            rolls = roller.start(tensors, batch.layout)
             rolled = [rolls.at(1), rolls.at(2)]
             Cycle(kept)
             del kept
             in_a_thread(gc.collect) if in_another else gc.collect()
         graph.replay()
         torch.cuda.synchronize()
-        wrong += [f"replay: {one}" for one in differences(rolled, layout, rank, 0)]
+        wrong += [f"replay: {one}" for one in batch.differences(rolled)]
         graph.reset()
         del graph, rolls, rolled
         Cycle(roller)
@@ -132,57 +127,55 @@ def go_during_captures(group: dist.ProcessGroup, transport: str, is_closed: bool
 @pytest.mark.parametrize("is_closed", [False, True])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport, is_closed):
-    size = gpu_pool.world_size
-    assert gpu_pool.run(go_during_captures, size, transport, is_closed) == [[]] * size
+    gpu_pool.check(go_during_captures, gpu_pool.world_size, transport, is_closed)
 
 
-def new_replay_layouts(group: dist.ProcessGroup) -> list[str]:
-    layout = packed(group.size(), 0)
-    roller = make_roller("prefetch", group, NUM_DEPTHS)
-    rolls = roller.start(shards(layout, group, 0), layout)
-    errors = [error_of(lambda: rolls.set_replay_layout(layout))]
+def new_replay_layout(group: dist.ProcessGroup) -> str:
+    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS)
+    rolls = batch.start(roller)
+    error = error_of(rolls.set_replay_layout, batch.layout)
     rolls.at(1)
     roller.close()
-    return errors
+    return error
 
 
 def test_only_a_captured_exchange_takes_another_layout(gpu_pool: RankPool):
-    for (error,) in gpu_pool.run(new_replay_layouts, gpu_pool.world_size):
+    for error in gpu_pool.run(new_replay_layout, gpu_pool.world_size):
         assert error.startswith("RuntimeError: only")
 
 
-def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]:
-    """What is said to exchanges that a graph cannot hold; the roller is of use afterwards."""
-    layout, rank = packed(group.size(), 0), group.rank()
+def misused_captures(group: dist.ProcessGroup, transport: str) -> tuple[dict[str, str], list[str]]:
+    """What is said to exchanges that a graph cannot hold; and what is wrong with the roller afterwards."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
-    batch, errors = shards(layout, group, 0), {}
-    roller.start(batch, layout).at(1)
-    outside = roller.start(batch, layout)
+    batch, errors = Microbatch.of(group), {}
+    layout, tensors = batch.layout, batch.shards()
+    roller.start(tensors, layout).at(1)
+    outside = roller.start(tensors, layout)
     graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
     with torch.cuda.graph(graphs[0]):
-        captured = roller.start(batch, layout)
-        errors["outside, joined inside"] = error_of(lambda: outside.at(1))
+        captured = roller.start(tensors, layout)
+        errors["RuntimeError: exchange 1 must be joined"] = error_of(outside.at, 1)
         captured.at(1)
-    wrong = differences([outside.at(1), outside.at(2)], layout, rank, 0)
+    wrong = batch.wrong(outside)
 
     def capture_too_many() -> None:
         with torch.cuda.graph(graphs[1]):
             for _ in range(20):
-                roller.start(batch, layout).at(1)
+                roller.start(tensors, layout).at(1)
 
-    errors["too many"] = error_of(capture_too_many)
+    errors["RuntimeError: no buffers are left"] = error_of(capture_too_many)
     contiguous = SequenceLayout.packed(layout.cu_seqlens, group.size(), "contiguous")
-    errors["another kind"] = error_of(lambda: captured.set_replay_layout(contiguous))
     longer = SequenceLayout.packed(2 * layout.cu_seqlens, group.size())
-    errors["another length"] = error_of(lambda: captured.set_replay_layout(longer))
-    after = roller.start(batch, layout)
-    wrong += differences([after.at(1), after.at(2)], layout, rank, 0)
+    for other, what in ((contiguous, "kind"), (longer, "length")):
+        error = error_of(captured.set_replay_layout, other)
+        errors[f"ValueError: a captured exchange keeps its {what}"] = error
+    wrong += batch.wrong(roller.start(tensors, layout))
     with torch.cuda.graph(graphs[2]):
-        again = roller.start(batch, layout)
+        again = roller.start(tensors, layout)
         rolled = [again.at(1), again.at(2)]
     graphs[2].replay()
     torch.cuda.synchronize()
-    wrong += differences(rolled, layout, rank, 0)
+    wrong += batch.differences(rolled)
     roller.raise_if_failed()
     for one in graphs:
         one.reset()
@@ -191,27 +184,23 @@ def misused_captures(group: dist.ProcessGroup, transport: str) -> dict[str, str]
     gc.collect()
     torch.cuda.synchronize()
     roller.close()
-    return errors | {"wrong": str(wrong)}
+    return errors, wrong
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
-    for errors in gpu_pool.run(misused_captures, gpu_pool.world_size, transport):
-        assert errors["outside, joined inside"].startswith("RuntimeError: exchange 1 must be joined")
-        assert errors["too many"].startswith("RuntimeError: no buffers are left")
-        assert errors["another kind"].startswith("ValueError: a captured exchange keeps its kind")
-        assert errors["another length"].startswith("ValueError: a captured exchange keeps its length")
-        assert errors["wrong"] == "[]"
+    for errors, wrong in gpu_pool.run(misused_captures, gpu_pool.world_size, transport):
+        assert [error for expected, error in errors.items() if not error.startswith(expected)] == []
+        assert wrong == []
 
 
 def too_many_under_way(group: dist.ProcessGroup) -> str:
-    layout = packed(group.size(), 0)
-    roller = make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
-    batch, started = shards(layout, group, 0), []
+    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
+    tensors, started = batch.shards(), []
 
     def start_many() -> None:
         for _ in range(70):
-            started.append(roller.start(batch, layout))
+            started.append(roller.start(tensors, batch.layout))
 
     error = error_of(start_many)
     for rolls in started:
@@ -230,18 +219,17 @@ def late_rank(world: dist.ProcessGroup) -> str:
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=3))
     assert group is not None
     assert exchange_group_of(group).process_group is not None
-    layout = packed(group.size(), 0)
-    roller = make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
-    batch = shards(layout, group, 0)
-    roller.start(batch, layout).at(1)
+    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
+    tensors = batch.shards()
+    roller.start(tensors, batch.layout).at(1)
     torch.cuda.synchronize()
     if group.rank() == group.size() - 1:
         return ""
 
     def wait_in_vain() -> None:
-        roller.start(batch, layout).at(1)
+        roller.start(tensors, batch.layout).at(1)
         torch.cuda.synchronize()
-        roller.start(batch, layout)
+        roller.start(tensors, batch.layout)
 
     return error_of(wait_in_vain)
 
@@ -254,22 +242,21 @@ def test_a_rank_that_never_comes_is_named(gpu_pool: RankPool):
 
 
 def chosen_transport(group: dist.ProcessGroup) -> tuple[str, list[str]]:
-    records: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("overlap_mtp")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     fresh = dist.new_group(list(range(group.size())))
     assert fresh is not None
-    layout = packed(group.size(), 0)
     for _ in range(2):
         roller = make_roller("prefetch", fresh, NUM_DEPTHS)
-        roller.start(shards(layout, group, 0), layout).at(1)
+        Microbatch.of(fresh).start(roller).at(1)
         name = roller.transport
         roller.close()
     logger.removeHandler(handler)
-    return name, records
+    return name, messages
 
 
 def test_auto_says_once_what_it_has_chosen_and_why(gpu_pool: RankPool):
@@ -278,4 +265,4 @@ def test_auto_says_once_what_it_has_chosen_and_why(gpu_pool: RankPool):
     assert answers[0][0] in TRANSPORTS
     assert len(answers[0][1]) == 1
     assert answers[0][0] in answers[0][1][0]
-    assert all(not records for _, records in answers[1:])
+    assert all(not messages for _, messages in answers[1:])

@@ -1,4 +1,4 @@
-"""Ranks that do not start alike: an error on all of them, and none that waits."""
+"""Ranks that do not start the same exchange: an error on all of them, and none that waits."""
 
 from __future__ import annotations
 
@@ -6,199 +6,129 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference
+from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
 
 from cases import (
     ILLEGAL,
     NUM_DEPTHS,
     ODD_RANK,
     PACKED,
+    Microbatch,
     assert_names,
     error_of,
-    local_to,
-    other_dtype,
     packed,
-    wrong_rolls,
+    replace_labels,
 )
-from rank_pool import RankPool, device_of
-from strategies import same_bits
+from rank_pool import RankPool
 
-
-def other_names(batch, layout):
-    return {name: t for name, t in batch.items() if not name.startswith("labels")}, layout
-
-
-def other_rows(batch, layout):
-    return {name: t[:1] for name, t in batch.items()}, layout
-
-
-def other_kind(batch, layout):
-    return batch, SequenceLayout.packed(layout.cu_seqlens, layout.cp_size, "contiguous")
-
-
-def dense_instead(batch, layout):
-    return batch, SequenceLayout.dense(layout.seq_len, layout.cp_size)
-
-
-DIFFERENT_BATCHES = {
-    "dtype": (other_dtype, ["labels int32", "labels int64"]),
-    "names": (other_names, ["labels"]),
-    "batch size": (other_rows, ["1", "2"]),
-    "layout kind": (other_kind, ["zigzag", "contiguous"]),
-    "packed or dense": (dense_instead, ["packed", "dense"]),
-}
-DIFFERENT_ROLLERS = {
-    "num_depths": ({"num_depths": NUM_DEPTHS}, {"num_depths": NUM_DEPTHS - 1}, ["num_depths", "1", "2"]),
-    "max_documents": (
-        {"num_depths": NUM_DEPTHS, "max_documents": 50},
-        {"num_depths": NUM_DEPTHS, "max_documents": 60},
-        ["max_documents", "50", "60"],
+# What one rank starts instead of (batch, layout), and what the error says on all ranks.
+DIFFERENT = {
+    "dtype": (
+        lambda batch, layout: (replace_labels(batch, torch.Tensor.long), layout),
+        ["labels int32", "labels int64"],
+    ),
+    "names": (
+        lambda batch, layout: ({n: t for n, t in batch.items() if not n.startswith("labels")}, layout),
+        ["labels"],
+    ),
+    "batch size": (lambda batch, layout: ({n: t[:1] for n, t in batch.items()}, layout), ["1", "2"]),
+    "layout kind": (
+        lambda batch, layout: (
+            batch,
+            SequenceLayout.packed(layout.cu_seqlens, layout.cp_size, "contiguous"),
+        ),
+        ["zigzag", "contiguous"],
+    ),
+    "packed or dense": (
+        lambda batch, layout: (batch, SequenceLayout.dense(layout.seq_len, layout.cp_size)),
+        ["packed", "dense"],
     ),
 }
-RANK_NAMES = {2: ["rank 0", "rank 1"], 3: ["rank 0", "rank 1", "rank 2"]}
+# The same for what no rank could start.
+WRONG = {
+    "documents": (
+        lambda batch, layout: (
+            batch,
+            SequenceLayout.packed(range(0, layout.seq_len + 1, layout.num_chunks), layout.cp_size),
+        ),
+        ["max_documents", "12", "8"],
+    ),
+    "cp_size": (lambda batch, layout: (batch, packed(5)), ["cp_size", "5"]),
+    **{
+        name: (lambda batch, layout, make=make: (make(batch), layout), words)
+        for name, (make, words) in ILLEGAL.items()
+    },
+}
 
 
-def start_unlike_the_others(group: dist.ProcessGroup, case: str) -> list[tuple[str, list[str]]]:
+def refused_starts(group: dist.ProcessGroup, case: str) -> list[tuple[str, list[str]]]:
     """By schedule: what the first start raises, and what is wrong after a second, good one."""
-    change, _ = DIFFERENT_BATCHES[case]
-    layout = packed(group.size())
-    results = []
+    change, _ = (DIFFERENT | WRONG)[case]
+    good, results = Microbatch.of(group), []
     for schedule in SCHEDULES:
-        roller = make_roller(schedule, group, NUM_DEPTHS)
-        batch = local_to(group, schedule, layout)
-        mine = change(batch, layout) if group.rank() == ODD_RANK else (batch, layout)
-        error = error_of(lambda roller=roller, mine=mine: roller.start(*mine))
-        results.append((error, wrong_rolls(roller.start(batch, layout), layout, group.rank())))
+        roller = make_roller(schedule, group, NUM_DEPTHS, max_documents=8)
+        mine = good.shards(schedule), good.layout
+        if group.rank() == ODD_RANK:
+            mine = change(*mine)
+        error = error_of(roller.start, *mine)
+        results.append((error, good.wrong(good.start(roller))))
         roller.close()
     return results
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])
-@pytest.mark.parametrize("case", DIFFERENT_BATCHES)
-def test_all_ranks_refuse_batches_that_differ(pool: RankPool, cp_size, case):
-    for results in pool.run(start_unlike_the_others, cp_size, case):
+@pytest.mark.parametrize("case", [*DIFFERENT, *WRONG])
+def test_all_ranks_refuse_what_one_rank_starts(pool: RankPool, cp_size, case):
+    for results in pool.run(refused_starts, cp_size, case):
         for error, wrong in results:
-            assert_names(error, *RANK_NAMES[cp_size], *DIFFERENT_BATCHES[case][1])
+            if case in DIFFERENT:
+                assert_names(error, *(f"rank {rank}" for rank in range(cp_size)), *DIFFERENT[case][1])
+            else:
+                assert_names(error, f"rank {ODD_RANK}", *WRONG[case][1])
             assert wrong == []
 
 
-def make_unlike_the_others(group: dist.ProcessGroup, case: str) -> list[str]:
-    usual, odd, _ = DIFFERENT_ROLLERS[case]
-    layout = packed(group.size())
-    errors = []
-    for schedule in SCHEDULES:
-        mine = odd if group.rank() == ODD_RANK else usual
-        roller = make_roller(schedule, group, **mine)
-        batch = local_to(group, schedule, layout, num_depths=mine["num_depths"])
-        errors.append(error_of(lambda roller=roller, batch=batch: roller.start(batch, layout)))
+def refused_rollers(group: dist.ProcessGroup, usual: dict, odd: dict, schedules: list[str]) -> list[str]:
+    """By schedule, what the first start raises."""
+    good, errors = Microbatch.of(group), []
+    for schedule in schedules:
+        mine = {"schedule": schedule, "num_depths": NUM_DEPTHS} | (odd if group.rank() == ODD_RANK else usual)
+        roller = make_roller(cp_group=group, **mine)
+        errors.append(error_of(good.start, roller))
         roller.close()
     return errors
 
 
-def ask_for_another_transport(group: dist.ProcessGroup, schedule: str) -> str:
-    layout = packed(group.size())
-    wanted = "process_group" if group.rank() == ODD_RANK else "auto"
-    roller = make_roller(schedule, group, NUM_DEPTHS, wanted)
-    return error_of(lambda: roller.start(local_to(group, schedule, layout), layout))
-
-
-@pytest.mark.parametrize("schedule", PACKED)
-def test_all_ranks_refuse_transports_that_differ(pool: RankPool, schedule):
-    for error in pool.run(ask_for_another_transport, 2, schedule):
-        assert_names(error, "transport", "rank 0", "rank 1", "auto", "process_group")
-
-
 @pytest.mark.parametrize("cp_size", [2, 3])
-@pytest.mark.parametrize("case", DIFFERENT_ROLLERS)
-def test_all_ranks_refuse_rollers_that_differ(pool: RankPool, cp_size, case):
-    for errors in pool.run(make_unlike_the_others, cp_size, case):
-        for schedule, error in zip(SCHEDULES, errors, strict=True):
-            words = DIFFERENT_ROLLERS[case][2]
-            assert_names(error, *RANK_NAMES[cp_size], *words), schedule
-
-
-def schedules_differ(group: dist.ProcessGroup) -> str:
-    schedule = "overlap" if group.rank() == ODD_RANK else "prefetch"
-    layout = packed(group.size())
-    roller = make_roller(schedule, group, NUM_DEPTHS)
-    return error_of(lambda: roller.start(local_to(group, schedule, layout), layout))
-
-
-def test_all_ranks_refuse_schedules_that_differ(pool: RankPool):
-    for error in pool.run(schedules_differ, 2):
-        assert_names(error, *RANK_NAMES[2], "overlap", "prefetch")
-
-
-def start_illegally(group: dist.ProcessGroup, case: str) -> list[tuple[str, list[str]]]:
-    """As `start_unlike_the_others`, with a batch on one rank that no rank could roll."""
-    make_illegal, _ = ILLEGAL[case]
-    layout = packed(group.size())
-    results = []
-    for schedule in SCHEDULES:
-        roller = make_roller(schedule, group, NUM_DEPTHS)
-        batch = local_to(group, schedule, layout)
-        mine = make_illegal(batch) if group.rank() == ODD_RANK else batch
-        error = error_of(lambda roller=roller, mine=mine: roller.start(mine, layout))
-        results.append((error, wrong_rolls(roller.start(batch, layout), layout, group.rank())))
-        roller.close()
-    return results
-
-
-@pytest.mark.parametrize("cp_size", [2, 3])
-@pytest.mark.parametrize("case", ILLEGAL)
-def test_one_ranks_illegal_batch_is_an_error_on_all(pool: RankPool, cp_size, case):
-    for results in pool.run(start_illegally, cp_size, case):
-        for error, wrong in results:
-            assert_names(error, f"rank {ODD_RANK}", *ILLEGAL[case][1])
-            assert wrong == []
-
-
-def too_many_documents(group: dist.ProcessGroup) -> list[tuple[str, list[str]]]:
-    layout, unit = packed(group.size()), 2 * group.size()
-    crowded = SequenceLayout.packed(range(0, layout.seq_len + 1, unit), group.size())
-    results = []
-    for schedule in SCHEDULES:
-        roller = make_roller(schedule, group, NUM_DEPTHS, max_documents=2)
-        batch = local_to(group, schedule, layout)
-        mine = crowded if group.rank() == ODD_RANK else layout
-        error = error_of(lambda roller=roller, batch=batch, mine=mine: roller.start(batch, mine))
-        results.append((error, wrong_rolls(roller.start(batch, layout), layout, group.rank())))
-        roller.close()
-    return results
-
-
-def test_one_ranks_documents_beyond_max_documents_are_an_error_on_all(pool: RankPool):
-    for results in pool.run(too_many_documents, 2):
-        for error, wrong in results:
-            assert_names(error, f"rank {ODD_RANK}", "max_documents", "12", "2")
-            assert wrong == []
-
-
-def layout_of_another_cp_size(group: dist.ProcessGroup) -> list[str]:
-    layout = packed(group.size())
-    errors = []
-    for schedule in SCHEDULES:
-        other = packed(1) if group.rank() == ODD_RANK else layout
-        roller = make_roller(schedule, group, NUM_DEPTHS)
-        batch = local_to(group, schedule, layout)
-        errors.append(error_of(lambda roller=roller, batch=batch, other=other: roller.start(batch, other)))
-    return errors
-
-
-def test_one_ranks_layout_of_another_cp_size_is_an_error_on_all(pool: RankPool):
-    for errors in pool.run(layout_of_another_cp_size, 2):
+@pytest.mark.parametrize(
+    ("usual", "odd", "schedules", "words"),
+    [
+        ({}, {"num_depths": 1}, SCHEDULES, ["num_depths", "1", "2"]),
+        ({"max_documents": 50}, {"max_documents": 60}, SCHEDULES, ["max_documents", "50", "60"]),
+        ({}, {"schedule": "overlap"}, ["prefetch"], ["overlap", "prefetch"]),
+        ({}, {"transport": "process_group"}, PACKED, ["transport", "auto", "process_group"]),
+    ],
+)
+def test_all_ranks_refuse_rollers_that_differ(pool: RankPool, cp_size, usual, odd, schedules, words):
+    for errors in pool.run(refused_rollers, cp_size, usual, odd, schedules):
         for error in errors:
-            assert_names(error, f"rank {ODD_RANK}", "cp_size", "1", "2")
+            assert_names(error, *(f"rank {rank}" for rank in range(cp_size)), *words)
+
+
+def test_symmetric_memory_is_refused_on_cpu(pool: RankPool):
+    symmetric = {"transport": "symmetric"}
+    for (error,) in pool.run(refused_rollers, 2, symmetric, symmetric, ["prefetch"]):
+        assert error.startswith("ValueError: transport symmetric needs GPUs"), error
 
 
 def two_illegal_batches(group: dist.ProcessGroup) -> str:
-    layout = packed(group.size())
-    batch = local_to(group, "prefetch", layout)
+    good = Microbatch.of(group)
+    batch = good.shards()
     if group.rank() == 0:
         batch = {name: t.double() for name, t in batch.items()}
     elif group.rank() == 1:
         batch = {name: t[..., 1:] for name, t in batch.items()}
-    return error_of(lambda: make_roller("prefetch", group, 1).start(batch, layout))
+    return error_of(make_roller("prefetch", group, 1).start, batch, good.layout)
 
 
 def test_every_ranks_own_error_reaches_all(pool: RankPool):
@@ -206,52 +136,41 @@ def test_every_ranks_own_error_reaches_all(pool: RankPool):
         assert_names(error, "rank 0", "float64", "rank 1", "23", "24")
 
 
-def names_in_another_order(group: dist.ProcessGroup) -> list[list[str]]:
-    """By schedule, what differs from the oracle. All tensors are int64: no message's length gives the swap away."""
-    layout = packed(group.size())
+def names_in_another_order(group: dist.ProcessGroup) -> list[str]:
+    """All tensors are int64: no message's length gives the swap away."""
+    layout, wrong = packed(group.size()), []
     tokens = torch.arange(layout.seq_len)
     full = {"input_ids": tokens, "labels": tokens + 1000, "position_ids": tokens + 2000}
-    results = []
+    good = Microbatch(group, layout, full)
     for schedule in SCHEDULES:
-        whole = prepare(full, layout, NUM_DEPTHS) if schedule == "prepared" else full
-        batch = {name: layout.shard(t, group.rank()).to(device_of(group)) for name, t in whole.items()}
+        batch = good.shards(schedule)
         if group.rank() == ODD_RANK:
             batch = dict(reversed(batch.items()))
         roller = make_roller(schedule, group, NUM_DEPTHS)
-        rolls = roller.start(batch, layout)
-        wrong = []
-        for depth in range(1, NUM_DEPTHS + 1):
-            for name, rolled in rolls.at(depth).items():
-                expected = layout.shard(roll_reference(full[name], layout, depth), group.rank())
-                if not same_bits(rolled.cpu(), expected):
-                    wrong.append(f"{name} at depth {depth}")
-        results.append(wrong)
+        wrong += [f"{schedule}: {one}" for one in good.wrong(roller.start(batch, layout))]
         roller.close()
-    return results
+    return wrong
 
 
 def test_the_order_of_a_ranks_names_does_not_matter(pool: RankPool):
     """Names identify the tensors: a rank that lists them otherwise must not get another tensor's tokens."""
-    for results in pool.run(names_in_another_order, 2):
-        assert dict(zip(SCHEDULES, results, strict=True)) == {schedule: [] for schedule in SCHEDULES}
+    pool.check(names_in_another_order, 2)
 
 
-def batches_of_other_sizes(group: dist.ProcessGroup) -> list[list[str]]:
+def batches_of_other_sizes(group: dist.ProcessGroup) -> list[str]:
     """A last batch with fewer rows, then illegal ones everywhere, then the usual ones again."""
-    layout, rank = packed(group.size()), group.rank()
     wrong = []
     for schedule in SCHEDULES:
         roller = make_roller(schedule, group, NUM_DEPTHS)
         for rows in (2, 1, 3, 2):
-            rolls = roller.start(local_to(group, schedule, layout, rows=rows), layout)
-            wrong.append(wrong_rolls(rolls, layout, rank, rows))
-            illegal = {name: t.double() for name, t in local_to(group, schedule, layout).items()}
-            if "ValueError" not in error_of(lambda r=roller, b=illegal: r.start(b, layout)):
-                wrong.append([f"{schedule} takes float64"])
+            good = Microbatch.of(group, rows=rows)
+            wrong += good.wrong(good.start(roller))
+            illegal = {name: t.double() for name, t in good.shards(schedule).items()}
+            if "ValueError" not in error_of(roller.start, illegal, good.layout):
+                wrong.append(f"{schedule} takes float64")
         roller.close()
     return wrong
 
 
 def test_batches_of_other_sizes_are_agreed_on_when_they_come(pool: RankPool):
-    for results in pool.run(batches_of_other_sizes, 2):
-        assert results == [[]] * 4 * len(SCHEDULES)
+    pool.check(batches_of_other_sizes, 2)

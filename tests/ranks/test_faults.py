@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
@@ -17,13 +19,12 @@ from cases import (
     NUM_DEPTHS,
     ODD_RANK,
     PACKED,
+    Microbatch,
     error_of,
-    local_to,
-    other_dtype,
-    packed,
-    wrong_rolls,
+    replace_labels,
 )
 from rank_pool import RankPool
+from strategies import KINDS
 
 TIMEOUT_S = 4
 SLACK_S = 6
@@ -31,7 +32,7 @@ SLACK_S = 6
 
 @pytest.fixture(scope="module")
 def short_pool() -> Iterator[RankPool]:
-    """Three ranks on which each test makes a group of its own, which it may break."""
+    """Three ranks that make a group of their own for each test, which it may break."""
     with RankPool(3, timeout_s=30) as ranks:
         yield ranks
 
@@ -45,123 +46,110 @@ def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.
 
 
 def plans_differ(world: dist.ProcessGroup, schedule: str, kind: str) -> tuple[str, str]:
-    """What the join of a good batch raises, then that of one whose documents are others on the last rank."""
+    """What a good batch raises, then one whose documents are others on the last rank."""
     group = fresh_group(world, timeout_s=30)
-    last, unit = group.size() - 1, 2 * group.size()
-    bounds = [[0, 2 * unit, 6 * unit], [0, 3 * unit, 6 * unit]]
-    layouts = [SequenceLayout.packed(one, group.size(), kind) for one in bounds]
+    size, chunks = group.size(), 2 * group.size()
+    layouts = [SequenceLayout.packed([0, n * chunks, 6 * chunks], size, kind) for n in (2, 3)]
+    batches = [Microbatch.of(group, layout=layout) for layout in layouts]
     roller = make_roller(schedule, group, NUM_DEPTHS)
-    first = error_of(lambda: roller.start(local_to(group, schedule, layouts[0]), layouts[0]).at(1))
-    mine = layouts[group.rank() == last]
-    second = error_of(lambda: roller.start(local_to(group, schedule, mine), mine).at(1))
-    return first, second
+    first = error_of(lambda: batches[0].start(roller).at(1))
+    mine = batches[group.rank() == group.size() - 1]
+    return first, error_of(lambda: mine.start(roller).at(1))
 
 
-def assert_sees_another_plan(error: str, *peers: int) -> None:
-    assert error.startswith("RuntimeError: "), error
-    assert "plan" in error
-    assert any(f"rank {peer}" in error for peer in peers), error
-
-
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", PACKED)
-def test_plans_that_differ_raise_where_they_can_be_seen(short_pool: RankPool, schedule):
-    """With three zigzag ranks, 2 hears from 1, 1 from 0 and 2, and 0 from 1 (and from 2 by depth 2)."""
-    results = short_pool.run(plans_differ, 3, schedule, "zigzag")
+def test_plans_that_differ_raise_at_the_receiver(short_pool: RankPool, schedule, kind):
+    """Of three zigzag ranks, 2 hears from 1, 1 from 0 and 2, and 0 from 1 (and from 2 by depth 2).
+
+    Contiguous ranks hear from those above alone: the last one hears from nobody and cannot know.
+    """
+    results = short_pool.run(plans_differ, 3, schedule, kind)
     assert [first for first, _ in results] == ["nothing"] * 3
     _, of_middle, of_last = (second for _, second in results)
-    assert_sees_another_plan(of_middle, 2)
-    assert_sees_another_plan(of_last, 0, 1)
+    heard = [(of_middle, ["rank 2"])]
+    if kind == "zigzag":
+        heard.append((of_last, ["rank 0", "rank 1"]))
+    else:
+        assert of_last == "nothing"
+    for error, peers in heard:
+        assert error.startswith("RuntimeError: "), error
+        assert "plan" in error
+        assert any(peer in error for peer in peers), error
 
 
-@pytest.mark.parametrize("schedule", PACKED)
-def test_contiguous_plans_that_differ_raise_at_the_receiver(short_pool: RankPool, schedule):
-    """Contiguous ranks hear from those above alone: the last one hears from nobody and cannot know."""
-    results = short_pool.run(plans_differ, 3, schedule, "contiguous")
-    assert [first for first, _ in results] == ["nothing"] * 3
-    _, of_middle, of_last = (second for _, second in results)
-    assert_sees_another_plan(of_middle, 2)
-    assert of_last == "nothing"
-
-
-def timed_error(call: Callable[[], object]) -> tuple[str, float]:
-    begin = time.monotonic()
-    return error_of(call), time.monotonic() - begin
-
-
-def stay_away(world: dist.ProcessGroup, schedule: str) -> tuple[str, float]:
+def stay_away(group: dist.ProcessGroup, schedule: str) -> str:
     """Rank 1, a neighbour of both others, takes part in the first microbatch and not in the second."""
-    group = fresh_group(world)
-    layout = packed(group.size())
-    batch = local_to(group, schedule, layout)
-    roller = make_roller(schedule, group, NUM_DEPTHS)
-    assert wrong_rolls(roller.start(batch, layout), layout, group.rank()) == []
-    if group.rank() == ODD_RANK:
-        return "away", 0.0
-    return timed_error(lambda: roller.start(batch, layout).at(1))
+    batch, roller = Microbatch.of(group), make_roller(schedule, group, NUM_DEPTHS)
+    assert batch.wrong(batch.start(roller)) == []
+    return "away" if group.rank() == ODD_RANK else error_of(lambda: batch.start(roller).at(1))
 
 
-def assert_names_the_exchange(error: str, seconds: float, *words: str) -> None:
-    assert error.startswith("RuntimeError: "), error
-    assert "overlap_mtp" in error
-    for word in words:
-        assert word in error, error
-    assert seconds < TIMEOUT_S + SLACK_S
+def miss_the_agreement(group: dist.ProcessGroup) -> str:
+    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS)
+    return "away" if group.rank() == ODD_RANK else error_of(batch.start, roller)
 
 
-@pytest.mark.parametrize("schedule", EXCHANGING)
-def test_a_rank_that_never_comes_ends_in_an_error_that_names_the_exchange(short_pool: RankPool, schedule):
-    results = short_pool.run(stay_away, 3, schedule)
-    what = "roll of document" if schedule == "sync" else "exchange"
-    for rank in (0, 2):
-        assert_names_the_exchange(*results[rank], what, f"rank {rank}")
-
-
-def miss_the_agreement(world: dist.ProcessGroup) -> tuple[str, float]:
-    group = fresh_group(world)
-    layout = packed(group.size())
-    if group.rank() == ODD_RANK:
-        return "away", 0.0
-    roller = make_roller("prefetch", group, NUM_DEPTHS)
-    return timed_error(lambda: roller.start(local_to(group, "prefetch", layout), layout))
-
-
-def test_a_rank_that_misses_the_agreement_is_an_error_that_names_it(short_pool: RankPool):
-    results = short_pool.run(miss_the_agreement, 3)
-    for rank in (0, 2):
-        assert_names_the_exchange(*results[rank], "agreement", "prefetch")
-
-
-def come_with_another_dtype(world: dist.ProcessGroup) -> tuple[str, float]:
+def come_with_another_dtype(group: dist.ProcessGroup) -> str:
     """After the agreement one rank wants another, the others exchange: neither can know, both time out."""
-    group = fresh_group(world)
-    layout = packed(group.size())
-    batch = local_to(group, "prefetch", layout)
-    roller = make_roller("prefetch", group, NUM_DEPTHS)
-    assert wrong_rolls(roller.start(batch, layout), layout, group.rank()) == []
+    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS)
+    assert batch.wrong(batch.start(roller)) == []
     if group.rank() == ODD_RANK:
-        batch, layout = other_dtype(batch, layout)
-    return timed_error(lambda: roller.start(batch, layout).at(1))
+        batch.full = replace_labels(batch.full, torch.Tensor.long)
+    return error_of(lambda: batch.start(roller).at(1))
 
 
-def test_a_rank_that_changes_its_batch_alone_ends_in_a_named_error(short_pool: RankPool):
-    results = short_pool.run(come_with_another_dtype, 3)
-    for rank in range(3):
-        assert_names_the_exchange(*results[rank], "agreement" if rank == ODD_RANK else "exchange")
+def come_with_what_was_agreed_before(group: dist.ProcessGroup) -> str:
+    """All agreed on one kind of batch, then on another; then one rank alone goes back to the first.
 
-
-def come_with_what_was_agreed_before(world: dist.ProcessGroup) -> tuple[str, float]:
-    """All agreed on one kind of batch, then on another; then one rank alone goes back to the first."""
-    group = fresh_group(world)
-    layout = packed(group.size())
-    few, many = (local_to(group, "prefetch", layout, rows=rows) for rows in (1, 2))
+    Messages of the two kinds differ in length, which would end a gloo process without a word.
+    """
     roller = make_roller("prefetch", group, NUM_DEPTHS)
+    few, many = (Microbatch.of(group, rows=rows) for rows in (1, 2))
     for batch in (few, many):
-        roller.start(batch, layout).at(1)
-    return timed_error(lambda: roller.start(few if group.rank() == ODD_RANK else many, layout).at(1))
+        batch.start(roller).at(1)
+    mine = few if group.rank() == ODD_RANK else many
+    return error_of(lambda: mine.start(roller).at(1))
 
 
-def test_a_rank_that_goes_back_alone_ends_in_a_named_error(short_pool: RankPool):
-    """Messages of the two kinds differ in length, which would end a gloo process without a word."""
-    results = short_pool.run(come_with_what_was_agreed_before, 3)
-    for rank in range(3):
-        assert_names_the_exchange(*results[rank], "agreement" if rank == ODD_RANK else "exchange")
+# What the error says on rank 1 ("" if that rank stays away), and what it says on the others.
+SCENARIOS: dict[str, tuple[Callable[..., str], list[str], str, str]] = {
+    **{f"away, {name}": (stay_away, [name], "", "exchange") for name in EXCHANGING},
+    "away, sync": (stay_away, ["sync"], "", "roll of document"),
+    "agreement": (miss_the_agreement, [], "", "agreement before the first exchange of 'prefetch'"),
+    "another dtype": (come_with_another_dtype, [], "agreement", "exchange"),
+    "going back": (come_with_what_was_agreed_before, [], "agreement", "exchange"),
+}
+
+
+def time_out_together(world: dist.ProcessGroup) -> dict[str, tuple[str, float]]:
+    """The error and the seconds of every scenario. Each has a thread and a group, so that they wait side by side."""
+    groups = {name: fresh_group(world) for name in SCENARIOS}
+
+    def timed(name: str) -> tuple[str, float]:
+        scenario, arguments, *_ = SCENARIOS[name]
+        begin = time.monotonic()
+        return scenario(groups[name], *arguments), time.monotonic() - begin
+
+    with ThreadPoolExecutor(len(groups)) as threads:
+        return dict(zip(groups, threads.map(timed, groups), strict=True))
+
+
+@pytest.fixture(scope="module")
+def timeouts(short_pool: RankPool) -> list[dict[str, tuple[str, float]]]:
+    return short_pool.run(time_out_together, 3)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_rank_that_is_absent_or_elsewhere_ends_in_an_error_that_names_the_exchange(timeouts, name):
+    _, _, on_odd_rank, on_others = SCENARIOS[name]
+    for rank, answers in enumerate(timeouts):
+        error, seconds = answers[name]
+        words = on_odd_rank if rank == ODD_RANK else on_others
+        if not words:
+            assert error == "away"
+            continue
+        assert error.startswith("RuntimeError: "), error
+        for word in ("overlap_mtp", f"rank {rank}", words):
+            assert word in error, error
+        assert seconds < TIMEOUT_S + SLACK_S

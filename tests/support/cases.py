@@ -1,105 +1,135 @@
-"""Batches, legal and not, that tests of errors share."""
+"""Batches, legal and illegal, their rolls, and errors: what the tests of rollers share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from overlap_mtp import SequenceLayout, prepare, roll_reference
+from overlap_mtp import Roller, Rolls, SequenceLayout, prepare, roll_reference
 
 from rank_pool import device_of
 from strategies import same_bits
 
+Batch = dict[str, torch.Tensor]
 EXCHANGING = ("sync", "merged", "overlap", "prefetch")
 PACKED = ("merged", "overlap", "prefetch")
+TRANSPORTS = ("process_group", "symmetric")
 NUM_DEPTHS = 2
-PACKED_LEN = 24
+ODD_RANK = 1  # the rank that differs from the others
+DOCUMENTS = ((0, 4, 12), (0, 1, 1, 5, 12), (0, 2, 3, 4, 9, 12))  # bounds, in chunks of one token
 
 
-def packed(cp_size: int) -> SequenceLayout:
-    """Two documents of which every rank holds something."""
-    return SequenceLayout.packed([0, 8 * cp_size, PACKED_LEN * cp_size], cp_size)
+def packed(cp_size: int, variant: int = 0) -> SequenceLayout:
+    """Documents of which every rank holds something, 24 tokens a rank in all variants."""
+    return SequenceLayout.packed([2 * cp_size * one for one in DOCUMENTS[variant % 3]], cp_size)
 
 
-def full_batch(layout: SequenceLayout, rows: int = 2) -> dict[str, torch.Tensor]:
-    tokens = torch.arange(rows * layout.seq_len).view(rows, layout.seq_len)
+def full_batch(layout: SequenceLayout, rows: int = 2, shift: int = 0) -> Batch:
+    """Three tensors of three dtypes. All tokens differ, and other shifts give other tokens."""
+    tokens = torch.arange(rows * layout.seq_len).view(rows, layout.seq_len) + shift
     return {"input_ids": tokens, "labels": tokens.int() + 7, "loss_mask": tokens.float() / 8}
 
 
-def local_batch(
-    schedule: str, layout: SequenceLayout, rank: int, rows: int = 2, num_depths: int = NUM_DEPTHS
-) -> dict[str, torch.Tensor]:
-    full = full_batch(layout, rows)
-    if schedule == "prepared":
-        full = prepare(full, layout, num_depths)
-    return {name: layout.shard(tensor, rank) for name, tensor in full.items()}
-
-
-def local_to(group: dist.ProcessGroup, schedule: str, layout: SequenceLayout, **options: int):
-    device = device_of(group)
-    return {name: t.to(device) for name, t in local_batch(schedule, layout, group.rank(), **options).items()}
-
-
-def wrong_rolls(rolls, layout: SequenceLayout, rank: int, rows: int = 2) -> list[str]:
-    """Names and depths that differ from the oracle."""
+def differences(rolled: list[Batch], full: Batch, layout: SequenceLayout, rank: int) -> list[str]:
+    """Names and depths at which a rank's rolled tensors, by depth, are not the reference's, bit for bit."""
     wrong = []
-    for depth in range(1, NUM_DEPTHS + 1):
-        rolled = rolls.at(depth)
-        for name, tensor in full_batch(layout, rows).items():
-            expected = layout.shard(roll_reference(tensor, layout, depth), rank)
-            if not same_bits(rolled[name].cpu(), expected):
+    for depth, tensors in enumerate(rolled, start=1):
+        assert sorted(tensors) == sorted(full)
+        for name, tensor in full.items():
+            expected = roll_reference(tensor, layout, depth, fill=int(name == "padding_mask"))
+            if not same_bits(tensors[name].cpu(), layout.shard(expected, rank)):
                 wrong.append(f"{name} at depth {depth}")
     return wrong
 
 
-def error_of(call: Callable[[], object]) -> str:
-    """What `call` raises, as "Type: message", or "nothing"."""
+@dataclass
+class Microbatch:
+    """A full batch, and one rank's part in it. It keeps no shard alive: `shards` makes new ones each time."""
+
+    group: dist.ProcessGroup | None  # None for one rank that holds everything
+    layout: SequenceLayout
+    full: Batch
+
+    @classmethod
+    def of(
+        cls,
+        group: dist.ProcessGroup | None,
+        variant: int = 0,
+        shift: int = 0,
+        rows: int = 2,
+        layout: SequenceLayout | None = None,
+    ) -> Microbatch:
+        """A `full_batch` in the given layout; default: `packed`."""
+        layout = layout or packed(group.size() if group else 1, variant)
+        return cls(group, layout, full_batch(layout, rows, shift))
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank() if self.group else 0
+
+    def shards(self, schedule: str = "", num_depths: int = NUM_DEPTHS) -> Batch:
+        full = prepare(self.full, self.layout, num_depths) if schedule == "prepared" else self.full
+        device = device_of(self.group)
+        return {name: self.layout.shard(t, self.rank).to(device) for name, t in full.items()}
+
+    def start(self, roller: Roller) -> Rolls:
+        return roller.start(self.shards(roller.name, roller.num_depths), self.layout)
+
+    def wrong(self, rolls: Rolls, num_depths: int = NUM_DEPTHS) -> list[str]:
+        """What is wrong with rolls that were started from these shards."""
+        return self.differences([rolls.at(depth) for depth in range(1, num_depths + 1)])
+
+    def differences(self, rolled: list[Batch]) -> list[str]:
+        """What is wrong with rolled shards, by depth."""
+        return differences(rolled, self.full, self.layout, self.rank)
+
+
+def error_of(call: Callable[..., object], *arguments: object) -> str:
+    """What a call raises, as "Type: message", or "nothing"."""
     try:
-        call()
+        call(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
 def assert_names(message: str, *words: str) -> None:
+    """Check that `message` is of a ValueError and holds all words."""
     assert message.startswith("ValueError: "), message
     for word in words:
         assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", message), f"{word!r} is not in {message!r}"
 
 
-ODD_RANK = 1  # differs from the others where ranks must be alike
-
-
-def other_dtype(batch, layout):
-    return replaced(batch, torch.Tensor.long), layout
-
-
-def replaced(batch: dict[str, torch.Tensor], make: Callable[[torch.Tensor], torch.Tensor]):
-    """The batch with another tensor for labels; a prepared batch with others for all its rolls too."""
+def replace_labels(batch: Batch, make: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """The batch with other labels, and with others for all their rolls if it is prepared."""
     return {name: make(t) if name.startswith("labels") else t for name, t in batch.items()}
 
 
 ILLEGAL = {
     "float64": (
-        lambda batch: replaced(batch, torch.Tensor.double),
+        lambda batch: replace_labels(batch, torch.Tensor.double),
         ["labels", "float64", "int64", "bfloat16"],
     ),
-    "float16": (lambda batch: replaced(batch, torch.Tensor.half), ["labels", "float16", "float32"]),
+    "float16": (lambda batch: replace_labels(batch, torch.Tensor.half), ["labels", "float16", "float32"]),
     "one tensor too long": (
-        lambda batch: replaced(batch, lambda t: torch.cat([t, t], -1)),
+        lambda batch: replace_labels(batch, lambda t: torch.cat([t, t], -1)),
         ["labels", "24", "48"],
     ),
     "one tensor of more rows": (
-        lambda batch: replaced(batch, lambda t: torch.cat([t, t])),
+        lambda batch: replace_labels(batch, lambda t: torch.cat([t, t])),
         ["labels", "2", "4"],
     ),
     "all tensors too long": (
-        lambda batch: {n: torch.cat([t, t], -1) for n, t in batch.items()},
+        lambda batch: {name: torch.cat([t, t], -1) for name, t in batch.items()},
         ["24", "48"],
     ),
-    "another device": (lambda batch: replaced(batch, lambda t: t.to("meta")), ["labels", "meta", "cpu"]),
+    "another device": (
+        lambda batch: replace_labels(batch, lambda t: t.to("meta")),
+        ["labels", "meta", "cpu"],
+    ),
     "no tensor": (lambda batch: {}, ["tensor"]),
 }

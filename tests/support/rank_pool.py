@@ -1,7 +1,7 @@
 """A pool of rank processes: a call costs 20 ms, not a start.
 
-`pool.run(function, cp_size, *args)` calls `function(group, *args)` on ranks 0 .. cp_size - 1, where `group` is
-their process group, and returns the results in rank order. Gloo on loopback, or NCCL where there are GPUs.
+`pool.run(function, cp_size, *args)` calls `function(group, *args)` on ranks 0 .. cp_size - 1, where `group` is their
+process group, and returns the results in rank order. Gloo on loopback, or NCCL if there are GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 
 from overlap_mtp.exchange.group import exchange_group_of
 
-# By the server that CPU ranks are forked from: a pool starts in a quarter of a second.
+# The server that CPU ranks are forked from imports these once: a pool starts in a quarter of a second.
 IMPORTED_ONCE = ["overlap_mtp.training.checkpoint", "overlap_mtp.training.trainer", "hypothesis"]
 
 
@@ -45,7 +45,8 @@ class RankPool:
         context = forks() if self.backend == "gloo" else mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        self._pipes, self._processes = [], []
+        self._pipes: list[Connection] = []
+        self._processes = []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, self.backend, store, self.timeout_s, theirs)
@@ -56,30 +57,41 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], cp_size: int, *args: Any, limit_s: float = 120) -> list[Any]:
-        """Results by rank. Raises RankError with every failing rank's traceback; starts afresh after a hang."""
-        for pipe in self._pipes[:cp_size]:
+        """Return the results by rank.
+
+        If ranks fail, die or hang, the pool starts again, and this raises RankError with the tracebacks of all that
+        failed: a group is of no further use after a failed collective.
+        """
+        pipes = self._pipes[:cp_size]
+        for pipe in pipes:
             pipe.send((function, cp_size, args))
         answers: dict[int, tuple[bool, Any]] = {}
-        while len(answers) < cp_size:
-            pending = [pipe for rank, pipe in enumerate(self._pipes[:cp_size]) if rank not in answers]
-            ready = wait(pending, timeout=limit_s)
-            if not ready:
-                self.restart()
-                late = sorted(set(range(cp_size)) - set(answers))
-                raise RankError(f"ranks {late} did not answer within {limit_s} s; so far: {answers}")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                rank = self._pipes.index(pipe)
-                try:
-                    answers[rank] = pipe.recv()
-                except EOFError:
-                    self.restart()
-                    raise RankError(f"rank {rank} died; so far: {answers}") from None
-        failures = [f"--- rank {rank}\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
-        if failures:
-            self.restart()  # a failed collective leaves a group in no state to go on
-            raise RankError("\n".join(failures))
+        try:
+            while len(answers) < cp_size:
+                late = [rank for rank in range(cp_size) if rank not in answers]
+                ready = wait([pipes[rank] for rank in late], timeout=limit_s)
+                if not ready:
+                    raise RankError(f"ranks {late} did not answer within {limit_s} s; so far: {answers}")
+                for rank in late:
+                    if pipes[rank] in ready:
+                        answers[rank] = pipes[rank].recv()
+            failures = [
+                f"--- rank {rank}\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok
+            ]
+            if failures:
+                raise RankError("\n".join(failures))
+        except EOFError:
+            self.restart()
+            raise RankError(f"rank {rank} died; so far: {answers}") from None
+        except RankError:
+            self.restart()
+            raise
         return [answers[rank][1] for rank in range(cp_size)]
+
+    def check(self, function: Callable[..., list[str]], cp_size: int, *args: Any) -> None:
+        """Run a function that lists what is wrong, and fail unless that is nothing on every rank."""
+        wrong = self.run(function, cp_size, *args)
+        assert wrong == [[]] * cp_size, wrong
 
     def restart(self) -> None:
         self.close()
@@ -123,8 +135,8 @@ def _rank_main(
 def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, dist.ProcessGroup]:
     """A group of the first n ranks for every n that tests use, and its exchange group.
 
-    torch names an exchange group by how many groups a process is in, which must agree among its ranks: ranks
-    that are not in these two make two others.
+    torch names an exchange group by how many groups a process is in, and its ranks must agree on the name. So ranks
+    that are not in these two groups make two others.
     """
     groups = {}
     for size in sorted({2, 3, 4, world_size} & set(range(1, world_size + 1))):
@@ -142,7 +154,7 @@ def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, di
 def run_on_forks(
     function: Callable[..., None], ranks: int, _device: str, *arguments: Any, share_gpus: bool = False
 ) -> None:
-    """What `launch.run_on_ranks` does on CPU, where each rank imports torch for itself: 3 s of a core."""
+    """Do what `launch.run_on_ranks` does on CPU. There each rank imports torch for itself: 3 s of a core."""
     with RankPool(ranks) as pool:
         pool.run(_on_cpu, ranks, function, arguments, limit_s=600)
 
@@ -151,8 +163,8 @@ def _on_cpu(_group: dist.ProcessGroup, function: Callable[..., None], arguments:
     function(torch.device("cpu"), *arguments)
 
 
-def device_of(group: dist.ProcessGroup) -> torch.device:
+def device_of(group: dist.ProcessGroup | None) -> torch.device:
     """Where this rank's tensors belong."""
-    if dist.get_backend(group) == "nccl":
+    if group is not None and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

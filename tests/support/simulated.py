@@ -1,38 +1,54 @@
-"""Batches, shards and specs of simulated ranks, for tests of plans and kernels without any process."""
+"""Batches on simulated ranks, for tests of plans and kernels without any process."""
 
 from __future__ import annotations
 
 import torch
 
 from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.outputs import allocate_outputs
+from overlap_mtp.exchange.plan import ExchangePlan, make_metadata
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.layout import SequenceLayout
 
-from strategies import DTYPES, random_tensor
+from cases import Batch, differences
 
 POISON = 0x5A
-Batch = dict[str, torch.Tensor]
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.full((*shape, dtype.itemsize), POISON, dtype=torch.uint8).view(dtype).reshape(shape)
+def poisoned(*shape: int) -> torch.Tensor:
+    """An int64 tensor of bytes that no test expects."""
+    return torch.full((*shape, 8), POISON, dtype=torch.uint8).view(torch.int64).squeeze(-1)
 
 
-def random_batch(layout: SequenceLayout, rows: int, seed: int) -> Batch:
-    """Full tensors [rows, S] of every dtype, and a padding mask."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        f"t{i}": random_tensor((rows, layout.seq_len), dtype, generator) for i, dtype in enumerate(DTYPES)
-    }
-    return {**batch, "padding_mask": random_tensor((rows, layout.seq_len), torch.bool, generator)}
-
-
-def shards_of(layout: SequenceLayout, batch: Batch) -> list[Batch]:
-    return [{name: layout.shard(t, rank) for name, t in batch.items()} for rank in range(layout.cp_size)]
-
-
-def spec_of(shard: Batch, layout: SequenceLayout, num_depths: int, max_documents: int) -> ExchangeSpec:
-    """The spec of a simulated rank's batch."""
+def spec_of(full: Batch, layout: SequenceLayout, num_depths: int, max_documents: int) -> ExchangeSpec:
+    """The spec that all ranks of a batch have."""
     group = ExchangeGroup(None)
     group.cp_size = layout.cp_size
+    shard = {name: layout.shard(t, 0) for name, t in full.items()}
     return ExchangeSpec.of(shard, layout, group, "prefetch", "auto", num_depths, max_documents)
+
+
+class RankBatch:
+    """One rank's part in an exchange: its tensors, outputs to be written, and metadata with the addresses of both."""
+
+    def __init__(self, full: Batch, layout: SequenceLayout, plan: ExchangePlan, spec: ExchangeSpec) -> None:
+        self.full, self.layout, self.plan, self.spec = full, layout, plan, spec
+        tensors = [layout.shard(full[name], plan.cp_rank) for name in spec.names]
+        (outputs,) = allocate_outputs(spec, tensors, plan.num_depths)
+        self.rolled = outputs.depths
+        for tensors_at_depth in self.rolled:
+            for tensor in tensors_at_depth.values():
+                tensor.view(torch.uint8).fill_(POISON)
+        addresses = [one.data_ptr() for one in tensors] + outputs.addresses
+        self.host_metadata = torch.cat(
+            [torch.from_numpy(make_metadata(layout, plan)), torch.tensor(addresses)]
+        )
+        self.replay_metadata = torch.full_like(self.host_metadata, -1)
+        self.metadata = poisoned(len(self.host_metadata))
+        # As the reference takes them: views as integers.
+        self.tensors = [spec.as_integers(one) for one in tensors]
+        self.outputs = [[spec.as_integers(one[name]) for one in self.rolled] for name in spec.names]
+
+    def wrong(self) -> list[str]:
+        """What is wrong with the outputs."""
+        return differences(self.rolled, self.full, self.layout, self.plan.cp_rank)

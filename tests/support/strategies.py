@@ -8,22 +8,26 @@ from hypothesis import strategies as st
 from overlap_mtp.layout import SequenceLayout, length_unit, pad_documents
 
 DTYPES = (torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16)
+NAMES = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
+ALL_DTYPES = dict(zip(NAMES, DTYPES, strict=True))
 CP_SIZES = (1, 2, 3, 4, 8)
+KINDS = ("zigzag", "contiguous")
+
+dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES), min_size=1)
 
 
 @st.composite
 def layouts(draw: st.DrawFn, cp_sizes: tuple[int, ...] = CP_SIZES, max_documents: int = 5) -> SequenceLayout:
     """Zigzag and contiguous; dense and packed; padded or not; chunks down to one token, empty documents."""
-    cp_size = draw(st.sampled_from(cp_sizes))
-    kind = draw(st.sampled_from(["zigzag", "contiguous"]))
-    unit = length_unit(cp_size, kind)
+    cp_size, kind = draw(st.sampled_from(cp_sizes)), draw(st.sampled_from(KINDS))
+    multiple = length_unit(cp_size, kind)
     if draw(st.booleans()):
-        return SequenceLayout.dense(unit * draw(st.integers(1, 6)), cp_size, kind)
-    lengths = draw(st.lists(st.integers(0, 3 * unit + 5), min_size=1, max_size=max_documents))
+        return SequenceLayout.dense(multiple * draw(st.integers(1, 6)), cp_size, kind)
+    lengths = draw(st.lists(st.integers(0, 3 * multiple + 5), min_size=1, max_size=max_documents))
     if draw(st.booleans()):
         return pad_documents([torch.zeros(n) for n in lengths], cp_size, kind)[1]
-    padded = [n // unit * unit for n in lengths]
-    padded[-1] += unit  # the stream is not empty
+    padded = [n // multiple * multiple for n in lengths]
+    padded[-1] += multiple  # the stream is not empty
     bounds = [sum(padded[:i]) for i in range(len(padded) + 1)]
     valid = [draw(st.integers(0, n)) for n in padded] if draw(st.booleans()) else None
     return SequenceLayout.packed(bounds, cp_size, kind, valid)
@@ -38,10 +42,16 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
     return torch.randint(low, high, shape, dtype=bits, generator=generator).view(dtype)
 
 
+def random_batch(
+    layout: SequenceLayout, rows: int = 2, seed: int = 0, dtypes: dict[str, torch.dtype] = ALL_DTYPES
+) -> dict[str, torch.Tensor]:
+    """Full tensors [rows, S] of the given names and dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_tensor((rows, layout.seq_len), dtype, generator) for name, dtype in dtypes.items()}
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of dtype, shape and every bit (NaNs included)."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bits(a), as_bits(b))
-
-
-def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    """Whether dtype, shape and every bit are equal (NaNs included)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,4 +1,4 @@
-"""What a user can get wrong: a ValueError that says what."""
+"""What a user can get wrong: a ValueError that says what. And what makes two batches the same to an exchange."""
 
 from __future__ import annotations
 
@@ -6,53 +6,67 @@ import pytest
 import torch
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_tensor
+from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.spec import ExchangeSpec
 
-from cases import (
-    ILLEGAL,
-    NUM_DEPTHS,
-    assert_names,
-    error_of,
-    full_batch,
-    local_batch,
-    packed,
-    wrong_rolls,
+from cases import ILLEGAL, NUM_DEPTHS, Microbatch, assert_names, error_of, full_batch, packed
+from strategies import KINDS
+
+
+def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
+    def spec(batch=None, layout=None, **options):
+        layout = layout or packed(1)
+        options = {"schedule": "sync", "transport": "auto", "num_depths": 2, "max_documents": 8} | options
+        return ExchangeSpec.of(batch or full_batch(layout), layout, ExchangeGroup(None), **options)
+
+    batch, bounds = full_batch(packed(1)), packed(1).cu_seqlens
+    same = [packed(1, 1), SequenceLayout.packed([0, 30], 1), SequenceLayout.packed([0, 8], 1, "zigzag", [3])]
+    assert {spec(layout=layout) for layout in same} == {spec()}
+    others = [
+        spec({"tokens" if name == "labels" else name: t for name, t in batch.items()}),
+        spec(batch | {"labels": batch["labels"].long()}),
+        spec(full_batch(packed(1), rows=3)),
+        spec({name: t[0] for name, t in batch.items()}),
+        spec(layout=SequenceLayout.packed(bounds, 1, "contiguous")),
+        *(spec(layout=SequenceLayout.dense(length, 1)) for length in (24, 32)),
+        *(spec(**{name: "other"}) for name in ("schedule", "transport")),
+        *(spec(**{name: 9}) for name in ("num_depths", "max_documents")),
+    ]
+    assert len({spec(), *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: make_roller("fastest", None, 2), [*SCHEDULES, "fastest"]),
+        (lambda: make_roller("", None, 2), [*SCHEDULES, "''"]),
+        (lambda: make_roller("Prefetch", None, 2), [*SCHEDULES, "Prefetch"]),
+        (
+            lambda: make_roller("prefetch", None, 2, "pigeon"),
+            ["auto", "process_group", "symmetric", "pigeon"],
+        ),
+        (lambda: prepare(full_batch(packed(1)), packed(1), 0), ["num_depths", "1", "0"]),
+        (lambda: prepare(full_batch(packed(1)), packed(1), -1), ["num_depths", "1", "-1"]),
+        (lambda: roll_tensor(torch.arange(4), shifts=0), ["shifts", "0"]),
+        (lambda: roll_tensor(torch.arange(4), shifts=1), ["shifts", "1"]),
+    ],
 )
-
-
-def test_unknown_schedules_are_refused():
-    for schedule in ("fastest", "", "Prefetch"):
-        message = error_of(lambda schedule=schedule: make_roller(schedule, None, 2))
-        assert_names(message, *SCHEDULES)
-        assert repr(schedule) in message
-
-
-def test_unknown_transports_are_refused():
-    message = error_of(lambda: make_roller("prefetch", None, 2, transport="carrier_pigeon"))
-    assert_names(message, "auto", "process_group", "carrier_pigeon")
+def test_illegal_arguments_are_refused(call, words):
+    assert_names(error_of(call), *words)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("value", [0, -1])
-def test_sizes_below_one_are_refused(schedule, value):
-    assert_names(error_of(lambda: make_roller(schedule, None, value)), "num_depths", "1", str(value))
-    message = error_of(lambda: make_roller(schedule, None, 2, max_documents=value))
-    assert_names(message, "max_documents", "1", str(value))
-
-
-@pytest.mark.parametrize("value", [0, -1])
-def test_prepare_refuses_num_depths_below_one(value):
-    layout = packed(1)
-    message = error_of(lambda: prepare(full_batch(layout), layout, value))
-    assert_names(message, "num_depths", "1", str(value))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_depths_outside_the_rollers_are_refused(schedule):
-    layout = packed(1)
-    rolls = make_roller(schedule, None, NUM_DEPTHS).start(local_batch(schedule, layout, 0), layout)
+def test_illegal_arguments_of_every_schedule_are_refused(schedule):
+    for value in (0, -1):
+        assert_names(error_of(make_roller, schedule, None, value), "num_depths", "1", str(value))
+        message = error_of(make_roller, schedule, None, 2, "auto", value)
+        assert_names(message, "max_documents", "1", str(value))
+    one, roller = Microbatch.of(None), make_roller(schedule, None, NUM_DEPTHS)
+    rolls = one.start(roller)
     for depth in (0, NUM_DEPTHS + 1, -1):
-        assert_names(error_of(lambda depth=depth: rolls.at(depth)), "1", str(NUM_DEPTHS), str(depth))
-    assert wrong_rolls(rolls, layout, 0) == []
+        assert_names(error_of(rolls.at, depth), "1", str(NUM_DEPTHS), str(depth))
+    assert one.wrong(rolls) == []
+    assert error_of(rolls.set_replay_layout, one.layout).startswith("RuntimeError: only")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -60,50 +74,31 @@ def test_depths_outside_the_rollers_are_refused(schedule):
 def test_illegal_batches_are_refused(schedule, case):
     """At first use and later, and neither harms the next batch."""
     make_illegal, words = ILLEGAL[case]
-    layout = packed(1)
-    batch = local_batch(schedule, layout, 0)
-    roller = make_roller(schedule, None, NUM_DEPTHS)
+    one, roller = Microbatch.of(None), make_roller(schedule, None, NUM_DEPTHS)
     for _ in range(2):
-        assert_names(error_of(lambda: roller.start(make_illegal(batch), layout)), *words)
-        assert wrong_rolls(roller.start(batch, layout), layout, 0) == []
+        assert_names(error_of(roller.start, make_illegal(one.shards(schedule)), one.layout), *words)
+        assert one.wrong(one.start(roller)) == []
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
-def test_more_documents_than_max_documents_are_refused(schedule, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_illegal_layouts_are_refused(schedule, kind):
     layouts = [SequenceLayout.packed(range(0, 2 * n + 1, 2), 1, kind) for n in (3, 4)]
+    few, many = (Microbatch.of(None, layout=layout) for layout in layouts)
     roller = make_roller(schedule, None, NUM_DEPTHS, max_documents=3)
-    batches = [local_batch(schedule, layout, 0) for layout in layouts]
-    assert wrong_rolls(roller.start(batches[0], layouts[0]), layouts[0], 0) == []
-    message = error_of(lambda: roller.start(batches[1], layouts[1]))
-    assert_names(message, "4", "3", "max_documents")
-    assert wrong_rolls(roller.start(batches[0], layouts[0]), layouts[0], 0) == []
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_layout_of_another_cp_size_is_refused(schedule):
-    layout = packed(2)
-    batch = local_batch(schedule, layout, 0)
-    message = error_of(lambda: make_roller(schedule, None, NUM_DEPTHS).start(batch, layout))
-    assert_names(message, "cp_size", "2", "1")
-
-
-def test_cu_seqlens_that_do_not_end_at_the_batchs_length_are_refused():
-    batch = local_batch("prefetch", packed(1), 0)
-    message = error_of(
-        lambda: make_roller("prefetch", None, 2).start(batch, SequenceLayout.packed([0, 20], 1))
-    )
-    assert_names(message, "20", "24")
+    for other, words in (
+        (many.layout, ["4", "3", "max_documents"]),
+        (SequenceLayout.packed([0, 4], 2, kind), ["cp_size", "2", "1"]),
+        (SequenceLayout.packed([0, 20], 1, kind), ["20", "6"]),
+    ):
+        assert few.wrong(few.start(roller)) == []
+        batch = many if other is many.layout else few
+        assert_names(error_of(roller.start, batch.shards(schedule), other), *words)
+    assert few.wrong(few.start(roller)) == []
 
 
 def test_an_unprepared_batch_is_refused_by_prepared():
     layout = packed(1)
     roller = make_roller("prepared", None, NUM_DEPTHS)
     for batch in (full_batch(layout), prepare(full_batch(layout), layout, NUM_DEPTHS - 1)):
-        message = error_of(lambda batch=batch: roller.start(batch, layout))
-        assert_names(message, "prepare")
-
-
-@pytest.mark.parametrize("shifts", [0, 1])
-def test_roll_tensor_refuses_shifts_to_the_right(shifts):
-    assert_names(error_of(lambda: roll_tensor(torch.arange(4), shifts=shifts)), "shifts", str(shifts))
+        assert_names(error_of(roller.start, batch, layout), "prepare")

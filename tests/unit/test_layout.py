@@ -1,19 +1,19 @@
-"""Layouts and the oracle without any process: who holds which token, and what a roll is."""
+"""Who holds which token, and what a roll is."""
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from overlap_mtp import SequenceLayout, pad_documents, roll_reference
 
-from strategies import CP_SIZES, DTYPES, layouts, random_tensor, same_bits
+from cases import assert_names, error_of
+from strategies import CP_SIZES, DTYPES, KINDS, layouts, random_tensor, same_bits
 
 ZIGZAG_DENSE = [
     (8, 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
@@ -76,7 +76,6 @@ def test_rank_r_holds_chunks_r_and_its_mirror_of_every_document(cp_size, chunks)
         np.testing.assert_array_equal(layout.shard(stream, rank), np.concatenate(expected))
 
 
-@settings(deadline=None)
 @given(
     layout=layouts(),
     others=st.lists(st.integers(1, 3), max_size=3),
@@ -94,22 +93,17 @@ def test_unshard_undoes_shard(layout, others, data, dtype):
 
     array = np.arange(np.prod(shape)).reshape(shape).astype(np.uint16)
     pieces = [layout.shard(array, rank, dim=dim) for rank in range(layout.cp_size)]
+    same = torch.from_numpy(array.astype(np.int64))
+    for rank, piece in enumerate(pieces):
+        np.testing.assert_array_equal(piece, layout.shard(same, rank, dim=dim).numpy())
     back = layout.unshard(pieces, dim=dim)
     assert isinstance(back, np.ndarray)
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
 
-@given(layout=layouts())
-def test_torch_and_numpy_shards_are_alike(layout):
-    stream = np.arange(layout.seq_len)
-    for rank in range(layout.cp_size):
-        of_torch = layout.shard(torch.from_numpy(stream), rank)
-        np.testing.assert_array_equal(of_torch.numpy(), layout.shard(stream, rank))
-
-
 def documents_of(lengths: list[int], as_torch: bool) -> list:
-    """Documents with tokens 1, 2, 3, ... throughout, so that every token is known and none is the padding."""
+    """Documents that hold the tokens 1, 2, 3, ... one after the other: none of them looks like padding."""
     ends = np.cumsum(lengths)
     arrays = [np.arange(end - n + 1, end + 1, dtype=np.int32) for n, end in zip(lengths, ends, strict=True)]
     return [torch.from_numpy(one) for one in arrays] if as_torch else arrays
@@ -118,16 +112,16 @@ def documents_of(lengths: list[int], as_torch: bool) -> list:
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     cp_size=st.sampled_from(CP_SIZES),
-    kind=st.sampled_from(["zigzag", "contiguous"]),
+    kind=st.sampled_from(KINDS),
     as_torch=st.booleans(),
     spare=st.none() | st.integers(0, 3),
 )
 def test_pad_documents_makes_any_documents_legal(lengths, cp_size, kind, as_torch, spare):
     documents = documents_of(lengths, as_torch)
-    unit = 2 * cp_size if kind == "zigzag" else cp_size
+    multiple = 2 * cp_size if kind == "zigzag" else cp_size
     seq_len = None
     if spare is not None:
-        seq_len = (sum(-(-n // unit) for n in lengths) + 1 + spare) * unit
+        seq_len = (sum(-(-n // multiple) for n in lengths) + 1 + spare) * multiple
     stream, layout = pad_documents(documents, cp_size, kind=kind, pad_value=-1, seq_len=seq_len)
 
     assert type(stream) is type(documents[0])
@@ -156,7 +150,7 @@ def test_pad_documents_pads_each_document_for_zigzag_and_the_stream_for_contiguo
     assert layout.cu_seqlens.tolist() == [0, 3, 3, 4, 10]
 
 
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_documents_without_a_token_are_legal(kind):
     stream, layout = pad_documents([torch.zeros(0, dtype=torch.int64)] * 3, 4, kind=kind)
     assert layout.seq_len > 0
@@ -175,49 +169,28 @@ def roll_by_definition(tensor: torch.Tensor, layout: SequenceLayout, depth: int,
     return rolled
 
 
-@settings(deadline=None)
-@given(layout=layouts(), depth=st.integers(1, 9), batch=st.integers(1, 2), dtype=st.sampled_from(DTYPES))
-def test_roll_reference_is_the_definition(layout, depth, batch, dtype):
-    tensor = random_tensor((batch, layout.seq_len), dtype, torch.Generator().manual_seed(1))
+@given(
+    layout=layouts(),
+    depth=st.integers(1, 9),
+    rows=st.integers(1, 2),
+    dtype=st.sampled_from(DTYPES),
+    fill=st.booleans(),
+)
+def test_roll_reference_is_the_definition(layout, depth, rows, dtype, fill):
+    tensor = random_tensor((rows, layout.seq_len), dtype, torch.Generator().manual_seed(1))
     before = tensor.clone()
-    assert same_bits(roll_reference(tensor, layout, depth), roll_by_definition(tensor, layout, depth, 0))
+    expected = roll_by_definition(tensor, layout, depth, fill)
+    assert same_bits(roll_reference(tensor, layout, depth, fill), expected)
     assert same_bits(tensor, before)
-
-
-@settings(deadline=None)
-@given(layout=layouts(), depth=st.integers(1, 9))
-def test_roll_reference_fills_a_padding_mask_with_true(layout, depth):
-    mask = random_tensor((2, layout.seq_len), torch.bool, torch.Generator().manual_seed(2))
-    assert same_bits(roll_reference(mask, layout, depth, True), roll_by_definition(mask, layout, depth, True))
 
 
 def test_roll_reference_on_documents_shorter_than_the_depth():
     layout = SequenceLayout.packed([0, 4, 4, 8, 16], 2, valid_lengths=[3, 0, 1, 8])
     tokens = torch.arange(1, 17)
-    assert roll_reference(tokens, layout, 1).tolist() == [2, 3, 0, 0] + [0] * 4 + [
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-        16,
-        0,
-    ]
-    assert roll_reference(tokens, layout, 2, fill=-7).tolist() == (
-        [3, -7, -7, -7] + [-7] * 4 + [11, 12, 13, 14, 15, 16, -7, -7]
-    )
+    by_one, by_two = [2, 3, *[0] * 6, *range(10, 17), 0], [3, *[-7] * 7, *range(11, 17), -7, -7]
+    assert roll_reference(tokens, layout, 1).tolist() == by_one
+    assert roll_reference(tokens, layout, 2, fill=-7).tolist() == by_two
     assert roll_reference(tokens, layout, 100).tolist() == [0] * 16
-
-
-def raises_naming(call, *words: str) -> str:
-    """The message of the ValueError that `call` raises; every one of `words` stands in it as a word."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    message = str(caught.value)
-    for word in words:
-        assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", message), f"{word!r} is not in {message!r}"
-    return message
 
 
 @pytest.mark.parametrize(
@@ -233,95 +206,78 @@ def raises_naming(call, *words: str) -> str:
     ],
 )
 def test_an_illegal_dense_length_names_the_next_legal_one(seq_len, cp_size, kind, multiple, next_legal):
-    raises_naming(
-        lambda: SequenceLayout.dense(seq_len, cp_size, kind),
-        *map(str, (seq_len, cp_size, multiple, next_legal)),
-        kind,
-        "pad_documents",
-    )
+    message = error_of(SequenceLayout.dense, seq_len, cp_size, kind)
+    assert_names(message, *map(str, (seq_len, cp_size, multiple, next_legal)), kind, "pad_documents")
     assert SequenceLayout.dense(next_legal, cp_size, kind).seq_len == next_legal
 
 
-def test_an_illegal_document_is_named_with_its_next_legal_length():
-    call = lambda: SequenceLayout.packed([0, 4, 9, 16], 2)  # noqa: E731
-    raises_naming(call, "document 1", "5", "4", "8", "pad_documents")
-    call = lambda: SequenceLayout.packed([0, 6, 12, 13], 3)  # noqa: E731
-    raises_naming(call, "document 2", "1", "6", "pad_documents")
-
-
-def test_an_illegal_stream_names_the_next_legal_length():
-    call = lambda: SequenceLayout.packed([0, 3, 10], 4, kind="contiguous")  # noqa: E731
-    raises_naming(call, "10", "4", "12", "pad_documents")
-    for kind in ("zigzag", "contiguous"):
-        raises_naming(lambda kind=kind: SequenceLayout.packed([0, 0, 0], 2, kind), "0", "pad_documents")
-
-
 @pytest.mark.parametrize("as_type", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("cu_seqlens", "words"),
     [
-        ([4, 8], ["start at 0", "4"]),
-        ([-4, 4], ["start at 0", "-4"]),
-        ([0, 8, 4, 8], ["decrease", "8", "4"]),
-        ([0, 4, 0], ["decrease", "4", "0"]),
-        ([0], ["start at 0", "document"]),
+        ([4, 8], ["cu_seqlens", "start at 0", "4"]),
+        ([-4, 4], ["cu_seqlens", "start at 0", "-4"]),
+        ([0, 8, 4, 8], ["cu_seqlens", "decrease", "8", "4"]),
+        ([0, 4, 0], ["cu_seqlens", "decrease", "4", "0"]),
+        ([0], ["cu_seqlens", "start at 0", "document"]),
+        ([], ["cu_seqlens"]),
+        ([0.0, 4.0], ["cu_seqlens"]),
+        ([0, 0, 0], ["0", "pad_documents"]),
     ],
 )
-def test_cu_seqlens_start_at_zero_and_do_not_decrease(cu_seqlens, words, as_type):
-    for kind in ("zigzag", "contiguous"):
-        raises_naming(
-            lambda kind=kind: SequenceLayout.packed(as_type(cu_seqlens), 2, kind), "cu_seqlens", *words
-        )
+def test_illegal_cu_seqlens_are_refused(cu_seqlens, words, kind, as_type):
+    assert_names(error_of(SequenceLayout.packed, as_type(cu_seqlens), 2, kind), *words)
 
 
-def test_cu_seqlens_without_an_entry_or_of_floats_are_refused():
-    raises_naming(lambda: SequenceLayout.packed([], 2), "cu_seqlens")
-    raises_naming(lambda: SequenceLayout.packed([0.0, 4.0], 2), "cu_seqlens")
+DOCUMENTS = documents_of([3, 5], as_torch=True)
+LAYOUT = SequenceLayout.packed([0, 4, 16], 2)
+KIND_WORDS = [*KINDS, "striped"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SequenceLayout.packed([0, 4, 9, 16], 2), ["document 1", "5", "4", "8", "pad_documents"]),
+        (lambda: SequenceLayout.packed([0, 6, 12, 13], 3), ["document 2", "1", "6", "pad_documents"]),
+        (lambda: SequenceLayout.packed([0, 3, 10], 4, "contiguous"), ["10", "4", "12", "pad_documents"]),
+        (lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=[5, 8]), ["0", "4", "5"]),
+        (lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=[-1, 8]), ["0", "4", "-1"]),
+        (lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=[4, 9]), ["0", "8", "9"]),
+        (lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=[4]), ["1", "2"]),
+        (lambda: SequenceLayout.dense(16, 2, "striped"), KIND_WORDS),
+        (lambda: SequenceLayout.packed([0, 16], 2, "striped"), KIND_WORDS),
+        (lambda: LAYOUT.shard(torch.zeros(16), 2), ["0, 1", "2"]),
+        (lambda: LAYOUT.shard(torch.zeros(16), -1), ["0, 1", "-1"]),
+        (lambda: roll_reference(torch.zeros(2, 20), LAYOUT, 1), ["16", "20"]),
+        (lambda: roll_reference(torch.zeros(16), LAYOUT, 0), ["1", "0"]),
+        (lambda: roll_reference(torch.zeros(16), LAYOUT, -1), ["1", "-1"]),
+        (lambda: pad_documents([], 2), ["one document"]),
+        (lambda: pad_documents([torch.zeros(2, 3)], 2), ["1-D", "document 0"]),
+        (
+            lambda: pad_documents([*DOCUMENTS, torch.zeros(1)], 2),
+            ["torch.int32", "document 2", "torch.float32"],
+        ),
+        (lambda: pad_documents(DOCUMENTS, 2, multiple_of=0), ["multiple_of", "1", "0"]),
+        (lambda: pad_documents(DOCUMENTS, 2, seq_len=8), ["4", "12", "8"]),
+        (lambda: pad_documents(DOCUMENTS, 2, seq_len=14), ["4", "12", "14"]),
+        (lambda: pad_documents(DOCUMENTS, 2, seq_len=0), ["0", "12"]),
+    ],
+)
+def test_illegal_arguments_are_refused(call, words):
+    assert_names(error_of(call), *words)
+
+
+@pytest.mark.parametrize("cp_size", [0, -1])
+def test_cp_sizes_below_one_are_refused(cp_size):
+    assert_names(error_of(SequenceLayout.dense, 16, cp_size), "1", str(cp_size))
+    assert_names(error_of(SequenceLayout.packed, [0, 16], cp_size), "1", str(cp_size))
+    assert_names(error_of(pad_documents, [torch.zeros(3)], cp_size), "1", str(cp_size))
 
 
 @pytest.mark.parametrize("make", [torch.zeros, np.zeros])
-def test_cu_seqlens_end_at_the_sequence_length(make):
-    layout = SequenceLayout.packed([0, 4, 16], 2)
-    raises_naming(lambda: layout.shard(make((2, 20)), 0), "16", "20")
-    raises_naming(lambda: layout.shard(make((12, 2)), 0, dim=0), "16", "12")
-    raises_naming(lambda: layout.unshard([make((2, 8)), make((2, 10))]), "8", "10")
-    raises_naming(lambda: layout.unshard([make((2, 8))]), "2", "1")
-
-
-def test_roll_reference_refuses_another_length_and_depth_zero():
-    layout = SequenceLayout.dense(16, 2)
-    raises_naming(lambda: roll_reference(torch.zeros(2, 20), layout, 1), "16", "20")
-    for depth in (0, -1):
-        raises_naming(lambda depth=depth: roll_reference(torch.zeros(16), layout, depth), "1", str(depth))
-
-
-@pytest.mark.parametrize("valid", [[5, 8], [-1, 8], [4, 9]])
-def test_valid_lengths_lie_inside_their_documents(valid):
-    at = 1 if valid[1] == 9 else 0
-    limit, value = ("8", "9") if at else ("4", str(valid[0]))
-    raises_naming(lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=valid), "0", limit, value)
-
-
-def test_valid_lengths_have_one_entry_a_document():
-    raises_naming(lambda: SequenceLayout.packed([0, 4, 12], 2, valid_lengths=[4]), "1", "2")
-
-
-def test_unknown_kind_cp_size_and_cp_rank_are_refused():
-    raises_naming(lambda: SequenceLayout.dense(16, 2, "striped"), "zigzag", "contiguous", "striped")
-    raises_naming(lambda: SequenceLayout.packed([0, 16], 2, "striped"), "zigzag", "contiguous", "striped")
-    for cp_size in (0, -1):
-        raises_naming(lambda n=cp_size: SequenceLayout.dense(16, n), "1", str(cp_size))
-        raises_naming(lambda n=cp_size: SequenceLayout.packed([0, 16], n), "1", str(cp_size))
-        raises_naming(lambda n=cp_size: pad_documents([torch.zeros(3)], n), "1", str(cp_size))
-    layout = SequenceLayout.dense(16, 2)
-    for rank in (2, -1):
-        raises_naming(lambda r=rank: layout.shard(torch.zeros(16), r), "0, 1", str(rank))
-
-
-def test_pad_documents_refuses_what_it_cannot_lay_out():
-    documents = documents_of([3, 5], as_torch=True)
-    raises_naming(lambda: pad_documents([], 2), "one document")
-    raises_naming(lambda: pad_documents([torch.zeros(2, 3)], 2), "1-D", "document 0")
-    raises_naming(lambda: pad_documents(documents, 2, seq_len=8), "4", "12", "8")
-    raises_naming(lambda: pad_documents(documents, 2, seq_len=14), "4", "12", "14")
-    raises_naming(lambda: pad_documents(documents, 2, seq_len=0), "0", "12")
+def test_tensors_of_another_length_than_the_layouts_are_refused(make):
+    assert_names(error_of(LAYOUT.shard, make((2, 20)), 0), "16", "20")
+    assert_names(error_of(LAYOUT.shard, make((12, 2)), 0, 0), "16", "12")
+    assert_names(error_of(LAYOUT.unshard, [make((2, 8)), make((2, 10))]), "8", "10")
+    assert_names(error_of(LAYOUT.unshard, [make((2, 8))]), "2", "1")

@@ -1,0 +1,76 @@
+"""Rolls on GPUs: the bodies of tests/ranks over NCCL and over symmetric memory."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_bodies import (
+    LAYOUTS,
+    LIFETIMES,
+    OWNERSHIP,
+    gradients_differ,
+    interleave,
+    roll_tensor_differs,
+    rolls_differ,
+    rolls_differ_in_a_default_group,
+    with_delays,
+)
+
+from overlap_mtp import SCHEDULES
+
+from cases import PACKED, TRANSPORTS
+from rank_pool import RankPool
+from strategies import ALL_DTYPES, KINDS, dtype_choices, layouts
+
+pytestmark = pytest.mark.multi_gpu
+
+
+@pytest.mark.parametrize("num_depths", [1, 2, 5])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", LAYOUTS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rolls_are_exact_on_gpus(gpu_pool: RankPool, transport, documents, kind, num_depths):
+    size = gpu_pool.world_size
+    for length in (16, 1024):
+        layout = LAYOUTS[documents](length * size, size, kind)
+        gpu_pool.check(rolls_differ, size, layout, num_depths, 2, ALL_DTYPES, 7, transport)
+
+
+@settings(max_examples=10)  # each one compiles its kernels
+@given(data=st.data(), num_depths=st.integers(1, 3), dtypes=dtype_choices, seed=st.integers(0, 999))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rolls_are_exact_on_any_layout_on_gpus(gpu_pool: RankPool, transport, data, num_depths, dtypes, seed):
+    layout = data.draw(layouts(cp_sizes=(gpu_pool.world_size,)))
+    gpu_pool.check(rolls_differ, layout.cp_size, layout, num_depths, 2, dtypes, seed, transport)
+
+
+def test_rolls_are_exact_in_a_device_mesh_on_gpus(gpu_pool: RankPool):
+    gpu_pool.check(rolls_differ_in_a_default_group, gpu_pool.world_size)
+
+
+def test_roll_tensor_keeps_the_contract_on_gpus(gpu_pool: RankPool):
+    for dims, shifts in [(-1, -1), (0, -1), (-1, -5)]:
+        gpu_pool.check(roll_tensor_differs, gpu_pool.world_size, dims, shifts)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("body", [*LIFETIMES, gradients_differ])
+def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, body, transport, schedule):
+    """What gloo orders by waiting on the host, CUDA must order by events."""
+    gpu_pool.check(with_delays, gpu_pool.world_size, transport, body, schedule)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("prefetch", "prefetch"), ("overlap", "prefetch"), ("merged", "sync")]
+)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, transport, first, second):
+    gpu_pool.check(with_delays, gpu_pool.world_size, transport, interleave, first, second)
+
+
+@pytest.mark.parametrize("schedule", PACKED)
+@pytest.mark.parametrize("body", OWNERSHIP)
+def test_tensors_are_the_callers_on_gpus(gpu_pool: RankPool, body, schedule):
+    gpu_pool.check(body, gpu_pool.world_size, schedule)

@@ -1,0 +1,76 @@
+"""Ranges for profilers, and the timed roller: what they say, and that they change nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import timeit
+
+import pytest
+import torch
+
+from overlap_mtp import make_roller, tracing
+from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.tracing import LABEL, BackwardSpan, span
+
+from cases import NUM_DEPTHS, Microbatch
+
+
+@pytest.mark.parametrize(
+    ("label", "name", "detail"),
+    [
+        (span("step", "prefetch:process_group").label, "step", "prefetch:process_group"),
+        (span("send-recv", num_bytes=10).label, "send-recv", None),
+    ],
+)
+def test_a_label_says_name_detail_and_rank(label, name, detail):
+    found = LABEL.match(label)
+    assert found is not None
+    assert found.groupdict() == {"name": name, "detail": detail, "rank": "0"}
+
+
+def test_spans_are_made_once_and_other_labels_are_not_read():
+    assert LABEL.match("somebody else's range") is None
+    assert span("depth", 2, depth=2) is span("depth", 2, depth=2)
+
+
+def test_a_range_is_cheap_when_nobody_listens():
+    one = span("pack")
+
+    def enter() -> None:
+        with one:
+            pass
+
+    assert min(timeit.repeat(enter, number=1000, repeat=5)) / 1000 < 5e-6  # 0.4 µs on an idle machine
+
+
+def test_torch_profiler_sees_ranges_on_the_thread_that_runs_backward():
+    marks = BackwardSpan()
+    weight = torch.ones(4, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        loss = marks.begins((marks.ends(weight * 1) * 3).sum())
+        loss.backward()
+    assert torch.equal(weight.grad, torch.full((4,), 3.0))
+    assert span("backward").label in [event.name for event in profile.events()]
+
+
+def test_ranges_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("OVERLAP_MTP_TRACING", "0")
+    spec = importlib.util.find_spec("overlap_mtp.tracing")
+    switched_off = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(switched_off)
+    loss = torch.ones(1, requires_grad=True)
+    assert not switched_off.ENABLED
+    assert switched_off.BackwardSpan().begins(loss) is loss
+    with switched_off.span("pack"):
+        pass
+    assert tracing.ENABLED
+
+
+@pytest.mark.parametrize("schedule", ["sync", "prefetch"])
+def test_a_timed_roller_rolls_the_same_and_knows_its_cost(schedule):
+    batch, timed = Microbatch.of(None), TimedRoller(make_roller(schedule, None, NUM_DEPTHS))
+    assert batch.wrong(timed.start(batch.shards(), batch.layout)) == []
+    cost = timed.read()
+    assert 0 < cost.host_us < 1e6
+    assert cost.stall_us is None  # no device to hold up
+    assert timed.read().host_us == 0
