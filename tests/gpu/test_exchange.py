@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import rank_bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_bodies import (
-    LAYOUTS,
-    LIFETIMES,
-    OWNERSHIP,
-    gradients_differ,
-    interleave,
-    roll_tensor_differs,
-    rolls_differ,
-    rolls_differ_in_a_default_group,
-    with_delays,
-)
+from rank_bodies import LAYOUTS, LIFETIMES, OWNERSHIP, with_delays
 
 from overlap_mtp import SCHEDULES
 
@@ -34,7 +25,7 @@ def test_rolls_are_exact_on_gpus(gpu_pool: RankPool, transport, documents, kind,
     size = gpu_pool.world_size
     for length in (16, 1024):
         layout = LAYOUTS[documents](length * size, size, kind)
-        gpu_pool.check(rolls_differ, size, layout, num_depths, 2, ALL_DTYPES, 7, transport)
+        gpu_pool.check(rank_bodies.rolls_differ, size, layout, num_depths, 2, ALL_DTYPES, 7, transport)
 
 
 @settings(max_examples=10)  # each one compiles its kernels
@@ -42,21 +33,21 @@ def test_rolls_are_exact_on_gpus(gpu_pool: RankPool, transport, documents, kind,
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_rolls_are_exact_on_any_layout_on_gpus(gpu_pool: RankPool, transport, data, num_depths, dtypes, seed):
     layout = data.draw(layouts(cp_sizes=(gpu_pool.world_size,)))
-    gpu_pool.check(rolls_differ, layout.cp_size, layout, num_depths, 2, dtypes, seed, transport)
+    gpu_pool.check(rank_bodies.rolls_differ, layout.cp_size, layout, num_depths, 2, dtypes, seed, transport)
 
 
 def test_rolls_are_exact_in_a_device_mesh_on_gpus(gpu_pool: RankPool):
-    gpu_pool.check(rolls_differ_in_a_default_group, gpu_pool.world_size)
+    gpu_pool.check(rank_bodies.rolls_differ_in_a_default_group, gpu_pool.world_size)
 
 
 def test_roll_tensor_keeps_the_contract_on_gpus(gpu_pool: RankPool):
     for dims, shifts in [(-1, -1), (0, -1), (-1, -5)]:
-        gpu_pool.check(roll_tensor_differs, gpu_pool.world_size, dims, shifts)
+        gpu_pool.check(rank_bodies.roll_tensor_differs, gpu_pool.world_size, dims, shifts)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("body", [*LIFETIMES, gradients_differ])
+@pytest.mark.parametrize("body", [*LIFETIMES, rank_bodies.gradients_differ])
 def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, body, transport, schedule):
     """What gloo orders by waiting on the host, CUDA must order by events."""
     gpu_pool.check(with_delays, gpu_pool.world_size, transport, body, schedule)
@@ -67,7 +58,7 @@ def test_lifetimes_hold_on_gpus(gpu_pool: RankPool, body, transport, schedule):
 )
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, transport, first, second):
-    gpu_pool.check(with_delays, gpu_pool.world_size, transport, interleave, first, second)
+    gpu_pool.check(with_delays, gpu_pool.world_size, transport, rank_bodies.interleave, first, second)
 
 
 @pytest.mark.parametrize("schedule", PACKED)

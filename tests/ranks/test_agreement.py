@@ -13,6 +13,7 @@ from cases import (
     NUM_DEPTHS,
     ODD_RANK,
     PACKED,
+    Batch,
     Microbatch,
     assert_names,
     error_of,
@@ -21,43 +22,32 @@ from cases import (
 )
 from rank_pool import RankPool
 
+
+def without_labels(batch: Batch) -> Batch:
+    return {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
+
+
+def contiguous(layout: SequenceLayout) -> SequenceLayout:
+    return SequenceLayout.packed(layout.cu_seqlens, layout.cp_size, "contiguous")
+
+
+def many_documents(layout: SequenceLayout) -> SequenceLayout:
+    return SequenceLayout.packed(range(0, layout.seq_len + 1, layout.num_chunks), layout.cp_size)
+
+
 # What one rank starts instead of (batch, layout), and what the error says on all ranks.
 DIFFERENT = {
-    "dtype": (
-        lambda batch, layout: (replace_labels(batch, torch.Tensor.long), layout),
-        ["labels int32", "labels int64"],
-    ),
-    "names": (
-        lambda batch, layout: ({n: t for n, t in batch.items() if not n.startswith("labels")}, layout),
-        ["labels"],
-    ),
-    "batch size": (lambda batch, layout: ({n: t[:1] for n, t in batch.items()}, layout), ["1", "2"]),
-    "layout kind": (
-        lambda batch, layout: (
-            batch,
-            SequenceLayout.packed(layout.cu_seqlens, layout.cp_size, "contiguous"),
-        ),
-        ["zigzag", "contiguous"],
-    ),
-    "packed or dense": (
-        lambda batch, layout: (batch, SequenceLayout.dense(layout.seq_len, layout.cp_size)),
-        ["packed", "dense"],
-    ),
+    "dtype": (lambda b, at: (replace_labels(b, torch.Tensor.long), at), ["labels int32", "labels int64"]),
+    "names": (lambda b, at: (without_labels(b), at), ["labels"]),
+    "batch size": (lambda b, at: ({name: t[:1] for name, t in b.items()}, at), ["1", "2"]),
+    "layout kind": (lambda b, at: (b, contiguous(at)), ["zigzag", "contiguous"]),
+    "packed or dense": (lambda b, at: (b, SequenceLayout.dense(at.seq_len, at.cp_size)), ["packed", "dense"]),
 }
 # The same for what no rank could start.
 WRONG = {
-    "documents": (
-        lambda batch, layout: (
-            batch,
-            SequenceLayout.packed(range(0, layout.seq_len + 1, layout.num_chunks), layout.cp_size),
-        ),
-        ["max_documents", "12", "8"],
-    ),
-    "cp_size": (lambda batch, layout: (batch, packed(5)), ["cp_size", "5"]),
-    **{
-        name: (lambda batch, layout, make=make: (make(batch), layout), words)
-        for name, (make, words) in ILLEGAL.items()
-    },
+    "documents": (lambda b, at: (b, many_documents(at)), ["max_documents", "12", "8"]),
+    "cp_size": (lambda b, at: (b, packed(5)), ["cp_size", "5"]),
+    **{case: (lambda b, at, make=make: (make(b), at), words) for case, (make, words) in ILLEGAL.items()},
 }
 
 

@@ -109,27 +109,17 @@ def replace_labels(batch: Batch, make: Callable[[torch.Tensor], torch.Tensor]) -
     return {name: make(t) if name.startswith("labels") else t for name, t in batch.items()}
 
 
-ILLEGAL = {
-    "float64": (
-        lambda batch: replace_labels(batch, torch.Tensor.double),
-        ["labels", "float64", "int64", "bfloat16"],
-    ),
-    "float16": (lambda batch: replace_labels(batch, torch.Tensor.half), ["labels", "float16", "float32"]),
-    "one tensor too long": (
-        lambda batch: replace_labels(batch, lambda t: torch.cat([t, t], -1)),
-        ["labels", "24", "48"],
-    ),
-    "one tensor of more rows": (
-        lambda batch: replace_labels(batch, lambda t: torch.cat([t, t])),
-        ["labels", "2", "4"],
-    ),
-    "all tensors too long": (
-        lambda batch: {name: torch.cat([t, t], -1) for name, t in batch.items()},
-        ["24", "48"],
-    ),
-    "another device": (
-        lambda batch: replace_labels(batch, lambda t: t.to("meta")),
-        ["labels", "meta", "cpu"],
-    ),
-    "no tensor": (lambda batch: {}, ["tensor"]),
+def double(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor], dim)
+
+
+# Batches that no rank can start, made from good ones, and what the error says.
+ILLEGAL: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
+    "float64": (lambda b: replace_labels(b, torch.Tensor.double), ["labels", "float64", "int64", "bfloat16"]),
+    "float16": (lambda b: replace_labels(b, torch.Tensor.half), ["labels", "float16", "float32"]),
+    "one tensor too long": (lambda b: replace_labels(b, lambda t: double(t, -1)), ["labels", "24", "48"]),
+    "one tensor of more rows": (lambda b: replace_labels(b, lambda t: double(t, 0)), ["labels", "2", "4"]),
+    "all tensors too long": (lambda b: {name: double(t, -1) for name, t in b.items()}, ["24", "48"]),
+    "another device": (lambda b: replace_labels(b, lambda t: t.to("meta")), ["labels", "meta", "cpu"]),
+    "no tensor": (lambda b: {}, ["tensor"]),
 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -36,7 +38,7 @@ class RankError(Exception):
     """An exception on a rank, with its traceback there."""
 
 
-class RankPool:
+class RankPool(AbstractContextManager["RankPool"]):
     def __init__(self, world_size: int, backend: str = "gloo", timeout_s: float = 60) -> None:
         self.world_size, self.backend, self.timeout_s = world_size, backend, timeout_s
         self._start()
@@ -45,8 +47,7 @@ class RankPool:
         context = forks() if self.backend == "gloo" else mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        self._pipes: list[Connection] = []
-        self._processes = []
+        self._pipes, self._processes = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, self.backend, store, self.timeout_s, theirs)
@@ -62,31 +63,20 @@ class RankPool:
         If ranks fail, die or hang, the pool starts again, and this raises RankError with the tracebacks of all that
         failed: a group is of no further use after a failed collective.
         """
-        pipes = self._pipes[:cp_size]
-        for pipe in pipes:
+        for pipe in self._pipes[:cp_size]:
             pipe.send((function, cp_size, args))
-        answers: dict[int, tuple[bool, Any]] = {}
-        try:
-            while len(answers) < cp_size:
-                late = [rank for rank in range(cp_size) if rank not in answers]
-                ready = wait([pipes[rank] for rank in late], timeout=limit_s)
-                if not ready:
-                    raise RankError(f"ranks {late} did not answer within {limit_s} s; so far: {answers}")
-                for rank in late:
-                    if pipes[rank] in ready:
-                        answers[rank] = pipes[rank].recv()
-            failures = [
-                f"--- rank {rank}\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok
-            ]
-            if failures:
-                raise RankError("\n".join(failures))
-        except EOFError:
+        deadline, answers = time.monotonic() + limit_s, []
+        for pipe in self._pipes[:cp_size]:
+            try:
+                has_answered = pipe.poll(max(0, deadline - time.monotonic()))
+                answers.append(pipe.recv() if has_answered else (False, f"no answer within {limit_s} s"))
+            except (EOFError, OSError):
+                answers.append((False, "died"))
+        failures = [f"--- rank {rank}\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
+        if failures:
             self.restart()
-            raise RankError(f"rank {rank} died; so far: {answers}") from None
-        except RankError:
-            self.restart()
-            raise
-        return [answers[rank][1] for rank in range(cp_size)]
+            raise RankError("\n".join(failures))
+        return [value for _, value in answers]
 
     def check(self, function: Callable[..., list[str]], cp_size: int, *args: Any) -> None:
         """Run a function that lists what is wrong, and fail unless that is nothing on every rank."""
@@ -103,9 +93,6 @@ class RankPool:
             process.join()
         self._folder.cleanup()
 
-    def __enter__(self) -> RankPool:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -117,9 +104,7 @@ def _rank_main(
     if backend == "nccl":
         torch.cuda.set_device(rank)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group(backend, f"file://{store}", timeout, world_size, rank)
     groups = _make_groups(rank, world_size, timeout)
     while True:
         try:

@@ -15,22 +15,19 @@ from overlap_mtp import SequenceLayout, pad_documents, roll_reference
 from cases import assert_names, error_of
 from strategies import CP_SIZES, DTYPES, KINDS, layouts, random_tensor, same_bits
 
-ZIGZAG_DENSE = [
-    (8, 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
-    (4, 2, [[0, 3], [1, 2]]),
-    (16, 2, [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]),
-    (12, 3, [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]),
-    (16, 4, [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]),
-]
-ZIGZAG_PACKED = [
-    ([0, 4, 12], 2, [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]),
-    ([0, 4, 4, 12, 12], 2, [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]),
-    ([0, 6, 18], 3, [[0, 5, 6, 7, 16, 17], [1, 4, 8, 9, 14, 15], [2, 3, 10, 11, 12, 13]]),
-    ([0, 2, 6], 1, [[0, 1, 2, 3, 4, 5]]),
-]
-CONTIGUOUS = [
-    ([0, 12], 3, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
-    ([0, 1, 1, 7, 8], 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+# The bounds of documents, cp_size, kind, and the positions that each rank holds.
+SHARDS = [
+    ([0, 8], 1, "zigzag", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ([0, 4], 2, "zigzag", [[0, 3], [1, 2]]),
+    ([0, 16], 2, "zigzag", [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]),
+    ([0, 12], 3, "zigzag", [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]),
+    ([0, 16], 4, "zigzag", [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]),
+    ([0, 4, 12], 2, "zigzag", [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]),
+    ([0, 4, 4, 12, 12], 2, "zigzag", [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]),
+    ([0, 6, 18], 3, "zigzag", [[0, 5, 6, 7, 16, 17], [1, 4, 8, 9, 14, 15], [2, 3, 10, 11, 12, 13]]),
+    ([0, 2, 6], 1, "zigzag", [[0, 1, 2, 3, 4, 5]]),
+    ([0, 12], 3, "contiguous", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
+    ([0, 1, 1, 7, 8], 2, "contiguous", [[0, 1, 2, 3], [4, 5, 6, 7]]),
 ]
 
 
@@ -38,22 +35,13 @@ def shards_of(layout: SequenceLayout) -> list[list[int]]:
     return [layout.shard(torch.arange(layout.seq_len), rank).tolist() for rank in range(layout.cp_size)]
 
 
-@pytest.mark.parametrize(("seq_len", "cp_size", "expected"), ZIGZAG_DENSE)
-def test_zigzag_shards_follow_the_public_convention(seq_len, cp_size, expected):
-    assert shards_of(SequenceLayout.dense(seq_len, cp_size)) == expected
-    assert shards_of(SequenceLayout.packed([0, seq_len], cp_size)) == expected
-
-
-@pytest.mark.parametrize(("cu_seqlens", "cp_size", "expected"), ZIGZAG_PACKED)
-def test_zigzag_cuts_each_packed_document_by_itself(cu_seqlens, cp_size, expected):
+@pytest.mark.parametrize(("cu_seqlens", "cp_size", "kind", "expected"), SHARDS)
+def test_shards_follow_the_public_convention(cu_seqlens, cp_size, kind, expected):
+    """Zigzag cuts each packed document by itself; contiguous cuts the stream wherever documents end."""
     for given_as in (cu_seqlens, np.array(cu_seqlens, np.int32), torch.tensor(cu_seqlens, dtype=torch.int32)):
-        assert shards_of(SequenceLayout.packed(given_as, cp_size)) == expected
-
-
-@pytest.mark.parametrize(("cu_seqlens", "cp_size", "expected"), CONTIGUOUS)
-def test_contiguous_cuts_the_stream_wherever_documents_end(cu_seqlens, cp_size, expected):
-    assert shards_of(SequenceLayout.packed(cu_seqlens, cp_size, "contiguous")) == expected
-    assert shards_of(SequenceLayout.dense(cu_seqlens[-1], cp_size, kind="contiguous")) == expected
+        assert shards_of(SequenceLayout.packed(given_as, cp_size, kind)) == expected
+    if kind == "contiguous" or len(cu_seqlens) == 2:
+        assert shards_of(SequenceLayout.dense(cu_seqlens[-1], cp_size, kind)) == expected
 
 
 def test_padding_does_not_change_who_holds_what():
