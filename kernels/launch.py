@@ -14,8 +14,8 @@ class Launch:
     """One kernel with all its arguments. Calling it launches it on the current stream.
 
     Nothing that changes from launch to launch is an argument: the kernels read it from memory. So a launch can be
-    captured once and replayed, and Triton need not look at the arguments again. That saves 230 to 340 µs of host time
-    a microbatch (two launches; prefetch, 2 x H100, h2048 and h4096).
+    captured once and replayed, and Triton need not look at the arguments again. Compared with Triton's dispatch, that
+    saves 230 to 340 µs of host time a microbatch (two launches; prefetch, 2 x H100, h2048 and h4096).
     """
 
     def __init__(self, kernel: Any, tensors: tuple[torch.Tensor, ...], grid: Grid, **constants: Any) -> None:
@@ -23,6 +23,7 @@ class Launch:
         self._tensors = tensors  # kept alive
         self._constants = constants
         self._graphs: dict[Grid, torch.cuda.CUDAGraph] = {}
+        self._last: Grid | None = None
         self.grid = grid
 
     def __call__(self, grid: Grid | None = None) -> None:
@@ -30,10 +31,11 @@ class Launch:
         self._kernel[grid or self.grid](*self._tensors, **self._constants)
 
     def replay(self, grid: Grid | None = None) -> None:
-        """Launch the graph of the kernel. It is captured now if this is the first launch with this grid."""
+        """Launch the graph of the kernel. A grid gets one when it comes twice in a row."""
         grid = grid or self.grid
         if grid not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
+            is_new, self._last = grid != self._last, grid
+            if is_new or len(self._graphs) >= MAX_GRAPHS:
                 self(grid)
                 return
             self.capture(grid)
@@ -42,7 +44,7 @@ class Launch:
     def capture(self, grid: Grid | None = None) -> None:
         """Capture the graph ahead of its use. Nothing runs."""
         grid = grid or self.grid
-        # Compiles and loads the kernel, which must not happen during a capture.
+        # Compiles and loads the kernel: not while it is captured.
         self._kernel.warmup(*self._tensors, grid=grid, **self._constants)[grid]
         # Kernels of a graph have the priority of the stream that it was captured on: those of an exchange should get
         # the first room that a running kernel leaves.

@@ -25,7 +25,7 @@ SEQ_NO_AT = tl.constexpr(SEQ_NO)
 DONE_AT = tl.constexpr(DONE)
 # Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
-MAX_WORDS = 512  # that a program of 4 warps gathers at a time: more would take registers that are seldom free
+MAX_WORDS = 512  # that a program of 4 warps gathers at a time: larger tiles need too many registers
 LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `error_flags` for it
 
 
@@ -64,7 +64,7 @@ def put_pack_kernel(
         )  # in use: the header and the sequences of this batch
         row = tl.arange(0, BLOCK)
         words = gather_rows(source, plan_table, tensor_table, first + row, row < rows, 0, C)
-        # The peer must have read what was last put into this buffer.
+        # The peer must have read the exchange before in this buffer.
         free = flag_of(memory + C.acknowledgements_at, seq_no, rank, C)
         if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.is_timed):
             theirs = as_pointer(tl.load(peer), 8)

@@ -1,4 +1,4 @@
-"""The four kernels in plain torch, on any device. The Triton kernels must equal them bit for bit.
+"""The four kernels in plain torch, on any device. The Triton kernels must give the same rolls, bit for bit.
 
 `pack` and `unroll` also serve exchanges between CPU ranks.
 """
@@ -79,7 +79,8 @@ def put_pack(
     seq_no: int,
     constants: ExchangeConstants,
 ) -> None:
-    """Pack into the peers' memory and signal it. The peers must have acknowledged the exchange before in the buffer.
+    """Pack into the peers' memory and signal it. The peers must have acknowledged the exchange before in
+    the buffer. It writes all rows, the kernel only those that the batch uses.
 
     Args:
         tensors: as for `pack`.

@@ -15,7 +15,7 @@ def flag_of(flags, seq_no, rank, C: tl.constexpr):
 
 @triton.jit
 def signal(flag, seq_no):
-    """Set a flag to `seq_no`. Who sees it sees all that this program has written before."""
+    """Set a flag to `seq_no`. A rank that sees it also sees all that this program wrote before."""
     tl.debug_barrier()  # without it triton 3.6 lets one warp release before the others have stored
     tl.atomic_xchg(flag, seq_no, sem="release", scope="sys")
 

@@ -64,7 +64,7 @@ class ExchangeBuffers:
     constants: ExchangeConstants
     retired: tuple[Launch, ...] = ()
     shared: object = None  # keeps the peers' memory mapped
-    is_captured = False  # a CUDA graph reads them as long as it lives
+    is_captured = False  # a CUDA graph uses them: no other exchange may
 
     def __init__(self, plan: ExchangePlan, spec: ExchangeSpec) -> None:
         self.host_metadata = HostMetadata(plan, len(spec.names) * (1 + plan.num_depths))
@@ -83,7 +83,7 @@ class ExchangeBuffers:
         self.tensors, self.outputs = [], None
 
     def free(self) -> None:
-        """Free what must not be freed during a capture. A dropped exchange of a closed transport has no use for it."""
+        """Free the kernels' graphs and the shared memory. It must not run during a capture."""
         del self.send, self.unroll
         self.retired, self.shared = (), None
 
@@ -91,10 +91,10 @@ class ExchangeBuffers:
 class CudaTransport(Transport):
     """Sends on the group's side stream (`is_overlapped`) or on the current one, and unrolls on the current one.
 
-    Nothing here waits on the host. Buffers are used again after their `unrolled` event has passed. The event is
-    queried, never waited for: a host that runs ahead of the device gets other buffers. A transport keeps its buffers
-    until `close`. An exchange that is captured in a CUDA graph keeps its buffers for good, and has to be started and
-    joined in the same capture.
+    `start` and `finish` never wait on the host. Buffers are used again after their `unrolled` event has passed. The
+    event is queried, never waited for: a host that runs ahead of the device gets other buffers. A transport keeps its
+    buffers until `close`. An exchange that is captured in a CUDA graph keeps its buffers for good, and has to be
+    started and joined in the same capture.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CudaTransport(Transport):
         is_overlapped: bool,
         local_len: int,
     ) -> None:
-        """`local_len`: tokens a rank of the first batch. The kernels' graphs are captured for it ahead of their use."""
+        """`local_len`: tokens a rank of the first batch. Launches are captured ahead for this length."""
         super().__init__(group, plan, spec, traffic)
         self._is_overlapped, self._local_len = is_overlapped, local_len
         self._side = group.side_stream(self.device)
@@ -172,11 +172,14 @@ class CudaTransport(Transport):
     def _send_aside(
         self, exchange: PendingExchange, ready: torch.cuda.Event | None, is_capturing: bool
     ) -> None:
-        """Send on the side stream, from `ready` on or from where the compute stream is now."""
+        """Send on the side stream, after `ready` or after the work queued on the compute stream."""
         side, compute, buffers = self._side, exchange.stream, exchange.buffers
-        # The kernels count exchanges on the device, in replays too: a replay and an exchange must not run side by side.
+        # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
+        # was captured, it waits for the compute stream, and the compute stream waits for it.
         side.wait_event(ready if ready and (is_capturing or not self._has_captures) else buffers.forked)
-        torch.cuda.set_stream(side)  # half the host time of a `with torch.cuda.stream(side)`
+        torch.cuda.set_stream(
+            side
+        )  # `with torch.cuda.stream(side)` takes 20 to 40 µs more host time (2 x H100)
         try:
             if is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
@@ -302,7 +305,7 @@ class CudaTransport(Transport):
         self._release(buffers)
 
     def _release(self, buffers: ExchangeBuffers) -> None:
-        """Give back buffers whose exchange nobody joins."""
+        """Release the buffers of an exchange that will not be joined."""
         if self._is_overlapped:  # the memory of its tensors is free after the side stream has read them
             for tensor in buffers.tensors:
                 tensor.record_stream(self._side)
@@ -312,7 +315,7 @@ class CudaTransport(Transport):
 
 
 def _orphan(buffers: list[ExchangeBuffers]) -> None:
-    """Leave the buffers of a transport that goes to whoever calls `free_orphans` next.
+    """Hand the buffers of a transport that is gone to the next `free_orphans`.
 
     The garbage collector calls this in any thread, perhaps in the middle of a capture. A wait would break the capture,
     and so would freeing a graph or symmetric memory.
@@ -324,7 +327,7 @@ def _orphan(buffers: list[ExchangeBuffers]) -> None:
 def free_orphans() -> None:
     """Free orphaned buffers once the device no longer uses them: it may still be reading their pinned memory.
 
-    It waits for the device, so call it where that delays no step. Nothing may be captured in another thread.
+    It waits for the device, so call it outside of training steps. Nothing may be captured in another thread.
     """
     if torch.cuda.is_current_stream_capturing():
         return

@@ -27,7 +27,8 @@ class GlooBuffers:
 class GlooTransport(Transport):
     """`all_to_all_single` over gloo, which sends in a thread of its own. Waiting blocks the host.
 
-    If the plans of two ranks differ, waiting raises. If a peer never comes, gloo gives up after the group's timeout.
+    If the plans of two ranks differ, waiting sets an error flag. If a peer never comes, gloo gives up after the group's
+    timeout, and waiting raises.
     """
 
     name = "process_group"
@@ -40,6 +41,7 @@ class GlooTransport(Transport):
         metadata = torch.from_numpy(make_metadata(layout, plan))
         send_buffer = torch.empty(plan.num_send_rows, words, dtype=torch.int64)
         recv_buffer = torch.empty(plan.num_recv_rows, words, dtype=torch.int64)
+        (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)
         work = None
         if self.has_peers:
             reference.pack([self.spec.as_integers(one) for one in tensors], metadata, plan, send_buffer)
@@ -53,7 +55,6 @@ class GlooTransport(Transport):
                     async_op=True,
                 )
             self.traffic.add(len(plan.destinations), self._message_bytes)
-        (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)
         buffers = GlooBuffers(tensors, metadata, recv_buffer, work)
         exchange = PendingExchange(self, self.num_started, layout.local_len, outputs.depths, buffers)
         self.num_started += 1
@@ -77,7 +78,7 @@ class GlooTransport(Transport):
         return exchange.depths
 
     def take_back(self, exchange: PendingExchange) -> None:
-        """Gloo holds the buffers until the message is through. Nobody waits for it."""
+        """Do nothing: gloo holds the buffers until the message is sent."""
 
     def close(self) -> None:
         self.raise_if_failed()

@@ -17,9 +17,9 @@ from overlap_mtp.layout import SequenceLayout
 class NcclTransport(CudaTransport):
     """One message for each peer by `all_to_all_single` with split sizes: grouped sends and receives, no empty ones.
 
-    With `async_op=False` NCCL runs it on the current stream, which is the side stream here. If the plans of two ranks
-    differ, the unroll finds it on the device: `raise_if_failed` may raise a step later. If a peer never comes, NCCL's
-    watchdog ends the process after the group's timeout and names the exchange group.
+    With `async_op=False` NCCL runs it on the current stream: the side stream if it is overlapped. If the plans of two
+    ranks differ, the unroll finds it on the device: `raise_if_failed` may raise a step later. If a peer never
+    comes, NCCL's watchdog ends the process after the group's timeout and names the exchange group.
     """
 
     name = "process_group"

@@ -1,4 +1,4 @@
-"""Memory for the rolls of a microbatch. Nothing else has used it or will: it belongs to the caller."""
+"""Memory for the rolls of a microbatch. It is never used again: it belongs to the caller."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from overlap_mtp.exchange.spec import ExchangeSpec
 
-MICROBATCHES = 8  # whose rolls are allocated at a time, unless that is more than
+# Allocate the rolls of so many microbatches at a time, or of fewer if that is more than MAX_BYTES.
+MICROBATCHES = 8
 MAX_BYTES = 8 << 20
 
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from overlap_mtp.layout import IntArray, SequenceLayout
 
 HEADER = -1  # in place of a row's sequence: the row carries the fingerprint
-NO_DOCUMENT = np.iinfo(np.int32).max  # where a document begins that the batch does not have
+NO_DOCUMENT = np.iinfo(np.int32).max  # the bound of an unused document
 
 # The words of the metadata: these, then `cu_seqlens` [max_documents + 1] and `valid_ends` [max_documents].
 FINGERPRINT, NUM_DOCUMENTS, SEQ_LEN, SEQ_NO, DONE, CU_SEQLENS = range(6)
@@ -46,7 +46,7 @@ class ExchangePlan:
     - `rows` [3, num_send_rows]: for each outgoing row its sequence (or HEADER), which of this rank's chunks it comes
       from, and the offset of its token in that chunk;
     - `routes` [num_held, num_depths + 1, 2]: for this rank's i-th chunk of a sequence and each chunk distance, where
-      the tokens that far on are found. (-1 - j, 0) means this rank's j-th chunk. (row, stride) means row
+      the tokens at that distance are. (-1 - j, 0) means this rank's j-th chunk. (row, stride) means row
       `row + sequence * stride + offset` of the received rows;
     - `headers` [number of sources]: the received rows that must hold the fingerprint.
     """

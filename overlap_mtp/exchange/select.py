@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
@@ -59,7 +60,6 @@ def make_transport(
     # Imported only here: Triton compiles for a GPU.
     from overlap_mtp.exchange.cuda import free_orphans
     from overlap_mtp.exchange.nccl import NcclTransport
-    from overlap_mtp.exchange.symmetric import SymmetricTransport, allocate
 
     free_orphans()  # here, because a wait delays no step, and before more is allocated
     if name == "process_group" or group.cp_size == 1:
@@ -68,8 +68,10 @@ def make_transport(
     reason = _why_not_shared(group)
     if not reason:
         # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
-        memory, reason = _made_together(lambda: allocate(plans, spec), group)
+        memory, reason = _made_together(lambda: _allocate(plans, spec), group)
     if not reason:
+        from overlap_mtp.exchange.symmetric import SymmetricTransport
+
         assert memory is not None
         shared = memory
         transport, reason = _made_together(
@@ -88,8 +90,14 @@ def make_transport(
     return transport or NcclTransport(group, plan, spec, traffic, is_overlapped, local_len)
 
 
+def _allocate(plans: list[ExchangePlan], spec: ExchangeSpec) -> torch.Tensor:
+    from overlap_mtp.exchange.symmetric import allocate  # here: torch may lack symmetric memory
+
+    return allocate(plans, spec)
+
+
 def _why_not_shared(group: ExchangeGroup) -> str:
-    """Why the ranks cannot share memory, as far as that is known without trying; "" if it is worth a try.
+    """The known reason why ranks cannot share memory; "" if it has to be tried.
 
     Collective. All ranks get the same answer.
     """
@@ -111,7 +119,7 @@ def _made_together(make: Callable[[], Made], group: ExchangeGroup) -> tuple[Made
     made, error = None, ""
     try:
         made = make()
-    except Exception as failure:  # whatever it was, the process group is left
+    except Exception as failure:  # on any failure the process group is taken
         error = f"cp rank {group.cp_rank}: {type(failure).__name__}: {failure}"
     errors = [error] * group.cp_size
     with group.named_errors("choosing a transport"):

@@ -14,7 +14,7 @@ from overlap_mtp.layout import IntArray, SequenceLayout
 from overlap_mtp.tensors import INTEGER_VIEW
 
 Batch = Mapping[str, torch.Tensor]
-FILL_IS_ONE = frozenset({"padding_mask"})  # a token that is not there is padding
+FILL_IS_ONE = frozenset({"padding_mask"})  # missing tokens count as padding
 _ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
 
 
@@ -24,7 +24,7 @@ def fill_of(name: str) -> int:
 
 
 class ExchangeSpec(NamedTuple):
-    """All that the exchanges of a kind of batch depend on, but for the documents' bounds.
+    """Everything that fixes the exchanges of a kind of batch, except the documents' bounds.
 
     Two batches of one spec use the same messages. Making one takes a few microseconds, so it is made for each batch.
     """
@@ -69,6 +69,8 @@ class ExchangeSpec(NamedTuple):
         Raises:
             ValueError: if the tensors do not fit the layout or one another.
         """
+        if not isinstance(batch, Mapping):
+            check_batch(batch, layout, group)
         try:
             names = tuple(sorted(batch))
             tensors = [batch[name] for name in names]
@@ -103,7 +105,7 @@ class ExchangeSpec(NamedTuple):
         )
 
     def describe(self) -> dict[str, object]:
-        """What the ranks have to have in common, by name, in words for error messages."""
+        """The fields that all ranks must share, as text for error messages."""
         length = "" if self.is_packed else f" {self.seq_len}"
         tensors = zip(self.names, self.dtypes, strict=True)
         return {
@@ -180,8 +182,8 @@ def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> N
             )
         if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
             raise ValueError(
-                f"{name} must be on one {group.device_type} device with the other tensors, where the cp group "
-                f"communicates, got {tensor.device}: move it there"
+                f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
+                f"on {tensor.device}: move it there"
             )
     if first.numel() == 0:
         raise ValueError(f"the batch must have at least one row, got shape {list(first.shape)}")

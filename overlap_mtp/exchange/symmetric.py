@@ -3,11 +3,11 @@
 `put_pack` packs into the peers' memory and signals it. `wait_unroll` waits for the signals, unrolls and acknowledges.
 All counting is done on the device, so an exchange can be captured in a CUDA graph and replayed:
 
-- the sequence number of an exchange is the number of the put, 1 for the first. Its tokens go to buffer
+- exchanges are numbered from 1 (`seq_no`), in the order in which `put_pack` runs. The tokens go to buffer
   seq_no % num_buffers of the peer;
 - the flag of a buffer and a source holds the sequence number that was last put there. It is never reset;
-- a buffer is written again after the peer has acknowledged the sequence number before, even if tokens travel one way
-  only. An exchange that is dropped is acknowledged as well.
+- before a buffer is written again, the peer must acknowledge the exchange before in it, even if tokens travel one way
+  only. An exchange that is dropped is acknowledged, too.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class SymmetricTransport(CudaTransport):
         try:
             super().close()
         finally:
-            del self._memory, self._mapping  # here and now: a capture may be under way when the roller goes
+            del self._memory, self._mapping  # now: a later garbage collection may hit a capture
 
     def _send(self, buffers: ExchangeBuffers, number: int) -> None:
         with self._send_span:
@@ -175,12 +175,12 @@ class SymmetricTransport(CudaTransport):
         buffers.shared = self._mapping
         host_metadata = buffers.host_metadata.tensor
         metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
-        put = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
+        send_own = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
         buffers.send = put_pack(
-            (host_metadata, replay_metadata, metadata, *self._tables, *put), buffers.constants
+            (host_metadata, replay_metadata, metadata, *self._tables, *send_own), buffers.constants
         )
-        waited = (self._sources, self._memory, self.error_flags, self._timeout)
-        buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *waited), buffers.constants)
+        wait_own = (self._sources, self._memory, self.error_flags, self._timeout)
+        buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *wait_own), buffers.constants)
 
 
 def allocate(plans: list[ExchangePlan], spec: ExchangeSpec) -> torch.Tensor:

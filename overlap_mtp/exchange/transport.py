@@ -23,19 +23,21 @@ Rolled = list[dict[str, torch.Tensor]]  # by depth and name
 class PendingExchange:
     """One exchange that was started: wait for it, or drop it.
 
-    If it is forgotten before either, it drops itself.
+    If it is garbage-collected before either, it is dropped.
     """
 
     transport: Transport
     number: int
     local_len: int
     depths: Rolled  # the rolls: they are written when it is waited for
-    buffers: Any  # what it travels in, as the transport has it
+    buffers: Any  # the transport's
     stream: Any = None  # the CUDA stream that it was started from
-    is_done: bool = False  # nothing more is to be done about its buffers
+    is_done: bool = False  # it was waited for or dropped
 
     def wait(self) -> Rolled:
         """Wait for the tokens, on the current stream (CUDA) or on the host (CPU). Return the rolls."""
+        if self.is_done:
+            raise RuntimeError(f"exchange {self.number} was already waited for or dropped")
         rolled = self.transport.finish(self)
         self.is_done = True
         return rolled
@@ -61,8 +63,8 @@ class Transport(ABC):
         self.group, self.plan, self.spec, self.traffic = group, plan, spec, traffic
         self.device = spec.device
         self.num_started = 0
-        # 1 + the index of the source whose plan differs, then 1 + the cp rank that is late with tokens, and with an
-        # acknowledgement. In pinned memory: kernels write it, and the host reads it without waiting.
+        # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
+        # rank that is late with an acknowledgement. Pinned: kernels write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words

@@ -1,0 +1,1 @@
+"""A decoder with multi-token prediction, and its losses."""

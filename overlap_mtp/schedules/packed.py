@@ -1,8 +1,8 @@
 """merged, overlap and prefetch: all tensors and documents in one message, at three times.
 
-- merged: one exchange for each depth, waited for where it is started (improvement (a) of Megatron-LM's MR !3330);
-- overlap: one exchange for each depth on the side stream. Depth k + 1 travels while MTP layer k computes
-  (improvement (b)). Values that are not known in advance, such as activations, need this order;
+- merged: one exchange for each depth, waited for where it is started;
+- overlap: one exchange for each depth on the side stream. Depth k + 1 travels while MTP layer k computes. Values that
+  are not known in advance, such as activations, need this order;
 - prefetch: one exchange for all depths on the side stream, under the trunk. Every token that any depth needs is known
   when the batch arrives.
 """
@@ -87,7 +87,7 @@ class PackedRoller(Roller):
 
 
 class PackedRolls(Rolls):
-    """The rolls of one exchange, or of several: each then rolls what the one before brought."""
+    """The rolls of one exchange, or of several: each rolls the result of the one before."""
 
     def __init__(
         self, roller: PackedRoller, transport: Transport, batch: Batch, layout: SequenceLayout

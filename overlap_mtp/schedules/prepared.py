@@ -1,8 +1,8 @@
 """prepared and none: two schedules without an exchange.
 
-prepared: the full batch is rolled before it is sharded, and the rolls travel in the batch. Most frameworks do this
-(alternative 2 of Megatron-LM's MR !3330), and it is the floor to measure against. It needs the whole sequence on every
-rank or in the loader, num_depths more tensors for each tensor, and a model that takes them.
+prepared: the full batch is rolled before it is sharded, and the rolls travel in the batch. Most frameworks do this, and
+it is the floor to measure against. It needs the whole sequence on every rank or in the loader, num_depths more tensors
+for each tensor, and a model that takes them.
 
 none: no roll at all. It returns wrong tokens and is for timing only: it shows what `prepared` itself costs.
 """

@@ -35,8 +35,8 @@ class Rolls(ABC):
 
         Raises:
             ValueError: if there is no such depth.
-            RuntimeError: if a peer rolled by another layout. The ranks are then out of step, and the cp group is of no
-                further use.
+            RuntimeError: if a peer was late or rolled by another layout (the ranks are then out of step, and the cp
+                group is of no further use), or if `start` was inside of a CUDA graph's capture and this is not.
         """
 
     def set_replay_layout(self, layout: SequenceLayout) -> None:
@@ -84,7 +84,8 @@ class Roller(ABC):
         self.max_documents = max_documents
         self.traffic = Traffic()
         self._group = group
-        self._spec: ExchangeSpec | None = None  # what all ranks agreed on last
+        self._agreed: ExchangeSpec | None = None  # what all ranks agreed on last
+        self._spec: ExchangeSpec | None = None  # of the last batch that could be started
         self._spec_of = partial(
             ExchangeSpec.of,
             group=group,
@@ -96,26 +97,27 @@ class Roller(ABC):
         self._is_closed = False
 
     def start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None = None) -> Rolls:
-        """Start what the schedule can start. It never blocks the host after the first use.
+        """Start what the schedule can start. On CUDA it does not wait for the device.
 
         All ranks of the cp group call this in the same order with the same layout. At first use, and whenever names,
-        dtypes, batch size or kind of layout change, the ranks agree on them, which blocks. (So alternate between two
-        rollers rather than between two kinds.) One stream at a time uses a roller, or streams that wait for each
-        other. No exchange may be under way beside a replay of one that was captured.
+        dtypes, batch size or kind of layout change, the ranks agree on them, which blocks. If two kinds of batch
+        alternate, use a roller for each. Use a roller from one stream at a time, or from streams that wait for each
+        other. Join all exchanges before you replay a graph that holds one.
 
         Args:
             batch: this rank's tensors by name, all [B, local_len] (or [local_len]) and on one device; int32, int64,
                 bool, float32 or bfloat16.
             layout: of the batch.
-            ready: a CUDA event from which on the batch may be read. Default: after all that the current stream has
-                been given. An earlier event lets an overlapped exchange begin in the middle of a long kernel.
+            ready: a CUDA event after which the batch may be read. Default: after all work queued on the current
+                stream. An earlier event lets an overlapped exchange begin in the middle of a long kernel.
 
         Returns:
             The rolls.
 
         Raises:
-            ValueError: if something is illegal or the ranks differ: at first use on all ranks, later on the rank that
-                was given it.
+            ValueError: if something is illegal or the ranks differ. At first use all ranks raise; later, only the
+                rank with the illegal batch.
+            RuntimeError: if the roller is closed, or a peer was late or rolled by another layout.
         """
         self.check_open()
         try:
@@ -125,11 +127,13 @@ class Roller(ABC):
                 check_batch(batch, layout, self._group)
                 self._check_names(spec)
         except Exception as error:
-            if self._spec is None:
+            if self._agreed is None:
                 agree(self._group, self.name, None, str(error))
             raise
         if is_new:
-            agree(self._group, self.name, spec)
+            if spec != self._agreed:
+                agree(self._group, self.name, spec)
+                self._agreed = spec
             self._adopt(spec, layout)
             self._spec = spec
         if ready is not None and not self.is_overlapped:
@@ -138,7 +142,7 @@ class Roller(ABC):
 
     @property
     def transport(self) -> str:
-        """What its tokens travel by, as far as that is known; "" if none travel."""
+        """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
 
     @abstractmethod
@@ -174,7 +178,7 @@ class Roller(ABC):
 
 
 def detached(batch: Batch) -> Tokens:
-    """The batch outside of any autograd graph, in the order that all ranks have in common."""
+    """The batch outside of any autograd graph, sorted by name as on all ranks."""
     return {
         name: batch[name].detach() if batch[name].requires_grad else batch[name] for name in sorted(batch)
     }

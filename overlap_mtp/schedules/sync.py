@@ -2,7 +2,7 @@
 
 It sends what Megatron-LM's `roll_tensor` sends since MR !3330 (commit 08abeedbfe), message for message: isend and
 irecv, the lower neighbour first, waited for before the next tensor or document. The local work is as lean as that
-allows. The messages are bare tokens without a fingerprint, as there: ranks with different layouts are not found out.
+allows. As there, messages carry no fingerprint, so different layouts are not detected.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ class TimedRoller:
         ready: torch.cuda.Event | None = None,
     ) -> Rolls:
         """As Roller.start."""
-        on_gpu = next(iter(batch.values())).is_cuda if batch else False
-        self._on_gpu = on_gpu and not torch.cuda.is_current_stream_capturing()
+        # A batch that is none must reach the roller, which tells all ranks.
+        first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else None
+        self._on_gpu = getattr(first, "is_cuda", False) and not torch.cuda.is_current_stream_capturing()
         if self._on_gpu:
             self._empty.append((self._now(), self._now()))
         before = self._enter()

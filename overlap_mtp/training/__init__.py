@@ -1,0 +1,1 @@
+"""Training steps, data, checkpoints, and ranks that watch one another."""
