@@ -28,11 +28,12 @@ import numpy.typing as npt
 from matplotlib import pyplot as plt
 from scipy.optimize import nnls
 
-from harness.command import Numbers, parse_options, usage_errors, write_record
+from harness.command import parse_options, usage_errors, write_record
 from harness.plots import COLOURS
 
 SCHEDULES = ("sync", "merged", "overlap", "prefetch")
 CP_SIZES = (2, 4, 8, 16, 32, 64, 128)
+FIT_DOCUMENTS = (1, 32)  # numbers of documents (1: dense) of the records to fit to; the others are held out
 EXTRAPOLATED, TENSORS = "h4096-train", 4  # the step; tensors of a batch
 HOST = ("roll of sync", "message of sync", "microbatch", "exchange")
 DEVICE = ("message of sync", "blocking exchange", "unroll")
@@ -48,8 +49,6 @@ class Options:
     """Folders with the records of the fast link."""
     slow: tuple[Path, ...] = ()
     """Folders with the records of the slow link."""
-    fit_documents: Numbers = (1, 32)
-    """Numbers of documents (1: dense) of the records to fit to. The others are held out."""
     out: Path = Path("out/scaling_model")
     """Folder for the record and the picture."""
 
@@ -90,7 +89,7 @@ class Measured:
 def fit(measured: list[Measured]) -> Costs:
     """Fit the costs of a link. Raises ValueError if there is nothing to fit to."""
     if not measured:
-        raise ValueError("no record to fit to: choose others with --fit-documents")
+        raise ValueError("no record to fit to: one of a dense step or of 32 documents is needed")
     slack = dict.fromkeys([one.step for one in measured], 0.0)
     for one in measured:
         slack[one.step] = max(slack[one.step], one.host_us - one.step_delta_us)
@@ -137,15 +136,15 @@ def _rows_of(run: str, record: dict[str, Any]) -> list[Measured]:
     return found
 
 
-def describe(measured: list[Measured], fit_documents: tuple[int, ...]) -> dict[str, Any]:
+def describe(measured: list[Measured]) -> dict[str, Any]:
     """Fit one link; return its costs, all predictions, their errors, and shares of a step by cp size."""
-    costs = fit([one for one in measured if one.documents in fit_documents])
+    costs = fit([one for one in measured if one.documents in FIT_DOCUMENTS])
     rows, shares, errors = [], {}, {}
     for one in measured:
-        predicted, known = one.predict(costs), "fit" if one.documents in fit_documents else "held out"
+        predicted, known = one.predict(costs), "fit" if one.documents in FIT_DOCUMENTS else "held out"
         error = (predicted - one.step_delta_us) / (one.floor_us + one.step_delta_us)
         rows.append({**asdict(one), "set": known, "predicted_us": predicted, "error_of_step": error})
-        if one.step == EXTRAPOLATED and one.documents in (1, 32):
+        if one.step == EXTRAPOLATED and one.documents in FIT_DOCUMENTS:
             grow = [one.documents * size // one.cp_size if one.documents > 1 else 1 for size in CP_SIZES]
             grown = [replace(one, cp_size=n, documents=d) for n, d in zip(CP_SIZES, grow, strict=True)]
             kind = "dense" if one.documents == 1 else f"{32 // one.cp_size} documents a rank"
@@ -188,7 +187,7 @@ def main() -> None:
     with usage_errors():
         given = {"fast": options.fast, "slow": options.slow}
         known = {name: read(folders) for name, folders in given.items() if folders}
-        links = {name: describe(rows, options.fit_documents) for name, rows in known.items()}
+        links = {name: describe(rows) for name, rows in known.items()}
     path = write_record({"experiment": "scaling_model", "links": links}, options.out / "scaling_model.json")
     draw(links, path.with_suffix(".png"))
     for name, link in links.items():

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from harness import environment
-from harness.command import RankOptions, Words, check_least, parse_options, usage_errors, write_record
+from harness.command import TransportOptions, check_least, parse_options, usage_errors, write_record
 from harness.launch import run_on_ranks
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import exchange_group_of
@@ -41,11 +41,9 @@ class Options:
 
     exchanges: int = 100_000
     """Exchanges with each transport."""
-    transports: Words | None = None
-    """By default process_group, and on GPUs symmetric too."""
     out: Path = Path("out/soak")
     """Folder for the record."""
-    where: RankOptions = field(default_factory=RankOptions)
+    where: TransportOptions = field(default_factory=TransportOptions)
 
 
 @dataclass(frozen=True)
@@ -150,9 +148,8 @@ def main() -> None:
     with usage_errors():
         check_least(options, exchanges=1)
         where, out = options.where, options.out
-        default = ("process_group", "symmetric") if where.on_gpu else ("process_group",)
-        transports = options.transports or default
-        run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, transports, out)
+        where.check()
+        run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)
     if any(run["wrong_words"] for run in json.loads((out / "soak.json").read_text())["runs"]):
         raise SystemExit(1)
 

@@ -16,14 +16,12 @@ from pathlib import Path
 
 import compare_modes
 import torch
-import torch.distributed as dist
-from rich.console import Console
 
 from compare.comparison import Comparison, Problem, Settings
-from compare.report import markdown_of, table_of
-from harness import plots
-from harness.command import RankOptions, Words, parse_options, usage_errors, write_record
+from compare.report import markdown_of, publish
+from harness.command import RankOptions, Words, check_among, parse_options, usage_errors
 from harness.launch import run_on_ranks
+from harness.rounds import rank_console
 
 DIRECTIONS = {"train": False, "forward": True}
 
@@ -45,6 +43,7 @@ class Options:
 
     def problems(self) -> dict[str, Problem]:
         """Return what to compare, by name. Raises ValueError for anything illegal."""
+        check_among(self, directions=DIRECTIONS)
         suffix = ("-compile" if self.settings.compiled else "") + ("-graph" if self.settings.captured else "")
         return {
             f"{preset}-{documents}-{direction}{suffix}": self._problem(preset, documents, direction)
@@ -54,8 +53,6 @@ class Options:
         }
 
     def _problem(self, preset: str, documents: str, direction: str) -> Problem:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"directions must be among {', '.join(DIRECTIONS)}, got {direction!r}")
         if documents != "dense" and not documents.isdecimal():
             raise ValueError(f"documents must be `dense` or whole numbers, got {documents!r}")
         one = compare_modes.Options(preset, settings=self.settings, where=self.where)
@@ -66,17 +63,15 @@ class Options:
 
 def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: Settings, out: Path) -> None:
     """Run one rank of all comparisons; rank 0 writes the records, pictures and summary."""
-    console = Console(quiet=dist.get_rank() != 0, width=compare_modes.WIDTH)
+    console = rank_console()
     for name, problem in problems.items():
         own = replace(settings, profile_out=settings.profile_out / name)
-        result = compare_modes.run_with_progress(Comparison(problem, own, device), console)
+        result = Comparison(problem, own, device).run(console)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if result is not None:
-            write_record(result, out / f"{name}.json")
-            plots.draw(result, out, f"{name}-")
-            console.print(table_of(result))
+            publish(result, out / f"{name}.json", f"{name}-", console)
             write_summary(out)
 
 

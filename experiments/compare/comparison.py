@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from rich.console import Console
 
 from compare.steps import CapturedStep, EagerStep
 from harness import environment, statistics
 from harness.command import Words, check_least
-from harness.profiler import recording
+from harness.rounds import gather, interleaved, meet, recording, synchronize
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.layout import Kind
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.roller import Rolls
-from overlap_mtp.schedules.timed import Cost
 from overlap_mtp.tracing import span
 from overlap_mtp.training.data import BatchStream, open_corpus
 from overlap_mtp.training.trainer import global_counts, reduce_gradients
@@ -61,8 +59,6 @@ class Settings:
     """Schedules; `prefetch:process_group` names a transport too. `prepared`, the baseline, always runs."""
     layout: Kind = "zigzag"
     """How tokens are dealt to ranks."""
-    transport: str = "auto"
-    """Transport of the modes that name none."""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
     """Compile the layers."""
     captured: Annotated[bool, tyro.conf.arg(name="graph")] = False
@@ -76,15 +72,11 @@ class Settings:
     warmup: int = 5
     """Rounds before them."""
     data: Path | None = None
-    """Text file, folder, or .bin of token ids; by default the standard library's source."""
-    token_dtype: str = "uint16"
-    """Type of the ids in a .bin: uint16 or uint32."""
+    """Text file, folder, or .bin of token ids (uint16); by default the standard library's source."""
 
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
         check_least(self, rounds=2, warmup=1)
-        if self.transport not in TRANSPORTS:
-            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         for mode in self.modes:
             schedule, _, transport = mode.partition(":")
             if schedule not in ALL_MODES or transport not in ("", *TRANSPORTS):
@@ -92,8 +84,9 @@ class Settings:
                     f"modes must be among {', '.join(ALL_MODES)}, each alone or followed by a transport "
                     f"(:process_group or :symmetric), got {mode!r}"
                 )
-        if not on_gpu and (self.captured or self.profile or self.transport == "symmetric"):
-            raise ValueError("--graph, --profile and --transport symmetric need GPUs")
+        on_gpus_only = self.captured or self.profile or any(one.endswith(":symmetric") for one in self.modes)
+        if on_gpus_only and not on_gpu:
+            raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
             raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
 
@@ -109,16 +102,16 @@ class RoundInputs:
     expected: Rolls
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """What one timed step gave, on this rank."""
 
     ms: float
-    cost: Cost
+    host_us: float
+    stall_us: float  # NaN on CPU and in captured graphs
     messages: int
     bytes: int
-    loss: torch.Tensor
     rolls_equal: bool
+    loss: torch.Tensor
 
 
 def open_stream(problem: Problem, settings: Settings, ranks: int) -> BatchStream:
@@ -133,7 +126,7 @@ def open_stream(problem: Problem, settings: Settings, ranks: int) -> BatchStream
         ValueError: the sizes or the text are illegal.
     """
     return BatchStream(
-        open_corpus(settings.data, settings.token_dtype),
+        open_corpus(settings.data),
         problem.seq_len,
         problem.batch_size,
         ranks,
@@ -168,43 +161,37 @@ class Comparison:
             schedule,
             self.group,
             self.problem.model.num_depths,
-            transport or self.settings.transport,
+            transport or "auto",
             self.problem.max_documents,
         )
         kind = CapturedStep if self.settings.captured else EagerStep
         return kind(self.model, roller, self.problem.forward_only)
 
-    def run(self, on_round: Callable[[], None]) -> dict[str, Any] | None:
-        """Run all rounds, call `on_round` after each, and return the record on rank 0."""
-        settings = self.settings
+    def run(self, console: Console) -> dict[str, Any] | None:
+        """Run all rounds, show progress on a console, and return the record on rank 0."""
+        settings, title = self.settings, f"rounds of {', '.join(self.steps)}"
+        rounds = interleaved(list(self.steps), settings.warmup + settings.rounds, SEED, title, console)
         steps: dict[str, list[Step]] = {mode: [] for mode in self.steps}
-        gc.disable()  # a collection inside a step would be counted as the schedule's
         # The recording begins with the warm-up: a profiler sees into a CUDA graph only if it saw its capture.
         with recording(settings.profile, settings.profile_out, self.rank):
-            for index in range(settings.warmup + settings.rounds):
+            for index, order in rounds:
                 kept = index >= settings.warmup
-                for mode, step in self._round(index, kept).items():
+                for mode, step in self._round(index, order, kept).items():
                     if kept:
                         steps[mode].append(step)
-                on_round()
-                gc.collect()
-        gc.enable()
         for one in self.steps.values():
             one.close()
         return self._summary(steps)
 
-    def _round(self, index: int, kept: bool) -> dict[str, Step]:
+    def _round(self, index: int, order: list[str], kept: bool) -> dict[str, Step]:
         """Run one step of every schedule on the same weights and batch, then one update.
 
         Steps are named in profiles if they are `kept`.
         """
         inputs = self._inputs(index)
-        # The order is the same on all ranks and changes each round: a step after a slow `sync` finds a cooler,
-        # faster GPU.
-        order = np.random.default_rng((SEED, index)).permutation(list(self.steps))
         self._step(BASELINE, inputs, named=False)  # discarded: the first step after an update is faster
         steps, gradients = {}, None
-        for mode in order.tolist():
+        for mode in order:
             steps[mode] = self._step(mode, inputs, named=kept)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
@@ -232,12 +219,11 @@ class Comparison:
         self.optimizer.zero_grad()
         new_layout = replace(inputs.layout, _positions={})  # no schedule profits from what another one cached
         step.load(inputs.prepared if mode == BASELINE else inputs.plain, new_layout, inputs.counts)
-        self._meet()
+        meet(self.device)
         begin = time.perf_counter()
         with span("step", mode) if named else contextlib.nullcontext():
             loss = step.run()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(self.device)
         ms = 1000 * (time.perf_counter() - begin)
         equal = all(
             torch.equal(step.rolls.at(depth)[name], wanted)
@@ -245,25 +231,16 @@ class Comparison:
             for name, wanted in inputs.expected.at(depth).items()
         )
         cost, sent = step.timed.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
-        return Step(ms, cost, *sent, loss.clone(), equal)
-
-    def _meet(self) -> None:
-        """Wait until the devices of all ranks are idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier(self.group)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        stall_us = math.nan if cost.stall_us is None else cost.stall_us
+        return Step(ms, cost.host_us, stall_us, *sent, equal, loss.clone())
 
     def _summary(self, steps: dict[str, list[Step]]) -> dict[str, Any] | None:
         """Gather all ranks' steps and return the record on rank 0. The slowest rank's time is the step's."""
         losses = {mode: torch.stack([step.loss for step in steps[mode]]).double() for mode in steps}
         for one in losses.values():
             dist.all_reduce(one, group=self.group)
-        mine = {mode: [_numbers(step) for step in steps[mode]] for mode in steps}
-        everyone: list[Any] = [None] * self.ranks
-        dist.all_gather_object(everyone, mine, group=self.group)
-        if self.rank:
+        everyone = gather({mode: [step[:-1] for step in steps[mode]] for mode in steps})
+        if everyone is None:
             return None
         # By mode: [ranks, rounds].
         table = {
@@ -307,9 +284,3 @@ class Comparison:
             "modes": list(self.steps),
             "data": "standard library" if data is None else data.name,
         }
-
-
-def _numbers(step: Step) -> tuple[float, ...]:
-    cost = step.cost
-    stall_us = math.nan if cost.stall_us is None else cost.stall_us
-    return step.ms, cost.host_us, stall_us, step.messages, step.bytes, step.rolls_equal

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from compare.comparison import BASELINE, TIMING_ONLY
 from harness import plots
+from harness.command import write_record
 
 CAPTION = (
     "median [95 % interval]; step delta: step minus prepared step; stall: how long the rolls held up the compute "
@@ -58,6 +61,20 @@ def table_of(result: dict[str, Any]) -> Table:
     for mode, row in result["rows"].items():
         table.add_row(*(cell(mode, row) for cell in COLUMNS.values()))
     return table
+
+
+def publish(result: dict[str, Any], path: Path, prefix: str, console: Console) -> None:
+    """Write the record and its two pictures, and print it as a table.
+
+    Args:
+        result: the record.
+        path: of its file.
+        prefix: of the pictures' names, in the same folder.
+        console: to print on.
+    """
+    paths = [write_record(result, path), *plots.draw(result, path.parent, prefix)]
+    console.print(table_of(result))
+    console.print("wrote " + ", ".join(str(one) for one in paths), soft_wrap=True)
 
 
 def markdown_of(results: dict[str, dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,6 +16,7 @@ import tyro
 import tyro.constructors
 
 from harness.launch import choose_device
+from overlap_mtp.exchange.select import TRANSPORTS
 
 T = TypeVar("T")
 
@@ -59,6 +60,22 @@ def check_least(options: object, **least: float) -> None:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+
+
+def check_among(options: object, **legal: Collection[str]) -> None:
+    """Check options that hold several words against the legal words; None is legal.
+
+    Args:
+        options: a dataclass of options.
+        legal: the legal words of each field to check.
+
+    Raises:
+        ValueError: an option holds another word.
+    """
+    for name, words in legal.items():
+        unknown = [word for word in getattr(options, name) or () if word not in words]
+        if unknown:
+            raise ValueError(f"{name} must be among {', '.join(words)}, got {unknown[0]!r}")
 
 
 def _words(arguments: list[str]) -> tuple[str, ...]:
@@ -110,6 +127,23 @@ class RankOptions:
         check_least(self, ranks=1)
         default = torch.cuda.device_count() if self.on_gpu else 2
         return int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or default
+
+
+@dataclass(frozen=True)
+class TransportOptions(RankOptions):
+    """The ranks to run on, and the transports to run over."""
+
+    transports: Words | None = None
+    """process_group, symmetric; by default process_group, and on GPUs symmetric too."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The transports to run over."""
+        return self.transports or (("process_group", "symmetric") if self.on_gpu else ("process_group",))
+
+    def check(self) -> None:
+        """Raise ValueError for a transport that does not exist."""
+        check_among(self, transports=TRANSPORTS)
 
 
 def write_record(record: dict[str, Any], path: Path) -> Path:

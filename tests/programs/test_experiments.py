@@ -36,9 +36,9 @@ def read_record(path: Path) -> dict:
 
 @pytest.mark.parametrize("documents", ["dense", "packed"])
 def test_compare_modes(tmp_path, documents):
-    sizes = ["--seq-len", "128", "--hidden-size", "32", "--ffn-size", "32", "--num-layers", "1"]
     rounds = ["--ranks", "2", "--rounds", "3", "--warmup", "1", "--out", str(tmp_path)]
-    run("compare_modes", *rounds, "--documents", documents, "--num-documents", "3", *sizes)
+    sizes = ["--seq-len", "128", "--documents", documents, "--num-documents", "3"]
+    run("compare_modes", *rounds, *sizes)
     result = read_record(tmp_path / "results.json")
     rows = result["rows"]
     assert list(rows) == [*SCHEDULES, "none"]
@@ -118,11 +118,10 @@ def test_soak(tmp_path):
         (compare_modes, "--seq-len 130", "next legal length is 132"),
         (compare_modes, "--data no-such-file.txt", "no-such-file.txt does not exist"),
         (compare_modes, "--documents packed --num-documents 500", "num_documents must be in"),
-        (compare_modes, "--num-heads 3", "hidden_size must be a multiple of"),
-        (compare_modes, "--vocab-size 50", "is outside the vocabulary"),
         (compare_modes, "--rounds 1", "--rounds must be at least 2, got 1"),
         (compare_modes, "--ranks 0", "--ranks must be at least 1, got 0"),
-        (compare_modes, "--transport pigeon", "transport must be one of"),
+        (compare_modes, "--modes overlap:pigeon", "modes must be among"),
+        (compare_modes, "--modes overlap:symmetric", "need GPUs"),
         (compare_modes, "--graph", "need GPUs"),
         (compare_modes, "--layout round", "invalid choice 'round'"),
         (sweep, "--presets tiny --documents many", "documents must be `dense` or whole numbers"),
@@ -136,6 +135,7 @@ def test_soak(tmp_path):
         (roll_latency, "--tokens 63 --documents 4", "tokens must be even"),
         (roll_latency, "--ranks 4 --tokens 64 --documents 33", "documents in [1, 32]"),
         (roll_latency, "--rounds 1", "--rounds must be at least 2, got 1"),
+        (soak, "--transports pigeon", "transports must be among auto, process_group, symmetric"),
         (soak, "--exchanges 0", "--exchanges must be at least 1, got 0"),
     ],
 )

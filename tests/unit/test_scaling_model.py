@@ -52,6 +52,11 @@ def test_the_fit_has_no_negative_costs():
     assert fit(measured)["host"]["message of sync"] > costs["host"]["message of sync"]
 
 
+def test_the_fit_needs_records():
+    with pytest.raises(ValueError, match="no record to fit to"):
+        fit([])
+
+
 def test_counts_of_large_groups():
     one = Measured("run", "long", "sync", 128, 2, 512, 90_000.0, 0.0, 0.0, 0.0)
     assert one.counts()[0].tolist() == [8, 2 * 4 * 2 * 512, 0, 0]
@@ -85,8 +90,6 @@ def test_committed_records_from_the_command_line(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--fast", RECORDS / "default", "--fit-documents", "1,many"], "must be whole numbers above 0"),
-        (["--fast", RECORDS / "default", "--fit-documents", "7"], "no record to fit to"),
         (["--fast", RECORDS.parents[1]], "must hold records of sweep.py"),
         ([], "--fast"),
     ],
