@@ -20,9 +20,12 @@ from overlap_mtp.schedules.roller import Rolls
 CU_SEQLENS_ON = ("host", "device")  # a Python list, which is the fastest form on the host, or a tensor
 
 
-def version() -> str:
-    """Return the version of megatron-core. Raises ImportError if it, or what its rolls import, is missing."""
-    _import()
+def version() -> str | None:
+    """Return the version of megatron-core, or None if it, or what its rolls import, is missing."""
+    try:
+        _import()
+    except ImportError:
+        return None
     return metadata.version("megatron-core")
 
 
@@ -42,15 +45,11 @@ class MegatronRoller:
     """
 
     def __init__(self, cp_group: dist.ProcessGroup, where: str, device: torch.device) -> None:
-        if where not in CU_SEQLENS_ON:
-            raise ValueError(f"cu_seqlens must be on one of {', '.join(CU_SEQLENS_ON)}, got {where!r}")
         self._roll, self._params = _import()
         self._group, self._where, self._device = cp_group, where, device
 
     def argument(self, layout: SequenceLayout) -> Any:
-        """Return the PackedSeqParams of a layout, or None if it is dense."""
-        if layout.kind != "zigzag":
-            raise ValueError(f"the layout must be zigzag for Megatron-LM, got {layout.kind}")
+        """Return the PackedSeqParams of a zigzag layout, or None if it is dense."""
         if not layout.is_packed and self._device.type == "cuda":
             return None
         bounds: Any = layout.cu_seqlens.tolist()
@@ -60,9 +59,10 @@ class MegatronRoller:
 
     def start(self, batch: Batch, argument: Any) -> Rolls:
         """As Roller.start, with what `argument` returned in place of the layout."""
-        return MegatronRolls(self, batch, argument)
+        return _MegatronRolls(self, batch, argument)
 
     def roll(self, tensors: Batch, argument: Any) -> dict[str, torch.Tensor]:
+        """Return the tensors rolled by one token."""
         return {
             name: self._roll(tensor, shifts=-1, dims=-1, cp_group=self._group, packed_seq_params=argument)[0]
             for name, tensor in tensors.items()
@@ -72,7 +72,7 @@ class MegatronRoller:
         """Do nothing: there is nothing to release."""
 
 
-class MegatronRolls(Rolls):
+class _MegatronRolls(Rolls):
     def __init__(self, roller: MegatronRoller, batch: Batch, argument: Any) -> None:
         self._roller, self._argument = roller, argument
         self._rolled = [dict(batch)]

@@ -70,11 +70,10 @@ def test_sweep(tmp_path):
 
 def test_roll_latency(tmp_path):
     sizes = ["--tokens", "64", "--documents", "1,8", "--depths", "1,2", "--rounds", "3"]
-    transports = ["--transports", "process_group,pigeon"]
-    said = run("roll_latency", "--ranks", "2", *sizes, *transports, "--out", str(tmp_path))
-    assert "skipped: pigeon (transport must be one of" in said
+    said = run("roll_latency", "--ranks", "2", *sizes, "--out", str(tmp_path))
     result = read_record(tmp_path / "roll_latency.json")
-    assert "pigeon" in result["skipped"]
+    assert (result["megatron_core"] is None) == ("skipped: megatron" in said)
+    assert {one["transport"] for one in result["rows"]} <= {"", "process_group", "host", "device"}
     rows = {
         (one["schedule"], one["depths"], one["documents"]): one
         for one in result["rows"]
@@ -84,14 +83,10 @@ def test_roll_latency(tmp_path):
         for depths in (1, 2):
             for documents in (1, 8):
                 one = rows[schedule, depths, documents]
-                assert (one["failed"], one["rounds"], one["differing_tokens"], one["gpu_us"]) == (
-                    None,
-                    3,
-                    0,
-                    None,
-                )
+                assert (one["differing_tokens"], one["gpu_us"]) == (0, None)
                 assert 0 < one["host_us"]["median"] <= one["wall_us"]["median"]
-                assert one["wall_us"]["p10"] <= one["wall_us"]["median"] <= one["wall_us"]["p90"]
+                assert one["cold_us"]["median"] > 0
+                assert one["wall_us"]["low"] <= one["wall_us"]["median"] <= one["wall_us"]["high"]
     # 4 tensors, 2 depths; each of two ranks sends to the other, once a dense document or more often
     assert rows["prefetch", 2, 8]["messages"] == 1
     assert rows["merged", 2, 8]["messages"] == rows["overlap", 2, 8]["messages"] == 2
@@ -130,7 +125,7 @@ def test_soak(tmp_path):
         (roll_latency, "--schedules sync,fast", "schedules must be among"),
         (roll_latency, "--depths 1,two", "--depths: must be whole numbers above 0"),
         (roll_latency, "--documents 0", "--documents: must be whole numbers above 0"),
-        (roll_latency, "--cp-sizes 3", "cp-sizes must divide the number of ranks 2"),
+        (roll_latency, "--transports pigeon", "transports must be among auto, process_group, symmetric"),
         (roll_latency, "--tokens 64 --documents 100", "documents in [1, 32]"),
         (roll_latency, "--tokens 63 --documents 4", "tokens must be even"),
         (roll_latency, "--ranks 4 --tokens 64 --documents 33", "documents in [1, 32]"),

@@ -1,6 +1,8 @@
-"""What roll_latency and scaling_model rest on: checks of bits that can fail, failures of one rank, real counts."""
+"""What roll_latency and scaling_model rest on: checks of bits that can fail, and real counts."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import torch
 from scaling_model import SCHEDULES, Measured
 
 from latency import megatron_rolls
-from latency.bench import Bench
-from latency.cases import TENSORS, Case, Configuration, Method, Workload
+from latency.candidate import Candidate, Method
+from latency.cases import TENSORS, Case, Workload
 from overlap_mtp import SequenceLayout, make_roller
 
 from rank_pool import device_of
@@ -17,8 +19,7 @@ from rank_pool import device_of
 
 def differences_of_wrong_rolls(group):
     """What the check says of right rolls, of rolls by one too few, and of rolls that keep the padding."""
-    workload = Workload(group.size(), 2, 4, 32)
-    case = Case(workload, group, device_of(group), seed=1)
+    case = Case(Workload(group.size(), 2, 8, 64), group, device_of(group))
     roller = make_roller("prefetch", group, num_depths=2)
     right = roller.start(case.batch, case.layout)
     unpadded = SequenceLayout.packed(case.layout.cu_seqlens, group.size())
@@ -39,55 +40,49 @@ def test_the_check_of_bits_can_fail(pool):
         assert keeping[1] == 0
 
 
-class FailingRoller:
-    """Raises on one rank, at a given roll."""
-
-    def __init__(self, roller, at_roll):
-        self.roller, self.left = roller, at_roll
-        self.traffic = roller.traffic
-
-    def start(self, batch, layout):
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("/some/folder/of/this/machine/file.py broke\nand more")
-        return self.roller.start(batch, layout)
-
-    def close(self):
-        self.roller.close()
+def candidates_after_two_rounds(group):
+    """What warm_up and time leave in candidates, one of which returns wrong rolls; and the packings they saw."""
+    case, seen = Case(Workload(group.size(), 2, 4, 32), group, device_of(group)), []
+    found = []
+    for method in (Method("prefetch", "process_group"), Method("prepared"), Method("none")):
+        candidate = Candidate(case, method)
+        candidate.roller.start = partial(start_noting, candidate.roller.start, seen)
+        candidate.warm_up()
+        for _ in range(2):
+            candidate.time()
+        candidate.roller.close()
+        found.append((candidate.differs, candidate.sent, candidate.times_us))
+    return found, [layout.key for layout in seen]
 
 
-def bench_with_a_failure(group):
-    workload = Workload(group.size(), 2, 4, 32)
-    methods = [Method("prepared"), Method("prefetch", "process_group"), Method("sync", "nonsense")]
-    bench = Bench([Configuration(workload, method) for method in methods], device_of(group))
-    prepared = bench.candidates[0]
-    opening = prepared.open
-
-    def open_failing():
-        opening()
-        if group.rank() == 1:
-            prepared.roller = FailingRoller(prepared.roller, 1 + 3 + 2 * 6 + 1)
-
-    prepared.open = open_failing
-    bench.prepare(rounds=4, slow_seconds=10)
-    bench.run(4)
-    bench.close()
-    return [(candidate.failed, len(candidate.host_us), candidate.wall_us) for candidate in bench.candidates]
+def start_noting(start, seen, batch, layout):
+    seen.append(layout)
+    return start(batch, layout)
 
 
-def test_one_failure_does_not_end_the_others(pool):
-    first, second = pool.run(bench_with_a_failure, pool.world_size)[:2]
-    assert first[0][0] == second[0][0] == "RuntimeError: file.py broke"
-    assert second[0][1] == 2  # 1 check, 3 warm-ups, 2 rounds of 6; the next roll failed
-    assert first[1][:2] == second[1][:2] == (None, 4)
-    assert first[2][0].startswith("ValueError: transport must be one of")
-    assert all(wall > 0 for wall in first[1][2])
+def test_candidates_check_their_rolls_and_time_them_on_the_same_packings(pool):
+    for found, seen in pool.run(candidates_after_two_rounds, pool.world_size):
+        (right, sent, times_us), (prepared, sent_nothing, _), (none, _, _) = found
+        assert right == prepared == (0, 0)
+        assert none[1] > 100
+        assert 1 <= sent[0] < sent[1]
+        assert sent_nothing == (0, 0)
+        assert {name: len(times) for name, times in times_us.items()} == {
+            "host": 2,
+            "cold": 2,
+            "wall": 2,
+            "gpu": 0,
+        }
+        assert all(0 < host < wall for host, wall in zip(times_us["host"], times_us["wall"], strict=True))
+        each = len(seen) // 3
+        assert seen[:each] == seen[each : 2 * each] == seen[2 * each :]
+        assert len(set(seen[:each])) == each == 1 + 3 + 4  # a check, warm-ups, and two packings in each round
 
 
 def megatron_against_oracle(group):
     found = {}
     for documents in (1, 4):
-        case = Case(Workload(group.size(), 3, documents, 64), group, device_of(group), seed=documents)
+        case = Case(Workload(group.size(), 3, documents, 64), group, device_of(group))
         for where in megatron_rolls.CU_SEQLENS_ON:
             roller = megatron_rolls.MegatronRoller(group, where, torch.device("cpu"))
             rolls = roller.start(case.batch, roller.argument(case.layout))
