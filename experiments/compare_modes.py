@@ -11,11 +11,12 @@ and two pictures into `--out`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from compare.comparison import Comparison, Problem, Settings, open_stream
 from compare.report import publish
@@ -26,6 +27,19 @@ from overlap_mtp.model.config import PRESETS
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """Values that replace those of the preset."""
+
+    num_depths: Annotated[int | None, tyro.conf.arg(name="depths")] = None
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    ffn_size: int | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Options:
     """One comparison."""
 
@@ -33,6 +47,8 @@ class Options:
     """tiny, small, h2048 or h4096; by default tiny on CPU, else h2048."""
     seq_len: int | None = None
     """Tokens of the whole sequence, over all ranks; by default the preset's."""
+    batch_size: int | None = None
+    """Sequences in a batch; by default the preset's."""
     documents: Literal["dense", "packed"] = "dense"
     """Whether a sequence is one stream of text or packed documents."""
     num_documents: int = 8
@@ -41,20 +57,21 @@ class Options:
     """No backward pass and no update."""
     out: Path = Path("out/compare")
     """Folder for the record and the pictures."""
+    model: ModelOptions = field(default_factory=ModelOptions)
     settings: Settings = field(default_factory=Settings)
     where: RankOptions = field(default_factory=RankOptions)
 
     def problem(self) -> Problem:
         """Return what the steps compute, checked before any rank starts. Raises ValueError if it is illegal."""
-        check_least(self, seq_len=1, num_documents=1)
+        check_least(self, seq_len=1, batch_size=1, num_documents=1)
         name = self.preset or ("h2048" if self.where.on_gpu else "tiny")
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         chosen, ranks = PRESETS[name], self.where.count
         problem = Problem(
-            chosen.model,
+            replace(chosen.model, **{name: n for name, n in asdict(self.model).items() if n is not None}),
             self.seq_len or chosen.tokens_per_rank * ranks,
-            chosen.batch_size,
+            self.batch_size or chosen.batch_size,
             self.num_documents if self.documents == "packed" else None,
             self.forward_only,
         )

@@ -57,6 +57,8 @@ class Settings:
 
     modes: Words = ALL_MODES
     """Schedules; `prefetch:process_group` names a transport too. `prepared`, the baseline, always runs."""
+    transport: Literal["auto", "process_group", "symmetric"] = "auto"
+    """Transport of the modes that name none."""
     layout: Kind = "zigzag"
     """How tokens are dealt to ranks."""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
@@ -72,7 +74,9 @@ class Settings:
     warmup: int = 5
     """Rounds before them."""
     data: Path | None = None
-    """Text file, folder, or .bin of token ids (uint16); by default the standard library's source."""
+    """Text file, folder, or .bin of token ids; by default the standard library's source."""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Of the ids of a .bin."""
 
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
@@ -84,7 +88,11 @@ class Settings:
                     f"modes must be among {', '.join(ALL_MODES)}, each alone or followed by a transport "
                     f"(:process_group or :symmetric), got {mode!r}"
                 )
-        on_gpus_only = self.captured or self.profile or any(one.endswith(":symmetric") for one in self.modes)
+        on_gpus_only = (
+            self.captured
+            or self.profile
+            or any(one.endswith(":symmetric") for one in (*self.modes, f":{self.transport}"))
+        )
         if on_gpus_only and not on_gpu:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
@@ -126,7 +134,7 @@ def open_stream(problem: Problem, settings: Settings, ranks: int) -> BatchStream
         ValueError: the sizes or the text are illegal.
     """
     return BatchStream(
-        open_corpus(settings.data),
+        open_corpus(settings.data, settings.token_dtype),
         problem.seq_len,
         problem.batch_size,
         ranks,
@@ -161,7 +169,7 @@ class Comparison:
             schedule,
             self.group,
             self.problem.model.num_depths,
-            transport or "auto",
+            transport or self.settings.transport,
             self.problem.max_documents,
         )
         kind = CapturedStep if self.settings.captured else EagerStep
