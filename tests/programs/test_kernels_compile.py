@@ -28,8 +28,6 @@ def compiled_size(launch) -> int:
 
 def launches(kind: str) -> list[object]:
     """Every kernel of an exchange, for a rank of three, all widths and several rows."""
-    from simulated import spec_of
-
     from overlap_mtp import SequenceLayout
     from overlap_mtp.exchange.plan import make_plans
     from overlap_mtp.exchange.symmetric import MemoryLayout
@@ -39,6 +37,7 @@ def launches(kind: str) -> list[object]:
     from overlap_mtp.kernels.unroll import unroll
     from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
 
+    from simulated import spec_of
     from strategies import random_batch
 
     layout = SequenceLayout.packed([0, 24, 48], 3, kind)

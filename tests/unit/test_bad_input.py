@@ -8,6 +8,7 @@ import torch
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_tensor
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.schedules.timed import TimedRoller
 
 from cases import ILLEGAL, NUM_DEPTHS, Microbatch, assert_names, error_of, full_batch, packed
 from strategies import KINDS
@@ -102,3 +103,17 @@ def test_an_unprepared_batch_is_refused_by_prepared():
     roller = make_roller("prepared", None, NUM_DEPTHS)
     for batch in (full_batch(layout), prepare(full_batch(layout), layout, NUM_DEPTHS - 1)):
         assert_names(error_of(roller.start, batch, layout), "prepare")
+
+
+def test_what_is_no_batch_is_refused_in_the_same_words_if_it_is_timed():
+    roller, layout = make_roller("prefetch", None, NUM_DEPTHS), packed(1)
+    for nothing in ([torch.ones(1, layout.local_len)], torch.ones(2, 2), {}, None):
+        for one in (roller, TimedRoller(roller)):
+            assert_names(error_of(one.start, nothing, layout), "ValueError", "dict")
+
+
+def test_an_exchange_is_waited_for_once():
+    one, roller = Microbatch.of(None), make_roller("prefetch", None, NUM_DEPTHS)
+    rolls = one.start(roller)
+    assert one.wrong(rolls) == []
+    assert error_of(rolls._exchanges[0].wait).startswith("RuntimeError: exchange 0 was already waited for")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import RankBatch, poisoned, spec_of
 
 from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.kernels import pack as triton_pack
@@ -14,6 +13,7 @@ from overlap_mtp.kernels import reference
 from overlap_mtp.kernels import unroll as triton_unroll
 from overlap_mtp.kernels.common import ExchangeConstants
 
+from simulated import RankBatch, poisoned, spec_of
 from strategies import dtype_choices, layouts, random_batch
 
 

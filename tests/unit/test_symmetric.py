@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import RankBatch, spec_of
 
 from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.exchange.spec import ExchangeSpec
@@ -19,6 +18,7 @@ from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
 from overlap_mtp.layout import SequenceLayout
 
 from cases import Batch
+from simulated import RankBatch, spec_of
 from strategies import KINDS, dtype_choices, layouts, random_batch
 
 pytestmark = pytest.mark.skipif(
