@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +39,28 @@ def path_of(documents: str) -> Path:
     return FOLDER / f"losses-{documents}.json"
 
 
-def train(device: torch.device, dims: ParallelDims, documents: str, out: Path) -> None:
-    """Write the losses and gradient norms of a run. Collective."""
-    parallel = parity.mesh_of(dims, device.type)
-    torch.manual_seed(0)
-    model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    trainer = Trainer(model, optimizer, TrainConfig(STEPS, warmup_steps=5), parallel)
-    full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
-    microbatches = parity.share_out(full, parity.layout_of(documents, dims.cp), parallel, device)
-    values: Values = {}
-    for step in range(STEPS):
-        report = trainer.step([microbatches[step % BATCHES]])
-        named = {"LM": report.lm_loss, "aux": report.aux_loss, "gradient norm": report.grad_norms["model"]}
-        named |= {f"MTP {depth}": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
-        for name, value in named.items():
-            assert value is not None
-            values.setdefault(name, []).append(value)
-    model.mtp.roller.close()
+def train(device: torch.device, dims: ParallelDims, out: Path) -> None:
+    """Write the losses and gradient norms of the dense and of the packed run. Collective."""
+    parallel, found = parity.mesh_of(dims, device.type), dict[str, Values]()
+    for documents in DOCUMENTS:
+        torch.manual_seed(0)
+        model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        trainer = Trainer(model, optimizer, TrainConfig(STEPS, warmup_steps=5), parallel)
+        full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
+        microbatches = parity.share_out(full, parity.layout_of(documents, dims.cp), parallel, device)
+        values = found.setdefault(documents, {})
+        for step in range(STEPS):
+            report = trainer.step([microbatches[step % BATCHES]])
+            norm = report.grad_norms["model"]
+            named = {"LM": report.lm_loss, "aux": report.aux_loss, "gradient norm": norm}
+            named |= {f"MTP {depth}": loss for depth, loss in enumerate(report.mtp_losses, start=1)}
+            for name, value in named.items():
+                assert value is not None
+                values.setdefault(name, []).append(value)
+        model.mtp.roller.close()
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(values))
+        out.write_text(json.dumps(found))
 
 
 def compute() -> dict[str, dict[str, Values]]:
@@ -67,9 +68,10 @@ def compute() -> dict[str, dict[str, Values]]:
     found: dict[str, dict[str, Values]] = {documents: {} for documents in DOCUMENTS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "values.json"
-        for (tp, cp), documents in product(TP_CP, DOCUMENTS):
-            run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), documents, path)
-            found[documents][f"tp {tp} cp {cp}"] = json.loads(path.read_text())
+        for tp, cp in TP_CP:
+            run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), path)
+            for documents, values in json.loads(path.read_text()).items():
+                found[documents][f"tp {tp} cp {cp}"] = values
     return found
 
 
