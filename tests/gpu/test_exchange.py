@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import rank_bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_bodies import LAYOUTS, LIFETIMES, OWNERSHIP, with_delays
 
 from overlap_mtp import SCHEDULES
 
+import rank_bodies
 from cases import PACKED, TRANSPORTS
+from rank_bodies import LAYOUTS, LIFETIMES, OWNERSHIP, with_delays
 from rank_pool import RankPool
 from strategies import ALL_DTYPES, KINDS, dtype_choices, layouts
 

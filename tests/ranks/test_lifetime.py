@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch.distributed as dist
-from rank_bodies import DEPTHS, LIFETIMES, OWNERSHIP, gradients_differ, interleave, random_microbatch
 
 from overlap_mtp import SCHEDULES, make_roller
 
 from cases import PACKED
+from rank_bodies import DEPTHS, LIFETIMES, OWNERSHIP, gradients_differ, interleave, random_microbatch
 from rank_pool import RankPool
 
 

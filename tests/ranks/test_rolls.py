@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_bodies import LAYOUTS, roll_tensor_differs, rolls_differ, rolls_differ_in_a_default_group
 
 from overlap_mtp import SCHEDULES, make_roller, roll_tensor
 
 from cases import Microbatch
+from rank_bodies import LAYOUTS, roll_tensor_differs, rolls_differ, rolls_differ_in_a_default_group
 from rank_pool import RankPool
 from strategies import KINDS, dtype_choices, layouts, random_batch
 

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -121,12 +122,7 @@ def documents(cp_size: int, number: int, kind: str = "zigzag") -> SequenceLayout
 
 @pytest.mark.parametrize(
     ("schedule", "num_depths"),
-    [
-        ("prefetch", 1),
-        ("prefetch", 2),
-        ("prefetch", 9),
-        *((s, n) for s in ("merged", "overlap") for n in (1, 3)),
-    ],
+    [("prefetch", 1), ("prefetch", 2), ("prefetch", 9), *product(("merged", "overlap"), (1, 3))],
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cp_size", [2, 4])

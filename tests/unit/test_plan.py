@@ -59,10 +59,8 @@ def interpreted_unroll(batch: RankBatch, recv_buffer: torch.Tensor, error_flags:
 
 def wrong_rolls(layout, full, num_depths, max_documents, pack, unroll) -> list[list[str]]:
     """What is wrong with each rank's rolls after an exchange by these two functions."""
-    plans, spec = (
-        make_plans(layout, num_depths, max_documents),
-        spec_of(full, layout, num_depths, max_documents),
-    )
+    plans = make_plans(layout, num_depths, max_documents)
+    spec = spec_of(full, layout, num_depths, max_documents)
     batches = [RankBatch(full, layout, plan, spec) for plan in plans]
     sent = [poisoned(plan.num_send_rows, spec.words_per_token) for plan in plans]
     for batch, send_buffer in zip(batches, sent, strict=True):

@@ -57,9 +57,8 @@ class Rank:
     def wait(self, batch: RankBatch) -> list[str]:
         """Launch wait_unroll; return what is wrong with the rolls."""
         own = (self.sources, self.memory, self.error_flags, self.timeout)
-        launch = wait_unroll(
-            (batch.metadata, batch.replay_metadata, *self.tables, *own), self.constants, block=64
-        )
+        buffers = (batch.metadata, batch.replay_metadata, *self.tables, *own)
+        launch = wait_unroll(buffers, self.constants, block=64)
         launch(unroll_grid(batch.layout.local_len, self.constants, block=64))
         return batch.wrong()
 
@@ -92,10 +91,8 @@ def ranks_for(
     kinds: tuple[type[Rank], ...] = (Rank,),
 ) -> list[Rank]:
     """Ranks of the given kinds, in turn."""
-    plans, spec = (
-        make_plans(layout, num_depths, max_documents),
-        spec_of(full, layout, num_depths, max_documents),
-    )
+    plans = make_plans(layout, num_depths, max_documents)
+    spec = spec_of(full, layout, num_depths, max_documents)
     words = MemoryLayout.of(plans, spec.words_per_token, NUM_BUFFERS).num_words
     memories = [torch.zeros(words + FLAG_WORDS, dtype=torch.int64) for _ in plans]
     return [kinds[rank % len(kinds)](plans, rank, spec, memories) for rank in range(len(plans))]
