@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from harness.command import parse_options, usage_errors, write_record
+from harness.command import Words, parse_options, usage_errors, write_record
 from harness.environment import describe
 from harness.launch import check_gpus, choose_device, run_on_ranks
 from overlap_mtp.layout import SequenceLayout
@@ -248,7 +248,9 @@ def markdown_of(record: dict[str, Any]) -> str:
 class Options:
     out: Path = Path("out/parity")  # Folder of the record.
     device: str = "cpu"  # cpu or cuda.
-    dtypes: str | None = None  # Any of float64,float32,bfloat16. Default: float64; on GPUs float32,bfloat16.
+    dtypes: Words | None = (
+        None  # Any of float64,float32,bfloat16. Default: float64; on GPUs float32,bfloat16.
+    )
     most_ranks: int | None = None  # Leave out cases of more ranks. Default: 8, or the number of GPUs.
     share_gpus: bool = False  # Allow several ranks on a GPU; slow.
 
@@ -261,7 +263,7 @@ def main() -> None:
         on_gpu = choose_device(options.device) == "cuda"
         ranks = options.most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
         check_gpus(ranks, options.device, options.share_gpus)
-        dtypes = (options.dtypes or ("float32,bfloat16" if on_gpu else "float64")).split(",")
+        dtypes = options.dtypes or (("float32", "bfloat16") if on_gpu else ("float64",))
         for dtype in dtypes:
             if dtype not in TOLERANCE or (dtype == "bfloat16" and not on_gpu):
                 raise ValueError(
