@@ -9,7 +9,7 @@ import torch
 
 from overlap_mtp.exchange.spec import ExchangeSpec
 
-# Allocate the rolls of so many microbatches at a time, or of fewer if that is more than MAX_BYTES.
+# One allocation holds the rolls of 8 microbatches, or of fewer if 8 take more than MAX_BYTES.
 MICROBATCHES = 8
 MAX_BYTES = 8 << 20
 

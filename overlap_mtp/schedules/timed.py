@@ -14,7 +14,7 @@ from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of the rolls since the last reading."""
+    """The cost of the rolls since the last `read`."""
 
     host_us: float  # inside `start` and `at`
     stall_us: float | None  # how long they held up the compute stream; None on CPU and in captured graphs
@@ -27,10 +27,10 @@ class TimedRoller:
         rolls = timed.start(batch, layout) ... tokens = rolls.at(depth)
         torch.cuda.synchronize(); cost = timed.read()
 
-    It records a CUDA event on the compute stream before and after each call. If the device is behind the host, the
+    It records a CUDA event on the compute stream before and after each call. If the host runs ahead of the device, the
     time between the two is what the call keeps the stream from computing: waiting for a peer, exchanging, unrolling.
-    If the device is ahead, the events pass when the host gets there, so the host's time in the call counts, too. Each
-    reading measures two events with nothing between them and subtracts that. It adds 2 µs of host time a call.
+    If the device waits for the host, the host's time in the call counts, too. `read` subtracts the time between two
+    events with nothing between them. It adds 2 µs of host time a call.
     """
 
     def __init__(self, roller: Roller) -> None:
@@ -61,7 +61,7 @@ class TimedRoller:
         return _TimedRolls(self.rolls, self)
 
     def read(self) -> Cost:
-        """Return the cost since the last reading. On CUDA, synchronise before: the device must have finished."""
+        """Return the cost since the last `read`. On CUDA, synchronise before: the device must have finished."""
         stall = None
         if self._spans:
             empty = min((a.elapsed_time(b) for a, b in self._empty), default=0.0)

@@ -78,8 +78,8 @@ class StepReport:
     aux_loss: float | None  # with experts
     grad_norms: dict[str, float]  # before clipping: of the "model", or of the "trunk" and the "mtp" block
     tokens: int  # of documents
-    right: list[float]  # weight of the right guesses, of LM and of each depth
-    counted: list[float]  # weight of all guesses
+    right: list[float]  # weight of the tokens that were predicted right, by LM and by each depth
+    counted: list[float]  # weight of all tokens
 
     @property
     def acceptance(self) -> list[float | None]:
@@ -157,12 +157,12 @@ class Trainer:
             self._on_phase(f"{where}: microbatch {number}")
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
-            guesses = DraftAcceptance()
+            acceptance = DraftAcceptance()
             with split_loss(self.parallel):
-                mine = self.model(batch, layout, roller, guesses)
+                mine = self.model(batch, layout, roller, acceptance)
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
-            right.append(torch.stack(guesses.right))
+            right.append(torch.stack(acceptance.right))
         self._on_phase(f"{where}: losses and update")  # the host waits for the device here for the first time
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table.tensor_split([counts.shape[-1]], -1)

@@ -1,4 +1,4 @@
-"""Streams, events and memory on GPUs: what shows only if the device is behind the host."""
+"""Streams, events and memory on GPUs: what shows only if the host runs ahead of the device."""
 
 from __future__ import annotations
 

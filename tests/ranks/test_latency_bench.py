@@ -41,7 +41,7 @@ def test_the_check_of_bits_can_fail(pool):
 
 
 def candidates_after_two_rounds(group):
-    """What warm_up and time leave in candidates, one of which returns wrong rolls; and the packings they saw."""
+    """Warm up and time candidates. One returns wrong rolls. Return what they recorded, and the packings they saw."""
     case, seen = Case(Workload(group.size(), 2, 4, 32), group, device_of(group)), []
     found = []
     for method in (Method("prefetch", "process_group"), Method("prepared"), Method("none")):

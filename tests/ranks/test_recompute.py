@@ -35,9 +35,9 @@ def wrong_when_recomputed(
     def sent_by(call: Callable[[], None]) -> tuple[list, int]:
         """What leaves by torch.distributed, and how many messages by any transport."""
         before = traffic.messages
-        with counting(group) as wire:
+        with counting(group) as sent:
             call()
-        return wire.messages + wire.others, traffic.messages - before
+        return sent.messages + sent.others, traffic.messages - before
 
     found = []
     for recompute in (False, True):

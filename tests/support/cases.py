@@ -24,7 +24,7 @@ DOCUMENTS = ((0, 4, 12), (0, 1, 1, 5, 12), (0, 2, 3, 4, 9, 12))  # bounds, in ch
 
 
 def packed(cp_size: int, variant: int = 0) -> SequenceLayout:
-    """Documents of which every rank holds something, 24 tokens a rank in all variants."""
+    """Documents that give every rank some tokens: 24 a rank in all variants."""
     return SequenceLayout.packed([2 * cp_size * one for one in DOCUMENTS[variant % 3]], cp_size)
 
 

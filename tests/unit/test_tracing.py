@@ -1,4 +1,4 @@
-"""Ranges for profilers, and the timed roller: what they say, and that they change nothing."""
+"""NVTX ranges and TimedRoller: what they report, and that they change nothing."""
 
 from __future__ import annotations
 
