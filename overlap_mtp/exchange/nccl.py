@@ -6,9 +6,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
-from overlap_mtp.exchange.group import ExchangeGroup, Traffic
-from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.transport import TransportConfig
 from overlap_mtp.kernels.pack import pack
 from overlap_mtp.kernels.unroll import unroll
 from overlap_mtp.layout import SequenceLayout
@@ -24,20 +22,12 @@ class NcclTransport(CudaTransport):
 
     name = "process_group"
 
-    def __init__(
-        self,
-        group: ExchangeGroup,
-        plan: ExchangePlan,
-        spec: ExchangeSpec,
-        traffic: Traffic,
-        is_overlapped: bool,
-        local_len: int,
-    ) -> None:
-        super().__init__(group, plan, spec, traffic, is_overlapped, local_len)
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
         self._make_buffers()
         if self.has_peers:
             # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
-            with group.named_errors("connecting to its neighbours"):
+            with self.group.named_errors("connecting to its neighbours"):
                 self._exchange(self._free[0])
                 torch.cuda.current_stream(self.device).synchronize()
 

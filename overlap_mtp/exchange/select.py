@@ -12,10 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange.group import ExchangeGroup, Traffic
-from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec
-from overlap_mtp.exchange.transport import Transport
+from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.transport import Transport, TransportConfig
 
 TRANSPORTS = ("auto", "process_group", "symmetric")
 
@@ -23,25 +21,13 @@ Made = TypeVar("Made")
 _log = logging.getLogger("overlap_mtp")
 
 
-def make_transport(
-    group: ExchangeGroup,
-    plans: list[ExchangePlan],
-    spec: ExchangeSpec,
-    traffic: Traffic,
-    is_overlapped: bool,
-    local_len: int,
-) -> Transport:
-    """Make the transport that `spec.transport` asks for. Collective over the group.
+def make_transport(config: TransportConfig) -> Transport:
+    """Make the transport that the spec asks for. Collective over the group.
 
     "auto" means symmetric memory if all ranks can share it, and otherwise the process group.
 
     Args:
-        group: that carries the exchanges.
-        plans: of all ranks, in rank order.
-        spec: of the batches.
-        traffic: counts what is sent.
-        is_overlapped: send on the side stream.
-        local_len: tokens a rank of the first batch.
+        config: of this rank.
 
     Returns:
         The transport.
@@ -49,13 +35,13 @@ def make_transport(
     Raises:
         ValueError: on all ranks, if "symmetric" is asked for and one of them cannot.
     """
-    name, plan = spec.transport, plans[group.cp_rank]
-    if spec.device.type == "cpu":
+    group, name = config.group, config.spec.transport
+    if config.spec.device.type == "cpu":
         from overlap_mtp.exchange.gloo import GlooTransport
 
         if name == "symmetric":
             raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
-        return GlooTransport(group, plan, spec, traffic)
+        return GlooTransport(config)
 
     # Imported only here: Triton compiles for a GPU.
     from overlap_mtp.exchange.cuda import free_orphans
@@ -63,37 +49,35 @@ def make_transport(
 
     free_orphans()  # here, because a wait delays no step, and before more is allocated
     if name == "process_group" or group.cp_size == 1:
-        return NcclTransport(group, plan, spec, traffic, is_overlapped, local_len)
-    transport: Transport | None = None
-    reason = _why_not_shared(group)
-    if not reason:
-        # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
-        memory, reason = _made_together(lambda: _allocate(plans, spec), group)
-    if not reason:
-        from overlap_mtp.exchange.symmetric import SymmetricTransport
-
-        assert memory is not None
-        shared = memory
-        transport, reason = _made_together(
-            lambda: SymmetricTransport(group, plans, spec, traffic, is_overlapped, local_len, shared), group
-        )
+        return NcclTransport(config)
+    transport, reason = _make_symmetric(config)
     if name == "symmetric" and reason:
         raise ValueError(f"transport symmetric does not work here: {reason}")
     if group.cp_rank == 0 and group.why_not_symmetric is None:
-        _log.info(
-            "overlap_mtp: transport %s for a cp group of %d: %s",
-            "process_group" if reason else "symmetric",
-            group.cp_size,
-            reason or "all ranks can write to each other's memory",
-        )
+        chosen = "process_group" if reason else "symmetric"
+        why = reason or "all ranks can write to each other's memory"
+        _log.info("overlap_mtp: transport %s for a cp group of %d: %s", chosen, group.cp_size, why)
     group.why_not_symmetric = reason
-    return transport or NcclTransport(group, plan, spec, traffic, is_overlapped, local_len)
+    return transport or NcclTransport(config)
 
 
-def _allocate(plans: list[ExchangePlan], spec: ExchangeSpec) -> torch.Tensor:
-    from overlap_mtp.exchange.symmetric import allocate  # here: torch may lack symmetric memory
+def _make_symmetric(config: TransportConfig) -> tuple[Transport | None, str]:
+    """(the transport, "") if all ranks can share memory, else (None, why not). Collective."""
+    if reason := _why_not_shared(config.group):
+        return None, reason
 
-    return allocate(plans, spec)
+    def allocate() -> torch.Tensor:
+        from overlap_mtp.exchange import symmetric  # here: torch may lack symmetric memory
+
+        return symmetric.allocate(config)
+
+    # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
+    memory, reason = _made_together(allocate, config.group)
+    if memory is None:
+        return None, reason
+    from overlap_mtp.exchange.symmetric import SymmetricTransport
+
+    return _made_together(lambda: SymmetricTransport(config, memory), config.group)
 
 
 def _why_not_shared(group: ExchangeGroup) -> str:

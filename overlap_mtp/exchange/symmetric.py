@@ -20,10 +20,8 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
-from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec
-from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled
+from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.put_pack import put_pack
 from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
@@ -73,17 +71,10 @@ def peer_tables(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -
     `addresses`: where each rank's memory is, as this rank sees it.
     """
     plan = plans[cp_rank]
-    peers = [
-        word
-        for peer in plan.destinations
-        for word in (
-            addresses[peer],
-            peer,
-            plans[peer].first_recv_row(cp_rank),
-            plan.first_send_row(peer),
-            plan.send_stride[peer],
-        )
-    ]
+    peers: list[int] = []
+    for peer in plan.destinations:
+        rows = plans[peer].first_recv_row(cp_rank), plan.first_send_row(peer), plan.send_stride[peer]
+        peers += [addresses[peer], peer, *rows]
     return peers, [word for peer in plan.sources for word in (addresses[peer], peer)]
 
 
@@ -95,33 +86,20 @@ class SymmetricTransport(CudaTransport):
 
     name = "symmetric"
 
-    def __init__(
-        self,
-        group: ExchangeGroup,
-        plans: list[ExchangePlan],
-        spec: ExchangeSpec,
-        traffic: Traffic,
-        is_overlapped: bool,
-        local_len: int,
-        memory: torch.Tensor,
-    ) -> None:
-        """Collective over the cp group. It raises if the memory cannot be shared.
-
-        `plans`: of all ranks. `memory`: from `allocate`; all ranks must have it.
-        """
-        plan = plans[group.cp_rank]
-        super().__init__(group, plan, spec, traffic, is_overlapped, local_len)
-        self._memory_layout = MemoryLayout.of(plans, spec.words_per_token)
+    def __init__(self, config: TransportConfig, memory: torch.Tensor) -> None:
+        """Collective over the cp group. It raises if the memory, from `allocate` on all ranks, cannot be shared."""
+        super().__init__(config)
+        self._memory_layout = MemoryLayout.of(config.plans, self.spec.words_per_token)
         self._memory = memory
-        self._mapping: Any = symmetric_memory.rendezvous(memory, group.process_group)
+        self._mapping: Any = symmetric_memory.rendezvous(memory, self.group.process_group)
         offset = getattr(self._mapping, "offset", 0)
         addresses = [address + offset for address in self._mapping.buffer_ptrs]
-        peers, sources = peer_tables(plans, group.cp_rank, addresses)
+        peers, sources = peer_tables(config.plans, self.group.cp_rank, addresses)
         self._peers, self._sources = (
             torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
         )
-        self._seq_nos = torch.zeros(len(plan.destinations) + 1, dtype=torch.int64, device=self.device)
-        timeout_ns = (group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
+        self._seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64, device=self.device)
+        timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
         self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
         self._under_way: dict[int, None] = {}  # numbers of exchanges, oldest first
         self._make_buffers()
@@ -183,10 +161,10 @@ class SymmetricTransport(CudaTransport):
         buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *wait_own), buffers.constants)
 
 
-def allocate(plans: list[ExchangePlan], spec: ExchangeSpec) -> torch.Tensor:
-    """Allocate zeroed int64 memory that ranks with these plans can share."""
-    size = MemoryLayout.of(plans, spec.words_per_token).num_words
-    memory = symmetric_memory.empty(size, dtype=torch.int64, device=spec.device)
+def allocate(config: TransportConfig) -> torch.Tensor:
+    """Allocate zeroed int64 memory that the ranks can share."""
+    size = MemoryLayout.of(config.plans, config.spec.words_per_token).num_words
+    memory = symmetric_memory.empty(size, dtype=torch.int64, device=config.spec.device)
     memory.zero_()
-    torch.cuda.synchronize(spec.device)
+    torch.cuda.synchronize(config.spec.device)
     return memory

@@ -52,23 +52,33 @@ class PendingExchange:
         self.drop()
 
 
+@dataclass(frozen=True)
+class TransportConfig:
+    """What a transport is made for."""
+
+    group: ExchangeGroup  # that carries the exchanges
+    plans: list[ExchangePlan]  # of all ranks, in rank order
+    spec: ExchangeSpec  # of the batches
+    traffic: Traffic  # counts what is sent
+    is_overlapped: bool  # send on the side stream
+    local_len: int  # tokens a rank of the first batch: launches are captured ahead for this length
+
+
 class Transport(ABC):
     """Moves tokens between the ranks of a group. It knows plans and kernels, not schedules."""
 
     name: str
 
-    def __init__(
-        self, group: ExchangeGroup, plan: ExchangePlan, spec: ExchangeSpec, traffic: Traffic
-    ) -> None:
-        self.group, self.plan, self.spec, self.traffic = group, plan, spec, traffic
-        self.device = spec.device
+    def __init__(self, config: TransportConfig) -> None:
+        self.group, self.spec, self.traffic = config.group, config.spec, config.traffic
+        self.plan, self.device = config.plans[config.group.cp_rank], config.spec.device
         self.num_started = 0
         # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
         # rank that is late with an acknowledgement. Pinned: kernels write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words
-        self._message_bytes = WORD_BYTES * spec.words_per_token * plan.num_send_rows
+        self._message_bytes = WORD_BYTES * self.spec.words_per_token * self.plan.num_send_rows
 
     @property
     def has_peers(self) -> bool:

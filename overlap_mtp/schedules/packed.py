@@ -17,7 +17,7 @@ from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import make_plans
 from overlap_mtp.exchange.select import make_transport
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec
-from overlap_mtp.exchange.transport import PendingExchange, Transport
+from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
@@ -58,7 +58,9 @@ class PackedRoller(Roller):
             plans = make_plans(layout, self._depths_per_exchange, self.max_documents)
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
                 self._transports[spec] = make_transport(
-                    self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
+                    TransportConfig(
+                        self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
+                    )
                 )
         self._transport = self._transports[spec]
 
