@@ -5,6 +5,7 @@ Every rank builds the same full batch from a step number, and takes its shard.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import zlib
 from collections.abc import Sequence
@@ -102,9 +103,11 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
     """
     if data is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "test", "tests"}
-        files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
-        return Corpus([Document(path, size) for path in files if (size := path.stat().st_size)])
+        files = []
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "test", "tests"}
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+        return Corpus([Document(path, size) for path in sorted(files) if (size := path.stat().st_size)])
     if not data.exists():
         raise ValueError(
             f"{data} does not exist: give a text file, a folder of text files or a .bin of token ids"
