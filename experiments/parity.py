@@ -248,9 +248,7 @@ def markdown_of(record: dict[str, Any]) -> str:
 class Options:
     out: Path = Path("out/parity")  # Folder of the record.
     device: str = "cpu"  # cpu or cuda.
-    dtypes: Words | None = (
-        None  # Any of float64,float32,bfloat16. Default: float64; on GPUs float32,bfloat16.
-    )
+    dtypes: Words | None = None  # float64,float32,bfloat16. Default: float64; on GPUs the other two.
     most_ranks: int | None = None  # Leave out cases of more ranks. Default: 8, or the number of GPUs.
     share_gpus: bool = False  # Allow several ranks on a GPU; slow.
 

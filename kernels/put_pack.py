@@ -59,9 +59,8 @@ def put_pack_kernel(
         sequences = 1
         if C.by_document:
             sequences = tl.load(source + NUM_DOCUMENTS_AT).to(tl.int32)
-        rows = 1 + sequences * tl.load(peer + 4).to(
-            tl.int32
-        )  # in use: the header and the sequences of this batch
+        # Rows in use: the header and the sequences of this batch.
+        rows = 1 + sequences * tl.load(peer + 4).to(tl.int32)
         row = tl.arange(0, BLOCK)
         words = gather_rows(source, plan_table, tensor_table, first + row, row < rows, 0, C)
         # The peer must have read the exchange before in this buffer.

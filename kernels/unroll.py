@@ -140,8 +140,5 @@ def unroll(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, bloc
 
 def unroll_grid(local_len: int, constants: ExchangeConstants, block: int = 256) -> Grid:
     """The grid for `local_len` tokens a rank: blocks of local tokens, depths, tensors of all batch rows."""
-    return (
-        triton.cdiv(local_len, block),
-        constants.num_depths,
-        constants.num_tensors * constants.batch_rows,
-    )
+    tensor_rows = constants.num_tensors * constants.batch_rows
+    return triton.cdiv(local_len, block), constants.num_depths, tensor_rows

@@ -72,13 +72,7 @@ class SequenceLayout:
             ValueError: if `seq_len` cannot be cut, or a value is out of range.
         """
         _check_cp(cp_size, kind)
-        multiple, seq_len = length_unit(cp_size, kind), operator.index(seq_len)
-        if seq_len < 1 or seq_len % multiple:
-            raise ValueError(
-                f"seq_len must be a positive multiple of {multiple} for a {kind} layout with cp_size {cp_size}, "
-                f"got {seq_len}: the next legal length is {max(multiple, -(-seq_len // multiple) * multiple)}; "
-                "pad_documents(...) pads documents to legal lengths"
-            )
+        _check_length("seq_len", seq_len := operator.index(seq_len), cp_size, kind)
         return cls(np.array([0, seq_len]), np.array([seq_len]), cp_size, kind, is_packed=False)
 
     @classmethod
@@ -125,18 +119,8 @@ class SequenceLayout:
         multiple = length_unit(cp_size, kind)
         if kind == "zigzag" and (lengths % multiple).any():
             at = int(np.flatnonzero(lengths % multiple)[0])
-            raise ValueError(
-                f"document {at} has padded length {lengths[at]}, which a zigzag layout with cp_size {cp_size} "
-                f"cannot cut: it must be a multiple of {multiple}, the next is "
-                f"{-(-lengths[at] // multiple) * multiple}; pad_documents(...) pads documents to legal lengths"
-            )
-        if bounds[-1] < 1 or bounds[-1] % multiple:
-            raise ValueError(
-                f"the stream's length (the last entry of cu_seqlens) must be a positive multiple of {multiple} for "
-                f"a {kind} layout with cp_size {cp_size}, got {bounds[-1]}: the next legal length is "
-                f"{max(multiple, -(-bounds[-1] // multiple) * multiple)}; "
-                "pad_documents(...) pads documents to legal lengths"
-            )
+            _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind)
+        _check_length("the stream's length (the last entry of cu_seqlens)", int(bounds[-1]), cp_size, kind)
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
             raise ValueError(
@@ -363,6 +347,16 @@ def _check_cp(cp_size: int, kind: str) -> None:
         raise ValueError(f"cp_size must be >= 1, got {cp_size}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def _check_length(what: str, length: int, cp_size: int, kind: Kind) -> None:
+    multiple = length_unit(cp_size, kind)
+    if length < 1 or length % multiple:
+        raise ValueError(
+            f"{what} must be a positive multiple of {multiple} for a {kind} layout with cp_size {cp_size}, got "
+            f"{length}: the next legal length is {max(multiple, -(-length // multiple) * multiple)}; "
+            "pad_documents(...) pads documents to legal lengths"
+        )
 
 
 def _host_int64(values: Sequence[int] | npt.NDArray[Any] | torch.Tensor, name: str) -> IntArray:

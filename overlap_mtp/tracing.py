@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import nvtx
@@ -43,12 +42,7 @@ class Span:
             annotation: Any = torch.profiler.record_function(self.label)
             self._annotations.append(annotation.__enter__())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        value: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not ENABLED:
             return
         if self._annotations:

@@ -88,12 +88,8 @@ class Settings:
                     f"modes must be among {', '.join(ALL_MODES)}, each alone or followed by a transport "
                     f"(:process_group or :symmetric), got {mode!r}"
                 )
-        on_gpus_only = (
-            self.captured
-            or self.profile
-            or any(one.endswith(":symmetric") for one in (*self.modes, f":{self.transport}"))
-        )
-        if on_gpus_only and not on_gpu:
+        symmetric = any(one.endswith(":symmetric") for one in (*self.modes, f":{self.transport}"))
+        if (self.captured or self.profile or symmetric) and not on_gpu:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
             raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
@@ -123,25 +119,10 @@ class Step(NamedTuple):
 
 
 def open_stream(problem: Problem, settings: Settings, ranks: int) -> BatchStream:
-    """Open the batches of a comparison.
-
-    Args:
-        problem: the sizes of a batch.
-        settings: the text and the layout.
-        ranks: how many ranks share a sequence.
-
-    Raises:
-        ValueError: the sizes or the text are illegal.
-    """
-    return BatchStream(
-        open_corpus(settings.data, settings.token_dtype),
-        problem.seq_len,
-        problem.batch_size,
-        ranks,
-        settings.layout,
-        problem.model.vocab_size,
-        problem.num_documents,
-    )
+    """Open the batches of a comparison on some ranks. Raise ValueError if the sizes or the text are illegal."""
+    corpus, sizes = open_corpus(settings.data, settings.token_dtype), (problem.seq_len, problem.batch_size)
+    vocab_size, documents = problem.model.vocab_size, problem.num_documents
+    return BatchStream(corpus, *sizes, ranks, settings.layout, vocab_size, documents)
 
 
 class Comparison:
@@ -165,13 +146,8 @@ class Comparison:
 
     def _make_step(self, mode: str) -> EagerStep:
         schedule, _, transport = mode.partition(":")
-        roller = make_roller(
-            schedule,
-            self.group,
-            self.problem.model.num_depths,
-            transport or self.settings.transport,
-            self.problem.max_documents,
-        )
+        depths, transport = self.problem.model.num_depths, transport or self.settings.transport
+        roller = make_roller(schedule, self.group, depths, transport, self.problem.max_documents)
         kind = CapturedStep if self.settings.captured else EagerStep
         return kind(self.model, roller, self.problem.forward_only)
 

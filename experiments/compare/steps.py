@@ -88,18 +88,14 @@ class CapturedStep(EagerStep):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._forget_gradients()
+                self.model.zero_grad()
                 super().run()
         torch.cuda.current_stream().wait_stream(stream)
-        self._forget_gradients()
+        self.model.zero_grad()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._loss = super().run()
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
-
-    def _forget_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
 
     def close(self) -> None:
         """Reset the graph. The process group can be destroyed only after that: the graph holds its communicators."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -50,11 +51,8 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
 def _draw_bars(bars: dict[str, Any], labels: list[str], what: str, title: str, path: Path) -> Path:
     """Draw a bar for each schedule: its value, with an error bar from `low` to `high`."""
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    values, low, high = zip(*bars.values(), strict=True)
-    errors = [
-        [max(0, value - one) for value, one in zip(values, low, strict=True)],
-        [max(0, one - value) for value, one in zip(values, high, strict=True)],
-    ]
+    values, low, high = np.array(list(bars.values())).T
+    errors = np.maximum(0, [values - low, high - values])
     colours = [COLOURS.get(mode.partition(":")[0], "#555555") for mode in bars]  # whatever the transport
     drawn = axes.bar(list(bars), values, color=colours, yerr=errors, capsize=4, error_kw={"linewidth": 1})
     axes.bar_label(drawn, labels, padding=4, fontsize=9)

@@ -43,13 +43,8 @@ class Candidate:
         if method.schedule == MEGATRON:
             self.roller = MegatronRoller(case.group, method.transport, case.device)
         else:
-            self.roller = make_roller(
-                method.schedule,
-                case.group,
-                case.workload.depths,
-                transport=method.transport or "auto",
-                max_documents=max(MAX_DOCUMENTS, case.workload.documents),
-            )
+            depths, most = case.workload.depths, max(MAX_DOCUMENTS, case.workload.documents)
+            self.roller = make_roller(method.schedule, case.group, depths, method.transport or "auto", most)
 
     def warm_up(self) -> None:
         """Roll for the first times: connect, compile, compare with the oracle, count what is sent."""

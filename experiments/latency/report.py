@@ -66,18 +66,9 @@ def _title(record: dict[str, Any]) -> str:
 
 def table_of(record: dict[str, Any]) -> Table:
     """Return the record as a table with a line for each row."""
-    headings = (
-        "depths",
-        "documents",
-        "schedule",
-        "host µs",
-        "cold",
-        "wall µs",
-        "GPU µs",
-        "messages",
-        "wrong",
-    )
-    table = Table(*headings, title=_title(record), caption=CAPTION)
+    table = Table("depths", "documents", "schedule", title=_title(record), caption=CAPTION)
+    for heading in ("host µs", "cold", "wall µs", "GPU µs", "messages", "wrong"):
+        table.add_column(heading)
     for row in record["rows"]:
         spans = [row[name] for name in ("host_us", "cold_us", "wall_us", "gpu_us")]
         times = ["{median:,.1f} [{low:,.1f}, {high:,.1f}]".format(**one) if one else "-" for one in spans]

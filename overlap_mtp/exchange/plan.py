@@ -154,19 +154,9 @@ def make_plan(layout: SequenceLayout, cp_rank: int, num_depths: int, max_documen
     )
     held = layout.held_chunks(cp_rank)
     table_len = 3 * sum(send_rows) + 2 * len(held) * (num_depths + 1) + sum(map(bool, recv_rows))
-    plan = ExchangePlan(
-        cp_rank,
-        num_depths,
-        documents,
-        layout.num_chunks,
-        held,
-        by_document,
-        send_rows,
-        recv_rows,
-        send_stride,
-        recv_stride,
-        np.zeros(table_len, np.int32),
-    )
+    sizes = (cp_rank, num_depths, documents, layout.num_chunks, held, by_document)
+    messages = (send_rows, recv_rows, send_stride, recv_stride)
+    plan = ExchangePlan(*sizes, *messages, np.zeros(table_len, np.int32))
     _fill_rows(plan, [wanted(cp_rank, peer) for peer in ranks], sequences)
     _fill_routes(plan, [wanted(peer, cp_rank) for peer in ranks])
     return plan

@@ -89,20 +89,9 @@ class ExchangeSpec(NamedTuple):
                 f"the layout has {layout.num_documents} documents, more than max_documents {max_documents}: pass a "
                 "larger max_documents to make_roller"
             )
-        seq_len = 0 if layout.is_packed else layout.seq_len
-        return cls(
-            schedule,
-            transport,
-            num_depths,
-            max_documents,
-            layout.kind,
-            layout.is_packed,
-            seq_len,
-            names,
-            dtypes,
-            shape[:-1],
-            device,
-        )
+        asked = (schedule, transport, num_depths, max_documents)
+        of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
+        return cls(*asked, *of_layout, names, dtypes, shape[:-1], device)
 
     def describe(self) -> dict[str, object]:
         """The fields that all ranks must share, as text for error messages."""

@@ -7,8 +7,9 @@ allows. As there, messages carry no fingerprint, so different layouts are not de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -126,11 +127,9 @@ def _exchange(
 
 
 class SyncRoller(Roller):
-    def __init__(
-        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
-    ) -> None:
-        super().__init__(name, group, num_depths, max_documents, transport)
-        self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
+    @cached_property
+    def _steps_of(self) -> Callable[..., RollByOne]:
+        return lru_cache(maxsize=64)(RollByOne.of)
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         device = next(iter(batch.values())).device
