@@ -24,6 +24,13 @@ def pool() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module")
+def eight() -> Iterator[RankPool]:
+    """The same without groups of fewer ranks."""
+    with RankPool(8, sizes=()) as all_ranks:
+        yield all_ranks
+
+
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     """Four gloo ranks, for tests that need no more."""
     with RankPool(4) as four:

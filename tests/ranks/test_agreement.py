@@ -68,8 +68,8 @@ def refused_starts(group: dist.ProcessGroup, case: str) -> list[tuple[str, list[
 
 @pytest.mark.parametrize("cp_size", [2, 3])
 @pytest.mark.parametrize("case", [*DIFFERENT, *WRONG])
-def test_all_ranks_refuse_what_one_rank_starts(pool: RankPool, cp_size, case):
-    for results in pool.run(refused_starts, cp_size, case):
+def test_all_ranks_refuse_what_one_rank_starts(ranks: RankPool, cp_size, case):
+    for results in ranks.run(refused_starts, cp_size, case):
         for error, wrong in results:
             if case in DIFFERENT:
                 assert_names(error, *(f"rank {rank}" for rank in range(cp_size)), *DIFFERENT[case][1])
@@ -99,15 +99,15 @@ def refused_rollers(group: dist.ProcessGroup, usual: dict, odd: dict, schedules:
         ({}, {"transport": "process_group"}, PACKED, ["transport", "auto", "process_group"]),
     ],
 )
-def test_all_ranks_refuse_rollers_that_differ(pool: RankPool, cp_size, usual, odd, schedules, words):
-    for errors in pool.run(refused_rollers, cp_size, usual, odd, schedules):
+def test_all_ranks_refuse_rollers_that_differ(ranks: RankPool, cp_size, usual, odd, schedules, words):
+    for errors in ranks.run(refused_rollers, cp_size, usual, odd, schedules):
         for error in errors:
             assert_names(error, *(f"rank {rank}" for rank in range(cp_size)), *words)
 
 
-def test_symmetric_memory_is_refused_on_cpu(pool: RankPool):
+def test_symmetric_memory_is_refused_on_cpu(ranks: RankPool):
     symmetric = {"transport": "symmetric"}
-    for (error,) in pool.run(refused_rollers, 2, symmetric, symmetric, ["prefetch"]):
+    for (error,) in ranks.run(refused_rollers, 2, symmetric, symmetric, ["prefetch"]):
         assert error.startswith("ValueError: transport symmetric needs GPUs"), error
 
 
@@ -121,8 +121,8 @@ def two_illegal_batches(group: dist.ProcessGroup) -> str:
     return error_of(make_roller("prefetch", group, 1).start, batch, good.layout)
 
 
-def test_every_ranks_own_error_reaches_all(pool: RankPool):
-    for error in pool.run(two_illegal_batches, 3):
+def test_every_ranks_own_error_reaches_all(ranks: RankPool):
+    for error in ranks.run(two_illegal_batches, 3):
         assert_names(error, "rank 0", "float64", "rank 1", "23", "24")
 
 
@@ -142,9 +142,9 @@ def names_in_another_order(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def test_the_order_of_a_ranks_names_does_not_matter(pool: RankPool):
+def test_the_order_of_a_ranks_names_does_not_matter(ranks: RankPool):
     """Names identify the tensors: a rank that lists them otherwise must not get another tensor's tokens."""
-    pool.check(names_in_another_order, 2)
+    ranks.check(names_in_another_order, 2)
 
 
 def batches_of_other_sizes(group: dist.ProcessGroup) -> list[str]:
@@ -162,5 +162,5 @@ def batches_of_other_sizes(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def test_batches_of_other_sizes_are_agreed_on_when_they_come(pool: RankPool):
-    pool.check(batches_of_other_sizes, 2)
+def test_batches_of_other_sizes_are_agreed_on_when_they_come(ranks: RankPool):
+    ranks.check(batches_of_other_sizes, 2)

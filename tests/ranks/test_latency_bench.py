@@ -32,8 +32,8 @@ def differences_of_wrong_rolls(group):
     return case.differences(right), case.differences(Late()), case.differences(keeping)
 
 
-def test_the_check_of_bits_can_fail(pool):
-    for right, late, keeping in pool.run(differences_of_wrong_rolls, 2):
+def test_the_check_of_bits_can_fail(ranks):
+    for right, late, keeping in ranks.run(differences_of_wrong_rolls, 2):
         assert right == (0, 0)
         assert late[1] > 100
         assert keeping[0] > 0
@@ -60,8 +60,8 @@ def start_noting(start, seen, batch, layout):
     return start(batch, layout)
 
 
-def test_candidates_check_their_rolls_and_time_them_on_the_same_packings(pool):
-    for found, seen in pool.run(candidates_after_two_rounds, pool.world_size):
+def test_candidates_check_their_rolls_and_time_them_on_the_same_packings(ranks):
+    for found, seen in ranks.run(candidates_after_two_rounds, ranks.world_size):
         (right, sent, times_us), (prepared, sent_nothing, _), (none, _, _) = found
         assert right == prepared == (0, 0)
         assert none[1] > 100
@@ -90,10 +90,10 @@ def megatron_against_oracle(group):
     return found
 
 
-def test_megatron_differs_from_the_oracle_at_padding_only(pool):
+def test_megatron_differs_from_the_oracle_at_padding_only(ranks):
     pytest.importorskip("megatron.core")
     for cp_size in (2, 4):
-        by_rank = pool.run(megatron_against_oracle, cp_size)
+        by_rank = ranks.run(megatron_against_oracle, cp_size)
         for found in by_rank:
             assert found[1, "host"] == found[1, "device"] == (0, 0)
             assert found[4, "host"] == found[4, "device"]
@@ -118,14 +118,14 @@ def messages_for(group, cases):
 
 
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
-def test_counts_of_the_scaling_model_are_those_of_the_busiest_rank(pool, cp_size):
+def test_counts_of_the_scaling_model_are_those_of_the_busiest_rank(ranks, cp_size):
     cases = [(s, depths, documents) for s in SCHEDULES for depths in (1, 3) for documents in (1, 4)]
-    by_rank = pool.run(messages_for, cp_size, cases)
+    by_rank = ranks.run(messages_for, cp_size, cases)
     neighbours = 1 if cp_size == 2 else 2
     for at, case in enumerate(cases):
         one = Measured("run", "step", case[0], cp_size, *case[1:], 1.0, 0.0, 0.0, 0.0)
         _, messages, _, exchanges = one.counts()[0]
-        busiest = max(ranks[at] for ranks in by_rank)
+        busiest = max(sent[at] for sent in by_rank)
         if case[0] == "prefetch" and case[1:] == (
             3,
             4,

@@ -38,20 +38,20 @@ def make_use_and_close(group: dist.ProcessGroup, count: int, use_every: int) -> 
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts what /proc lists")
-def test_a_thousand_rollers_leak_nothing(pool: RankPool):
-    pool.check(make_use_and_close, 2, 1000, 50)
+def test_a_thousand_rollers_leak_nothing(ranks: RankPool):
+    ranks.check(make_use_and_close, 2, 1000, 50)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cp_size", [2, 3])
-def test_gradients_accumulate_over_microbatches(pool: RankPool, cp_size, schedule):
-    pool.check(gradients_differ, cp_size, schedule)
+def test_gradients_accumulate_over_microbatches(ranks: RankPool, cp_size, schedule):
+    ranks.check(gradients_differ, cp_size, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("body", LIFETIMES)
-def test_rolls_of_microbatches_do_not_disturb_each_other(pool: RankPool, body, schedule):
-    pool.check(body, 3, schedule)
+def test_rolls_of_microbatches_do_not_disturb_each_other(ranks: RankPool, body, schedule):
+    ranks.check(body, 3, schedule)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_rolls_of_microbatches_do_not_disturb_each_other(pool: RankPool, body, s
         ("prepared", "merged"),
     ],
 )
-def test_two_rollers_share_a_cp_group(pool: RankPool, first, second):
-    pool.check(interleave, 3, first, second)
+def test_two_rollers_share_a_cp_group(ranks: RankPool, first, second):
+    ranks.check(interleave, 3, first, second)
 
 
 @pytest.mark.parametrize("schedule", PACKED)
 @pytest.mark.parametrize("body", OWNERSHIP)
-def test_tensors_are_the_callers(pool: RankPool, body, schedule):
-    pool.check(body, 2, schedule)
+def test_tensors_are_the_callers(ranks: RankPool, body, schedule):
+    ranks.check(body, 2, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

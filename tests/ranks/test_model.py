@@ -111,16 +111,16 @@ def wrong_gradients(
 @pytest.mark.parametrize("documents", ["dense", "packed"])
 @pytest.mark.parametrize("cp_size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_loss_and_every_gradient_equal_one_process(pool: RankPool, dtype, cp_size, documents, kind):
+def test_loss_and_every_gradient_equal_one_process(ranks: RankPool, dtype, cp_size, documents, kind):
     layout = layout_of(documents, cp_size, kind)
-    assert pool.run(wrong_gradients, cp_size, layout, "uneven", dtype, ("prefetch",)) == [{}] * cp_size
+    assert ranks.run(wrong_gradients, cp_size, layout, "uneven", dtype, ("prefetch",)) == [{}] * cp_size
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("documents", ["dense", "packed"])
-def test_gradients_are_right_with_any_mask_under_every_schedule(pool: RankPool, documents, mask):
+def test_gradients_are_right_with_any_mask_under_every_schedule(ranks: RankPool, documents, mask):
     layout = layout_of(documents, 2, "zigzag")
-    assert pool.run(wrong_gradients, 2, layout, mask, torch.float64) == [{}] * 2
+    assert ranks.run(wrong_gradients, 2, layout, mask, torch.float64) == [{}] * 2
 
 
 @pytest.mark.parametrize("mask", MASKS)

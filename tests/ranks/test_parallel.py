@@ -76,8 +76,8 @@ def refusals(world: dist.ProcessGroup) -> list[str]:
     return found
 
 
-def test_the_library_names_what_disagrees_without_being_asked(pool: RankPool):
-    for *found, last in pool.run(refusals, 8):
+def test_the_library_names_what_disagrees_without_being_asked(eight: RankPool):
+    for *found, last in eight.run(refusals, 8):
         assert found == [
             "dp * cp * tp must be the number of ranks: 1 * 2 * 2 = 4, got 8 ranks",
             "num_kv_heads must be a multiple of tp = 4, got 2",
@@ -92,8 +92,8 @@ def mesh_timeouts(world: dist.ProcessGroup) -> set[object]:
     return {group._get_backend(torch.device("cpu")).options._timeout for group in parallel.groups}
 
 
-def test_a_mesh_waits_as_long_as_it_is_told(pool: RankPool):
-    assert pool.run(mesh_timeouts, 8) == [{timedelta(seconds=77)}] * 8
+def test_a_mesh_waits_as_long_as_it_is_told(eight: RankPool):
+    assert eight.run(mesh_timeouts, 8) == [{timedelta(seconds=77)}] * 8
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ DETACHED = Setting(replace(CONFIG, num_experts=4, detach_mtp=True))
         ((2, 2, 2), Setting(replace(ALL_AT_ONCE, detach_mtp=True), "token", "overlap", recompute=True)),
     ],
 )
-def test_report_and_gradients_are_those_of_one_process_under_all_options(pool: RankPool, dims, setting):
+def test_report_and_gradients_are_those_of_one_process_under_all_options(eight: RankPool, dims, setting):
     """Sums and counts are over dp, cp and accumulated microbatches, and count each token once."""
     report, gradients = step(None, None, setting)
-    for found_report, found in pool.run(step, 8, ParallelDims(*dims), setting):
+    for found_report, found in eight.run(step, 8, ParallelDims(*dims), setting):
         for name, value in asdict(report).items():
             assert asdict(found_report)[name] == pytest.approx(value, rel=1e-9), name
         for name, gradient in gradients.items():
@@ -172,13 +172,13 @@ def test_report_and_gradients_are_those_of_one_process_under_all_options(pool: R
 
 
 @pytest.mark.slow
-def test_schedules_and_recomputing_give_the_same_bits(pool: RankPool):
+def test_schedules_and_recomputing_give_the_same_bits(eight: RankPool):
     plain = Setting(replace(CONFIG, num_experts=4))
-    expected = pool.run(step, 8, DIMS, plain)
+    expected = eight.run(step, 8, DIMS, plain)
     variants = [replace(plain, schedule=schedule) for schedule in ("sync", "merged", "overlap", "prepared")]
     for variant in [*variants, replace(plain, recompute=True)]:
         for (report, gradients), (other, found) in zip(
-            expected, pool.run(step, 8, DIMS, variant), strict=True
+            expected, eight.run(step, 8, DIMS, variant), strict=True
         ):
             assert other == report, variant
             assert [name for name in gradients if not torch.equal(found[name], gradients[name])] == [], (
@@ -186,10 +186,10 @@ def test_schedules_and_recomputing_give_the_same_bits(pool: RankPool):
             )
 
 
-def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(pool: RankPool):
+def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(eight: RankPool):
     """Tokens of weight 0.3, which bfloat16 cannot hold, give the losses of tokens of weight 1."""
     ones = Setting(replace(CONFIG, num_experts=4), bfloat16=True)
-    reports = [pool.run(step, 8, DIMS, setting)[0][0] for setting in (ones, replace(ones, weight=0.3))]
+    reports = [eight.run(step, 8, DIMS, setting)[0][0] for setting in (ones, replace(ones, weight=0.3))]
     for name in ("loss", "lm_loss", "mtp_losses", "aux_loss", "acceptance"):
         one, weighed = (getattr(report, name) for report in reports)
         assert weighed == pytest.approx(one, rel=1e-6), name
@@ -212,7 +212,7 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]
     return str(raised.value), all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_loss_that_is_not_finite_is_named_on_all_ranks(pool: RankPool):
-    for message, weights_are_unchanged in pool.run(not_finite, 8, DIMS):
+def test_a_loss_that_is_not_finite_is_named_on_all_ranks(eight: RankPool):
+    for message, weights_are_unchanged in eight.run(not_finite, 8, DIMS):
         assert message.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
         assert weights_are_unchanged

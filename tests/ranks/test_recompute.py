@@ -64,13 +64,13 @@ def wrong_when_recomputed(
 
 @pytest.mark.parametrize("documents", ["dense", "packed"])
 @pytest.mark.parametrize("schedule", ["sync", "merged", "overlap", "prefetch", "prepared"])
-def test_recomputing_gives_the_same_bits_and_sends_no_roll(pool: RankPool, schedule, documents):
-    assert pool.run(wrong_when_recomputed, 2, schedule, documents) == [[]] * 2
+def test_recomputing_gives_the_same_bits_and_sends_no_roll(ranks: RankPool, schedule, documents):
+    assert ranks.run(wrong_when_recomputed, 2, schedule, documents) == [[]] * 2
 
 
 @pytest.mark.parametrize("documents", ["dense", "packed"])
-def test_recomputed_experts_add_up_their_counts_once(pool: RankPool, documents):
-    assert pool.run(wrong_when_recomputed, 4, "prefetch", documents, 4) == [[]] * 4
+def test_recomputed_experts_add_up_their_counts_once(ranks: RankPool, documents):
+    assert ranks.run(wrong_when_recomputed, 4, "prefetch", documents, 4) == [[]] * 4
 
 
 def compiled_errors(group: dist.ProcessGroup) -> tuple[int, float]:
@@ -93,7 +93,7 @@ def compiled_errors(group: dist.ProcessGroup) -> tuple[int, float]:
     return counters["stats"]["unique_graphs"] - before, max(errors)
 
 
-def test_compiled_layers_are_recomputed_too(pool: RankPool):
-    for graphs, error in pool.run(compiled_errors, 2):
+def test_compiled_layers_are_recomputed_too(ranks: RankPool):
+    for graphs, error in ranks.run(compiled_errors, 2):
         assert graphs > 0
         assert error <= 1e-12

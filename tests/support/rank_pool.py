@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -39,8 +39,15 @@ class RankError(Exception):
 
 
 class RankPool(AbstractContextManager["RankPool"]):
-    def __init__(self, world_size: int, backend: str = "gloo", timeout_s: float = 60) -> None:
-        self.world_size, self.backend, self.timeout_s = world_size, backend, timeout_s
+    def __init__(
+        self,
+        world_size: int,
+        backend: str = "gloo",
+        timeout_s: float = 60,
+        sizes: Collection[int] = (2, 3, 4),
+    ) -> None:
+        """`sizes`: of the groups to make beside that of all ranks. Each costs a gloo rank 1 % of a core."""
+        self.world_size, self.backend, self.timeout_s, self.sizes = world_size, backend, timeout_s, sizes
         self._start()
 
     def _start(self) -> None:
@@ -50,7 +57,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         self._pipes, self._processes = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, self.backend, store, self.timeout_s, theirs)
+            args = (rank, self.world_size, self.sizes, self.backend, store, self.timeout_s, theirs)
             process = context.Process(target=_rank_main, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -98,14 +105,20 @@ class RankPool(AbstractContextManager["RankPool"]):
 
 
 def _rank_main(
-    rank: int, world_size: int, backend: str, store: str, timeout_s: float, pipe: Connection
+    rank: int,
+    world_size: int,
+    sizes: Collection[int],
+    backend: str,
+    store: str,
+    timeout_s: float,
+    pipe: Connection,
 ) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, f"file://{store}", timeout, world_size, rank)
-    groups = _make_groups(rank, world_size, timeout)
+    groups = _make_groups(rank, world_size, sizes, timeout)
     while True:
         try:
             function, cp_size, args = pipe.recv()
@@ -117,14 +130,16 @@ def _rank_main(
             pipe.send((False, traceback.format_exc()))
 
 
-def _make_groups(rank: int, world_size: int, timeout: timedelta) -> dict[int, dist.ProcessGroup]:
-    """A group of the first n ranks for every n that tests use, and its exchange group.
+def _make_groups(
+    rank: int, world_size: int, sizes: Collection[int], timeout: timedelta
+) -> dict[int, dist.ProcessGroup]:
+    """A group of the first n ranks for each of these sizes and for all ranks, and its exchange group.
 
     torch names an exchange group by how many groups a process is in, and its ranks must agree on the name. So ranks
     that are not in these two groups make two others.
     """
     groups = {}
-    for size in sorted({2, 3, 4, world_size} & set(range(1, world_size + 1))):
+    for size in sorted({*sizes, world_size} & set(range(1, world_size + 1))):
         group = dist.new_group(list(range(size)), timeout=timeout)
         if rank < size:
             assert group is not None
@@ -140,7 +155,7 @@ def run_on_forks(
     function: Callable[..., None], ranks: int, _device: str, *arguments: Any, share_gpus: bool = False
 ) -> None:
     """Do what `launch.run_on_ranks` does on CPU. There each rank imports torch for itself: 3 s of a core."""
-    with RankPool(ranks) as pool:
+    with RankPool(ranks, sizes=()) as pool:
         pool.run(_on_cpu, ranks, function, arguments, limit_s=600)
 
 
