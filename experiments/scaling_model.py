@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from harness.command import parse_options, usage_errors, write_record
@@ -158,8 +158,8 @@ def describe(measured: list[Measured]) -> dict[str, Any]:
 
 def draw(links: dict[str, Any], path: Path) -> None:
     """Draw predicted against measured, and shares by cp size, for each link."""
-    size = (9, 3.6 * len(links))
-    figure, grid = plt.subplots(len(links), 2, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(9, 3.6 * len(links)), layout="constrained")
+    grid = figure.subplots(len(links), 2, squeeze=False)
     for (name, link), (checked, shares) in zip(links.items(), grid, strict=True):
         for schedule in SCHEDULES:
             rows = [row for row in link["rows"] if row["schedule"] == schedule]

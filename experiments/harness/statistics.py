@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 
 Times = npt.NDArray[np.float64]
 RESAMPLES = 2000
@@ -25,7 +24,9 @@ class Estimate:
 
 def _estimate(statistic: Callable[..., Times], *samples: Times, seed: int) -> list[Estimate]:
     """Estimate each row of what `statistic` returns. The bootstrap draws whole rounds, the same for all samples."""
-    found = scipy.stats.bootstrap(
+    from scipy.stats import bootstrap  # here: it takes a second, which only rank 0 needs to spend
+
+    found = bootstrap(
         samples,
         statistic,
         paired=True,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from rich.table import Table
 
 from harness import plots, statistics
@@ -87,12 +86,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
         record: of `roll_latency`.
         path: of the picture.
     """
+    from matplotlib.figure import Figure  # here: it takes half a second, and few processes draw
+
     rows, settings = record["rows"], record["settings"]
     panels = [("host", "documents", "depths"), ("host", "depths", "documents")]
     if any(row["gpu_us"] for row in rows):
         panels.append(("gpu", "depths", "documents"))
-    size = (5 * len(panels), 4.2)
-    figure, all_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    all_axes = figure.subplots(1, len(panels))
     for axes, (clock, varied, fixed) in zip(all_axes, panels, strict=True):
         middle = settings[fixed][len(settings[fixed]) // 2]
         shown = [row for row in rows if row[fixed] == middle and row[f"{clock}_us"]]
@@ -105,7 +106,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     all_axes[0].legend(handlelength=4, fontsize=7)
     figure.suptitle(f"{_title(record)}; median and 95 % interval; 1 document: dense", fontsize=9)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _plot(axes: Any, rows: list[Row], varied: str, quantity: str) -> None:

@@ -7,7 +7,9 @@ position. An `AttentionPlan` says which keys these are; the rest of the code is 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
@@ -24,10 +25,16 @@ from overlap_mtp.tensors import upload
 # torch 2.13 renamed these collectives.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-# torch 2.11 does not have this option. It accepts fewer key heads than query heads without it.
-GQA: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+
+
+@cache
+def flash_attention() -> Callable[..., Any]:
+    """Return torch's attention over segments. Only plans that need it import it: that takes two seconds."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 does not have this option. It accepts fewer key heads than query heads without it.
+    has_option = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if has_option else varlen_attn
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class VarlenPlan:
     longest_q: int
     longest_k: int
     key_index: torch.Tensor  # int32 [keys of all segments], indices into the gathered shards of all rows
+    attention: Callable[..., Any]  # flash_attention()
 
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, batch_size: int, device: torch.device) -> VarlenPlan:
@@ -76,12 +84,13 @@ class VarlenPlan:
         ]
         table = upload(np.concatenate([*cu, index.astype(np.int32).ravel()]), device)
         cu_seqlens_q, cu_seqlens_k, keys = table.tensor_split([cu[0].size, 2 * cu[0].size])
-        return cls(cu_seqlens_q, cu_seqlens_k, int(lengths_q.max()), int(lengths_k.max()), keys)
+        longest = int(lengths_q.max()), int(lengths_k.max())
+        return cls(cu_seqlens_q, cu_seqlens_k, *longest, keys, flash_attention())
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Do what MaskPlan.attend does."""
         k, v = kv.flatten(0, 1).index_select(0, self.key_index).unbind(-2)
-        out = varlen_attn(
+        out = self.attention(
             q.flatten(0, 1),
             k,
             v,
@@ -90,7 +99,6 @@ class VarlenPlan:
             self.longest_q,
             self.longest_k,
             window_size=(-1, 0),  # causal; queries are the last positions of their segment's keys
-            **GQA,
         )
         assert isinstance(out, torch.Tensor)
         return out.view_as(q)

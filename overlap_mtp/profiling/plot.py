@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role, base_name
 from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
 
 PREFERRED = ("sync", "prefetch")  # from top to bottom
 LOOKS = {  # drawn in this order, so that short messages lie on top
@@ -60,10 +57,8 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     )
     views = _views(timeline)
     heights = [1.6 + np.unique(timeline.stream[view.members]).size for view in views]
-    size = (13, 1.2 + 0.5 * sum(heights))
-    figure, grid = plt.subplots(
-        len(views), 2, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(13, 1.2 + 0.5 * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(views), 2, height_ratios=heights, squeeze=False)
     whole = max(view.end - view.begin for view in views)  # one scale for all steps
     for (left, right), view in zip(grid, views, strict=True):
         begin, width = _close_view(view)
@@ -80,7 +75,6 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     figure.suptitle(timeline.label, fontsize=10)
     figure.savefig(path, dpi=140)
-    plt.close(figure)
 
 
 def _views(timeline: DeviceTimeline) -> list[View]:
