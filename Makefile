@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: compare quick test lint clean
+.PHONY: compare quick test pytest lint clean
 
 compare: $(READY)
 	$(BIN)/python experiments/compare_modes.py $(ARGS)
@@ -12,7 +12,10 @@ compare: $(READY)
 quick: $(READY)
 	$(BIN)/python -m pytest tests/unit -n 2 $(ARGS)
 
-test: $(READY) lint
+test: $(READY)
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: $(READY)
 	$(BIN)/python -m pytest -m "not multi_gpu" -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
