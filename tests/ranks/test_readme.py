@@ -44,10 +44,10 @@ def run_example(group: dist.ProcessGroup) -> tuple[float, torch.Tensor]:
     return loss.item(), gradient
 
 
-def test_the_example_gives_the_same_loss_on_any_number_of_ranks(ranks: RankPool):
-    loss, gradient = ranks.run(run_example, 2)[0]
+def test_the_example_gives_the_same_loss_on_any_number_of_ranks(pool: RankPool):
+    loss, gradient = pool.run(run_example, 2)[0]
     assert 3 < loss < 7  # log(40), and 0.3 of as much
     for cp_size in (3, 8):
-        for other_loss, other_gradient in ranks.run(run_example, cp_size):
+        for other_loss, other_gradient in pool.run(run_example, cp_size):
             assert abs(other_loss - loss) < 1e-5
             torch.testing.assert_close(other_gradient, gradient)

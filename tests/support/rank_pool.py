@@ -24,7 +24,8 @@ import torch.multiprocessing as mp
 from overlap_mtp.exchange.group import exchange_group_of
 
 # The server that CPU ranks are forked from imports these once: a pool starts in a quarter of a second.
-IMPORTED_ONCE = ["overlap_mtp.training.checkpoint", "overlap_mtp.training.trainer", "hypothesis"]
+IMPORTED_ONCE = ["overlap_mtp.training.checkpoint", "overlap_mtp.training.trainer", "torch._dynamo"]
+IMPORTED_ONCE += ["hypothesis", "pytest", "rich.progress", "tyro"]
 
 
 def forks() -> ForkServerContext:
