@@ -63,12 +63,12 @@ def train(device: torch.device, dims: ParallelDims, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def compute(tp_cp: list[tuple[int, int]] = TP_CP) -> dict[str, dict[str, Values]]:
-    """Return the values of the runs at these pairs, by documents and then by "tp 1 cp 2"."""
+def compute() -> dict[str, dict[str, Values]]:
+    """Return the values of all runs, by documents and then by "tp 1 cp 2"."""
     found: dict[str, dict[str, Values]] = {documents: {} for documents in DOCUMENTS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "values.json"
-        for tp, cp in tp_cp:
+        for tp, cp in TP_CP:
             run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), path)
             for documents, values in json.loads(path.read_text()).items():
                 found[documents][f"tp {tp} cp {cp}"] = values

@@ -24,14 +24,14 @@ CONFIG = ModelConfig(
 )
 # The whole matrix takes 2 cores 6 minutes (experiments/parity.py). These are all of the merge request's (tp, cp),
 # packed with recompute, and dense without it (a test below shows that recomputing changes no bit). Data parallelism and
-# experts are added on packed documents, with up to four ranks; experts in one case with eight, as is all else below.
+# experts are added on packed documents, with up to four ranks, and in one case each with eight.
 CASES = [
     case
     for case in parity.matrix("float64")
     if case.recompute == (case.documents == "packed")
     and (
         (case.dp == 1 and not case.num_experts)
-        or (case.recompute and (case.ranks <= 4 or (case.tp, case.cp) == (2, 4)))
+        or (case.recompute and (case.ranks <= 4 or (case.tp, case.cp) in ((2, 2), (2, 4))))
     )
 ]
 CASES += [parity.Case(2, 2, 1, "packed", True, "float32", num_experts) for num_experts in (0, 4)]
