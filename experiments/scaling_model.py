@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from harness.command import parse_options, usage_errors, write_record
-from harness.plots import COLOURS
+from harness.plots import COLOURS, subplots
 
 SCHEDULES = ("sync", "merged", "overlap", "prefetch")
 CP_SIZES = (2, 4, 8, 16, 32, 64, 128)
@@ -158,8 +157,7 @@ def describe(measured: list[Measured]) -> dict[str, Any]:
 
 def draw(links: dict[str, Any], path: Path) -> None:
     """Draw predicted against measured, and shares by cp size, for each link."""
-    figure = Figure(figsize=(9, 3.6 * len(links)), layout="constrained")
-    grid = figure.subplots(len(links), 2, squeeze=False)
+    figure, grid = subplots(len(links), 2, (9, 3.6 * len(links)))
     for (name, link), (checked, shares) in zip(links.items(), grid, strict=True):
         for schedule in SCHEDULES:
             rows = [row for row in link["rows"] if row["schedule"] == schedule]

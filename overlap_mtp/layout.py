@@ -119,7 +119,7 @@ class SequenceLayout:
         multiple = length_unit(cp_size, kind)
         if kind == "zigzag" and (lengths % multiple).any():
             at = int(np.flatnonzero(lengths % multiple)[0])
-            _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind)
+            _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind, least=0)
         _check_length("the stream's length (the last entry of cu_seqlens)", int(bounds[-1]), cp_size, kind)
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
@@ -349,12 +349,12 @@ def _check_cp(cp_size: int, kind: str) -> None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
-def _check_length(what: str, length: int, cp_size: int, kind: Kind) -> None:
+def _check_length(what: str, length: int, cp_size: int, kind: Kind, least: int = 1) -> None:
     multiple = length_unit(cp_size, kind)
-    if length < 1 or length % multiple:
+    if length < least or length % multiple:
         raise ValueError(
-            f"{what} must be a positive multiple of {multiple} for a {kind} layout with cp_size {cp_size}, got "
-            f"{length}: the next legal length is {max(multiple, -(-length // multiple) * multiple)}; "
+            f"{what} must be a {'positive ' * least}multiple of {multiple} for a {kind} layout with cp_size {cp_size}, "
+            f"got {length}: the next legal length is {max(multiple, -(-length // multiple) * multiple)}; "
             "pad_documents(...) pads documents to legal lengths"
         )
 

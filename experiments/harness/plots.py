@@ -44,12 +44,17 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     return [*paths, _draw_bars(deltas, labels, what, title, out / f"{name}step_delta.png")]
 
 
-def _draw_bars(bars: dict[str, Any], labels: list[str], what: str, title: str, path: Path) -> Path:
-    """Draw a bar for each schedule: its value, with an error bar from `low` to `high`."""
+def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Return a figure of this size in inches, and its axes [rows, columns]."""
     from matplotlib.figure import Figure  # here: it takes half a second, and few processes draw
 
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _draw_bars(bars: dict[str, Any], labels: list[str], what: str, title: str, path: Path) -> Path:
+    """Draw a bar for each schedule: its value, with an error bar from `low` to `high`."""
+    figure, [[axes]] = subplots(1, 1, (7, 3.8))
     values, low, high = np.array(list(bars.values())).T
     errors = np.maximum(0, [values - low, high - values])
     colours = [COLOURS.get(mode.partition(":")[0], "#555555") for mode in bars]  # whatever the transport

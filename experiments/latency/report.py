@@ -86,14 +86,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
         record: of `roll_latency`.
         path: of the picture.
     """
-    from matplotlib.figure import Figure  # here: it takes half a second, and few processes draw
-
     rows, settings = record["rows"], record["settings"]
     panels = [("host", "documents", "depths"), ("host", "depths", "documents")]
     if any(row["gpu_us"] for row in rows):
         panels.append(("gpu", "depths", "documents"))
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels))
+    figure, [all_axes] = plots.subplots(1, len(panels), (5 * len(panels), 4.2))
     for axes, (clock, varied, fixed) in zip(all_axes, panels, strict=True):
         middle = settings[fixed][len(settings[fixed]) // 2]
         shown = [row for row in rows if row[fixed] == middle and row[f"{clock}_us"]]

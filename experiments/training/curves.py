@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.plots import subplots
 from overlap_mtp.training.step_log import read_records
 
 LOG = "steps.jsonl"
@@ -71,12 +72,9 @@ def _different_settings(runs: list[Path]) -> str:
 
 
 def _draw(found: dict[str, Losses], path: Path) -> None:
-    from matplotlib.figure import Figure  # here: it takes half a second, and few processes draw
-
     panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
     rows = 1 + (len(found) > 1)
-    figure = Figure(figsize=(4 * len(panels), 3 * rows), layout="constrained")
-    grid = figure.subplots(rows, len(panels), squeeze=False, sharex=True)
+    figure, grid = subplots(rows, len(panels), (4 * len(panels), 3 * rows), sharex=True)
     reference, first = next(iter(found.items()))
     for column, panel in enumerate(panels):
         for number, (name, losses) in enumerate(found.items()):

@@ -67,7 +67,7 @@ class VarlenPlan:
     longest_q: int
     longest_k: int
     key_index: torch.Tensor  # int32 [keys of all segments], indices into the gathered shards of all rows
-    attention: Callable[..., Any]  # flash_attention()
+    attention: Callable[..., Any]  # flash_attention(), called outside of compiled layers
 
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, batch_size: int, device: torch.device) -> VarlenPlan:

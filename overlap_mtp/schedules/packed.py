@@ -56,12 +56,11 @@ class PackedRoller(Roller):
     def _adopt(self, spec: ExchangeSpec, layout: SequenceLayout) -> None:
         if spec not in self._transports:
             plans = make_plans(layout, self._depths_per_exchange, self.max_documents)
+            config = TransportConfig(
+                self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
+            )
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
-                self._transports[spec] = make_transport(
-                    TransportConfig(
-                        self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
-                    )
-                )
+                self._transports[spec] = make_transport(config)
         self._transport = self._transports[spec]
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:

@@ -7,9 +7,8 @@ allows. As there, messages carry no fingerprint, so different layouts are not de
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -127,9 +126,11 @@ def _exchange(
 
 
 class SyncRoller(Roller):
-    @cached_property
-    def _steps_of(self) -> Callable[..., RollByOne]:
-        return lru_cache(maxsize=64)(RollByOne.of)
+    def __init__(
+        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
+    ) -> None:
+        super().__init__(name, group, num_depths, max_documents, transport)
+        self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         device = next(iter(batch.values())).device

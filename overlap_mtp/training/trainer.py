@@ -229,7 +229,8 @@ class Trainer:
                 )
             # Each rank scales its own parts: `clip_grad_norm_` plans products of DTensors, half a second a mesh on CPU.
             parts_of_rank = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
-            torch._foreach_mul_(parts_of_rank, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            if parts_of_rank:
+                torch._foreach_mul_(parts_of_rank, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norms
 
     def _report(
