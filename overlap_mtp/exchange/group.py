@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import uuid
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 _GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, ExchangeGroup] = weakref.WeakKeyDictionary()
 _ALIVE: weakref.WeakSet[ExchangeGroup] = weakref.WeakSet()
+_RETIRED: list[dist.ProcessGroup] = []  # of cp groups that are gone
 
 
 @dataclass
@@ -32,9 +35,8 @@ class Traffic:
 class ExchangeGroup:
     """A process group for exchanges alone, so that no other traffic delays them, and their side stream.
 
-    The process group is made at first use, by all ranks of `cp_group` together. It lives as long as torch.distributed:
-    a group that is destroyed cannot be made again, because `use_local_synchronization` derives its name from the ranks
-    and the store still holds the addresses of the first one (torch 2.13, gloo: the second `new_group` times out).
+    The process group is made at first use, by all ranks of `cp_group` together, whatever other groups they are in. It
+    is destroyed when the next one is made after `cp_group` is gone: so at most one outlives its cp group.
     """
 
     def __init__(self, cp_group: dist.ProcessGroup | None) -> None:
@@ -47,6 +49,8 @@ class ExchangeGroup:
         self.timeout: timedelta | None = None
         self.why_not_symmetric: str | None = None  # "" if symmetric memory works; None if nobody has tried
         if cp_group is not None:
+            self._cp_group = weakref.ref(cp_group)
+            weakref.finalize(cp_group, self._retire).atexit = False
             self._ranks = dist.get_process_group_ranks(cp_group)
             on_gpu = "nccl" in dist.get_backend_config(cp_group) and torch.cuda.is_available()
             self.device_type = "cuda" if on_gpu else "cpu"
@@ -60,24 +64,26 @@ class ExchangeGroup:
         return self._process_group
 
     def _make_process_group(self) -> dist.ProcessGroup:
-        options: Any = None
+        while _RETIRED:
+            dist.destroy_process_group(_RETIRED.pop())
+        cp_group, options = self._cp_group(), None
+        if cp_group is None:
+            raise RuntimeError("the cp group was destroyed: make rollers for another one")
         if self.device_type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             if self.timeout is not None:
                 options._timeout = self.timeout
-        # torch names the group by its ranks and by how many groups the process has.
-        what = "making the exchange group (its ranks must all have made the same number of process groups)"
-        with self.named_errors(what):
-            group: dist.ProcessGroup = dist.new_group(
-                self._ranks,
-                timeout=self.timeout,
-                backend="nccl" if self.device_type == "cuda" else "gloo",
-                pg_options=options,
-                use_local_synchronization=True,
-                group_desc="overlap_mtp exchange",
-            )
-        assert dist.get_process_group_ranks(group) == self._ranks
-        return group
+        with self.named_errors("making the exchange group"):
+            name = [uuid.uuid4().hex]
+            dist.broadcast_object_list(name, self._ranks[0], cp_group)
+            backend = "nccl" if self.device_type == "cuda" else "gloo"
+            return _new_group(self._ranks, f"overlap_mtp {name[0]}", backend, options, self.timeout)
+
+    def _retire(self) -> None:
+        """Hand the process group to the next `_make_process_group`. The garbage collector may call this anywhere."""
+        if self._process_group is not None:
+            _RETIRED.append(self._process_group)
+            self._process_group = None
 
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream of overlapped exchanges. There is one for the group, so that exchanges keep their order."""
@@ -102,6 +108,33 @@ class ExchangeGroup:
             f"overlap_mtp: {what} failed on cp rank {self.cp_rank} of {self.cp_size}: a peer is missing, late or "
             f"at another exchange ({error})"
         )
+
+
+def _new_group(
+    ranks: list[int], name: str, backend: str, options: Any, timeout: timedelta | None
+) -> dist.ProcessGroup:
+    """Make a process group of these ranks alone, in their order.
+
+    `dist.new_group` derives the name from how many groups a process is in: ranks that are in different numbers of
+    groups never meet, and a group that was destroyed cannot be made again. So this does the same with a given name.
+    The calls are private; torch 2.11 and 2.13 have them.
+    """
+    world = distributed_c10d._world
+    _, store = world.pg_map[distributed_c10d._get_default_group()]
+    group: dist.ProcessGroup
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        ranks,
+        dist.Backend(backend),
+        store,
+        name,  # type: ignore[arg-type]
+        backend_options=options,
+        timeout=timeout or distributed_c10d._get_default_timeout(dist.Backend(backend)),
+        group_desc="overlap_mtp exchange",
+    )
+    world.pg_group_ranks[group] = {rank: at for at, rank in enumerate(ranks)}
+    return group
 
 
 @atexit.register

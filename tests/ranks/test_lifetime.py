@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from overlap_mtp import SCHEDULES, make_roller
 
-from cases import PACKED
+from cases import PACKED, error_of
 from rank_bodies import DEPTHS, LIFETIMES, OWNERSHIP, gradients_differ, interleave, random_microbatch
 from rank_pool import RankPool
 
@@ -35,6 +36,65 @@ def make_use_and_close(group: dist.ProcessGroup, count: int, use_every: int) -> 
         after_first = after_first or held_resources()
     after_all = held_resources()
     return wrong if after_all == after_first else [*wrong, f"{after_first} became {after_all}"]
+
+
+def roll_once(group: dist.ProcessGroup) -> list[str]:
+    batch, roller = random_microbatch(group, 0), make_roller("prefetch", group, DEPTHS)
+    wrong = batch.wrong(batch.start(roller), DEPTHS)
+    roller.close()
+    return wrong
+
+
+def make_and_destroy_cp_groups(world: dist.ProcessGroup, count: int) -> list[str]:
+    """What was rolled wrongly in new cp groups of the same ranks, and which resources the later ones left."""
+    wrong: list[str] = []
+    after_second: dict[str, int] = {}
+    for number in range(count):
+        group = dist.new_group([0, 1])
+        if dist.get_rank(group) >= 0:
+            wrong += roll_once(group)
+            dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        if number == 1:
+            after_second = held_resources()
+    after_all = held_resources()
+    return wrong if after_all == after_second else [*wrong, f"{after_second} became {after_all}"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts what /proc lists")
+def test_cp_groups_that_come_and_go_leak_nothing(ranks: RankPool):
+    ranks.check(make_and_destroy_cp_groups, 4, 12)
+
+
+def roll_among_other_groups(world: dist.ProcessGroup) -> list[str]:
+    """Every rank is a member of another number of groups when the exchange group of a cp group is made."""
+    for members in ([0], [0, 2], [0, 1]):
+        dist.new_group(members)
+    groups = [dist.new_group(members) for members in ([0, 1], [2], [0, 1, 2], [1, 2])]
+    return [one for group in groups if dist.get_rank(group) >= 0 for one in roll_once(group)]
+
+
+def test_cp_groups_work_whatever_other_groups_their_ranks_are_in():
+    with RankPool(3, sizes=()) as three:
+        three.check(roll_among_other_groups, 3)
+
+
+def use_after_destruction(world: dist.ProcessGroup) -> str:
+    group = dist.new_group([0, 1])
+    if dist.get_rank(group) < 0:
+        return "no member"
+    roller = make_roller("prefetch", group, DEPTHS)
+    batch = random_microbatch(group, 0)
+    dist.destroy_process_group(group)
+    batch.group, group = None, None
+    gc.collect()
+    return error_of(roller.start, batch.full, batch.layout)
+
+
+def test_a_roller_of_a_destroyed_cp_group_says_so(ranks: RankPool):
+    for error in ranks.run(use_after_destruction, 4)[:2]:
+        assert "the cp group was destroyed" in error
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts what /proc lists")

@@ -134,11 +134,7 @@ def _rank_main(
 def _make_groups(
     rank: int, world_size: int, sizes: Collection[int], timeout: timedelta
 ) -> dict[int, dist.ProcessGroup]:
-    """A group of the first n ranks for each of these sizes and for all ranks, and its exchange group.
-
-    torch names an exchange group by how many groups a process is in, and its ranks must agree on the name. So ranks
-    that are not in these two groups make two others.
-    """
+    """A group of the first n ranks for each of these sizes and for all ranks, and its exchange group."""
     groups = {}
     for size in sorted({*sizes, world_size} & set(range(1, world_size + 1))):
         group = dist.new_group(list(range(size)), timeout=timeout)
@@ -146,9 +142,6 @@ def _make_groups(
             assert group is not None
             groups[size] = group
             assert exchange_group_of(group).process_group is not None
-        else:
-            for _ in range(2):
-                dist.new_group([rank], use_local_synchronization=True)
     return groups
 
 
