@@ -69,7 +69,7 @@ class ExchangeSpec(NamedTuple):
         Raises:
             ValueError: if the tensors do not fit the layout or one another.
         """
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, Mapping) or not isinstance(layout, SequenceLayout):
             check_batch(batch, layout, group)
         try:
             names = tuple(sorted(batch))
@@ -78,10 +78,11 @@ class ExchangeSpec(NamedTuple):
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
             shape, device = shapes[0], devices[0]
-        except (AttributeError, IndexError, KeyError, TypeError):
+            is_dense = all([tensor.layout is torch.strided for tensor in tensors])
+        except Exception:
             check_batch(batch, layout, group)
             raise
-        fits = shapes.count(shape) == len(shapes) == devices.count(device)
+        fits = is_dense and shapes.count(shape) == len(shapes) == devices.count(device)
         if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
             check_batch(batch, layout, group)
         if layout.is_packed and layout.num_documents > max_documents:
@@ -144,16 +145,26 @@ class ExchangeSpec(NamedTuple):
 
 def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> None:
     """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
+    if not isinstance(layout, SequenceLayout):
+        raise ValueError(f"the layout must be a SequenceLayout, got {type(layout).__name__}")
     if not isinstance(batch, Mapping) or not batch:
-        raise ValueError("the batch must be a dict and hold at least one tensor, got none")
+        got = "none" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"the batch must be a dict and hold at least one tensor, got {got}")
     if layout.cp_size != group.cp_size:
         raise ValueError(
             f"the layout is for cp_size {layout.cp_size}, the cp group has {group.cp_size} ranks: make the layout "
             "with the group's size"
         )
     for name, tensor in batch.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the names of tensors must be strings, got {name!r} of type {type(name).__name__}"
+            )
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+            kind = type(tensor).__name__
+            if isinstance(tensor, torch.Tensor):
+                kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+            raise ValueError(f"{name} must be a dense tensor, got {kind}")
     first_name, first = next(iter(batch.items()))
     for name, tensor in batch.items():
         if tensor.dtype not in INTEGER_VIEW:

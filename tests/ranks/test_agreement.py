@@ -47,6 +47,7 @@ DIFFERENT = {
 WRONG = {
     "documents": (lambda b, at: (b, many_documents(at)), ["max_documents", "12", "8"]),
     "cp_size": (lambda b, at: (b, packed(5)), ["cp_size", "5"]),
+    "no layout": (lambda b, at: (b, None), ["SequenceLayout", "NoneType"]),
     **{case: (lambda b, at, make=make: (make(b), at), words) for case, (make, words) in ILLEGAL.items()},
 }
 

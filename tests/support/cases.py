@@ -122,4 +122,10 @@ ILLEGAL: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
     "all tensors too long": (lambda b: {name: double(t, -1) for name, t in b.items()}, ["24", "48"]),
     "another device": (lambda b: replace_labels(b, lambda t: t.to("meta")), ["labels", "meta", "cpu"]),
     "no tensor": (lambda b: {}, ["tensor"]),
+    "a sparse tensor": (
+        lambda b: replace_labels(b, torch.Tensor.to_sparse),
+        ["labels", "dense", "torch.sparse_coo"],
+    ),
+    "names of other types": (lambda b: {**b, 7: b["labels"]}, ["names", "7", "int"]),
+    "no batch": (lambda b: object(), ["dict", "object"]),
 }
