@@ -78,7 +78,7 @@ class ExchangeSpec(NamedTuple):
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
             shape, device = shapes[0], devices[0]
-            is_dense = all([tensor.layout is torch.strided for tensor in tensors])
+            is_dense = all(tensor.layout is torch.strided for tensor in tensors)
         except Exception:
             check_batch(batch, layout, group)
             raise

@@ -68,6 +68,7 @@ class Transport(ABC):
     """Moves tokens between the ranks of a group. It knows plans and kernels, not schedules."""
 
     name: str
+    has_captures = False  # a CUDA graph holds an exchange of it
 
     def __init__(self, config: TransportConfig) -> None:
         self.group, self.spec, self.traffic = config.group, config.spec, config.traffic
@@ -106,6 +107,10 @@ class Transport(ABC):
     @abstractmethod
     def take_back(self, exchange: PendingExchange) -> None:
         """Take the buffers of an exchange that nobody waits for. It launches nothing (`PendingExchange.drop`)."""
+
+    @abstractmethod
+    def retire(self) -> None:
+        """Start no more exchanges. Those under way can still be waited for; then the buffers are freed."""
 
     @abstractmethod
     def close(self) -> None:

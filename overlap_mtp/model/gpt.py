@@ -116,7 +116,7 @@ class GPT(nn.Module):
         )
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ready: torch.cuda.Event | None = None
-        self._dense_plan: Callable[..., AttentionPlan] = lru_cache(64)(attention_plan)
+        self._dense_plan: Callable[..., AttentionPlan] = lru_cache(4)(attention_plan)
         self.apply(_initialise)
 
     def forward(

@@ -21,6 +21,8 @@ from overlap_mtp.exchange.transport import PendingExchange, Transport, Transport
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
+MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
+
 
 class Timing(NamedTuple):
     """When the exchanges of a schedule happen."""
@@ -54,7 +56,10 @@ class PackedRoller(Roller):
         return self._transport.name if self._transport else self._asked_transport
 
     def _adopt(self, spec: ExchangeSpec, layout: SequenceLayout) -> None:
-        if spec not in self._transports:
+        if spec in self._transports:
+            self._transports[spec] = self._transports.pop(spec)  # the last one is the last used
+        else:
+            self._make_room()
             plans = make_plans(layout, self._depths_per_exchange, self.max_documents)
             config = TransportConfig(
                 self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
@@ -62,6 +67,12 @@ class PackedRoller(Roller):
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
                 self._transports[spec] = make_transport(config)
         self._transport = self._transports[spec]
+
+    def _make_room(self) -> None:
+        """Retire the transports that were used least recently. All ranks do so for the same ones."""
+        idle = [spec for spec, one in self._transports.items() if not one.has_captures]
+        for spec in idle[: max(0, len(idle) + 1 - MAX_TRANSPORTS)]:
+            self._transports.pop(spec).retire()
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         assert self._transport is not None
