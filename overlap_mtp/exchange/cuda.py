@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from overlap_mtp.exchange.outputs import OutputPool, Outputs, allocate_outputs
-from overlap_mtp.exchange.plan import ExchangePlan, write_metadata
+from overlap_mtp.exchange.plan import FINGERPRINT, ExchangePlan, fingerprint_of, write_metadata
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.kernels.common import ExchangeConstants
@@ -38,18 +38,20 @@ class HostMetadata:
         self._plan = plan
         self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
         self._words: IntArray = self.tensor.numpy()
-        self._is_written = False
+        self._checksum: int | None = None
+        self._mark = b""
 
-    def write(self, layout: SequenceLayout, addresses: list[int]) -> None:
-        if layout.is_packed or not self._is_written:  # all dense layouts of one plan are the same
-            write_metadata(layout, self._plan, self._words[: self._plan.metadata_len])
-            self._is_written = True
+    def write(self, layout: SequenceLayout, addresses: list[int], mark: bytes) -> None:
+        if layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
+            self._checksum = write_metadata(layout, self._plan, self._words[: self._plan.metadata_len])
+        self._words[FINGERPRINT] = fingerprint_of(self._checksum, mark)
         self._words[self._plan.metadata_len :] = addresses
+        self._mark = mark
 
     def words_for(self, layout: SequenceLayout) -> IntArray:
         """A copy with the metadata of another batch."""
         words = np.copy(self._words)
-        write_metadata(layout, self._plan, words[: self._plan.metadata_len])
+        write_metadata(layout, self._plan, words[: self._plan.metadata_len], self._mark)
         return words
 
 
@@ -73,9 +75,12 @@ class ExchangeBuffers:
         self.tensors: list[torch.Tensor] = []  # kept alive until the unroll
         self.outputs: Outputs | None = None
 
-    def load(self, tensors: list[torch.Tensor], layout: SequenceLayout, outputs: Outputs) -> None:
+    def load(
+        self, tensors: list[torch.Tensor], layout: SequenceLayout, mark: bytes, outputs: Outputs
+    ) -> None:
         """Say what the next exchange carries, and keep it alive."""
-        self.host_metadata.write(layout, [*(tensor.data_ptr() for tensor in tensors), *outputs.addresses])
+        addresses = [*(tensor.data_ptr() for tensor in tensors), *outputs.addresses]
+        self.host_metadata.write(layout, addresses, mark)
         self.tensors, self.outputs = tensors, outputs
 
     def free(self) -> None:
@@ -125,7 +130,11 @@ class CudaTransport(Transport):
         """Add an exchange to `traffic`."""
 
     def start(
-        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+        self,
+        tensors: list[torch.Tensor],
+        layout: SequenceLayout,
+        mark: bytes,
+        ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         compute = torch.cuda.current_stream(self.device)
         is_capturing = torch.cuda.is_current_stream_capturing()
@@ -135,7 +144,7 @@ class CudaTransport(Transport):
         else:
             outputs = self._outputs.take(tensors, compute)
             buffers = self._take()
-        buffers.load(tensors, layout, outputs)
+        buffers.load(tensors, layout, mark, outputs)
         exchange = PendingExchange(
             self, self.num_started, tensors[0].shape[-1], outputs.depths, buffers, compute
         )

@@ -35,10 +35,14 @@ class GlooTransport(Transport):
 
     @torch.inference_mode(False)
     def start(
-        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+        self,
+        tensors: list[torch.Tensor],
+        layout: SequenceLayout,
+        mark: bytes,
+        ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         plan, words = self.plan, self.spec.words_per_token
-        metadata = torch.from_numpy(make_metadata(layout, plan))
+        metadata = torch.from_numpy(make_metadata(layout, plan, mark))
         send_buffer = torch.empty(plan.num_send_rows, words, dtype=torch.int64)
         recv_buffer = torch.empty(plan.num_recv_rows, words, dtype=torch.int64)
         (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)

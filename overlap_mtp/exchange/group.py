@@ -47,6 +47,7 @@ class ExchangeGroup:
         self._process_group: dist.ProcessGroup | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self.timeout: timedelta | None = None
+        self.num_rollers = 0  # that were made for it
         self.why_not_symmetric: str | None = None  # "" if symmetric memory works; None if nobody has tried
         if cp_group is not None:
             self._cp_group = weakref.ref(cp_group)

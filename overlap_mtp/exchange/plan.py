@@ -10,9 +10,10 @@ says where such tokens are found. The `metadata` of a batch adds the bounds of i
 short chunk, padding and document end are entries of these two; the code that carries them out has no branch for them.
 
 **Message.** There is one message for each peer. Its first row is a header; the first word of the header is the
-fingerprint of the bounds. Then follow the same rows for each sequence. A row holds one token: a word for each tensor
-and batch row. A token travels once, however many depths want it (twice only if a chunk is shorter than num_depths and
-two chunks of the receiver need the token). The plan fixes how many rows a message has; the batch never changes it.
+fingerprint of the exchange and of the bounds. Then follow the same rows for each sequence. A row holds one token: a
+word for each tensor and batch row. A token travels once, however many depths want it (twice only if a chunk is shorter
+than num_depths and two chunks of the receiver need the token). The plan fixes how many rows a message has; the batch
+never changes it.
 
 This is index arithmetic in numpy. `overlap_mtp.kernels.reference` carries plans out in plain torch.
 """
@@ -225,13 +226,17 @@ def _fill_routes(plan: ExchangePlan, segments: list[list[Segment]]) -> None:
             row += one.width
 
 
-def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray) -> None:
+def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: bytes = b"") -> int:
     """Write a batch's part of the plan. It takes a few microseconds and allocates nothing.
 
     Args:
         layout: the layout of the batch.
         plan: the plan of this kind of layout.
         metadata: int64, at least `plan.metadata_len` words. They are overwritten, except SEQ_NO and DONE.
+        mark: of the exchange (`overlap_mtp.exchange.transport.Transport.start`).
+
+    Returns:
+        The checksum of the bounds. With the mark it makes the fingerprint (`fingerprint_of`).
 
     Raises:
         ValueError: if the layout has more documents than the plan.
@@ -247,11 +252,18 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     metadata[CU_SEQLENS : CU_SEQLENS + documents + 1] = layout.cu_seqlens
     metadata[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
     metadata[ends_at : ends_at + documents] = layout.valid_ends
-    metadata[FINGERPRINT] = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
+    checksum = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
+    metadata[FINGERPRINT] = fingerprint_of(checksum, mark)
+    return checksum
 
 
-def make_metadata(layout: SequenceLayout, plan: ExchangePlan) -> IntArray:
+def fingerprint_of(checksum: int, mark: bytes) -> int:
+    """What the header of a message says: it is equal on two ranks that mean the same exchange of the same layout."""
+    return zlib.crc32(mark, checksum)
+
+
+def make_metadata(layout: SequenceLayout, plan: ExchangePlan, mark: bytes = b"") -> IntArray:
     """Make the metadata of a batch, int64 [plan.metadata_len]."""
     metadata = np.zeros(plan.metadata_len, np.int64)
-    write_metadata(layout, plan, metadata)
+    write_metadata(layout, plan, metadata, mark)
     return metadata

@@ -108,7 +108,11 @@ class SymmetricTransport(CudaTransport):
         return ExchangeConstants.of(self.spec, self.plan, is_replayable, self._memory_layout.constants)
 
     def start(
-        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+        self,
+        tensors: list[torch.Tensor],
+        layout: SequenceLayout,
+        mark: bytes,
+        ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         oldest = min(list(self._under_way), default=self.num_started)
         if oldest <= self.num_started - NUM_BUFFERS:
@@ -116,7 +120,7 @@ class SymmetricTransport(CudaTransport):
                 f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.num_started} can start: at "
                 f"most {NUM_BUFFERS} in a row may be under way over symmetric memory"
             )
-        exchange = super().start(tensors, layout, ready)
+        exchange = super().start(tensors, layout, mark, ready)
         self._under_way[exchange.number] = None
         return exchange
 

@@ -76,6 +76,7 @@ class Transport(ABC):
         self.num_started = 0
         # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
         # rank that is late with an acknowledgement. Pinned: kernels write it, and the host reads it without waiting.
+        self.failure: str | None = None  # what `raise_if_failed` has raised
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words
@@ -87,13 +88,18 @@ class Transport(ABC):
 
     @abstractmethod
     def start(
-        self, tensors: list[torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+        self,
+        tensors: list[torch.Tensor],
+        layout: SequenceLayout,
+        mark: bytes,
+        ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         """Pack and send. It never blocks the host on CUDA.
 
         Args:
             tensors: of the batch (`ExchangeSpec.tensors`).
             layout: of the batch.
+            mark: says which exchange this is. A rank whose peer has another mark or layout fails.
             ready: as in `Roller.start`.
 
         Returns:
@@ -126,18 +132,22 @@ class Transport(ABC):
             return
         source, *late = (int(word) for word in self._flags)
         self._flags[:] = 0
+        self.failure = self._describe_failure(source, late)
+        raise RuntimeError(self.failure)
+
+    def _describe_failure(self, source: int, late: list[int]) -> str:
         where = f"in one of the exchanges up to number {self.num_started - 1}"
         for peer, what in zip(late, LATE, strict=False):
             if peer:
-                raise RuntimeError(
+                return (
                     f"overlap_mtp: cp rank {self.plan.cp_rank} of {self.plan.cp_size} gave up waiting for {what} of "
                     f"cp rank {peer - 1} ({where}): that rank is missing, late or at another exchange"
                 )
         peer = self.plan.sources[source - 1]
-        raise RuntimeError(
+        return (
             f"overlap_mtp: cp rank {peer} exchanged tokens by another plan than cp rank {self.plan.cp_rank} "
-            f"({where}): all ranks of a cp group must pass the same layout (cu_seqlens, valid_lengths) for the same "
-            "microbatch"
+            f"({where}): all ranks of a cp group must start the same batches by the same rollers in the same order, "
+            "with the same layout (cu_seqlens, valid_lengths), and ask for the same depths; or it refused its batch"
         )
 
     def describe(self, number: int) -> str:

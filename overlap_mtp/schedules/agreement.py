@@ -10,7 +10,13 @@ from overlap_mtp.exchange.spec import ExchangeSpec
 Described = dict[str, object]
 
 
-def agree(group: ExchangeGroup, schedule: str, spec: ExchangeSpec | None, error: str | None = None) -> None:
+def agree(
+    group: ExchangeGroup,
+    schedule: str,
+    spec: ExchangeSpec | None,
+    error: str | None = None,
+    number: int = 0,
+) -> None:
     """Let all ranks know what each of them has. Collective and blocking.
 
     Args:
@@ -18,11 +24,12 @@ def agree(group: ExchangeGroup, schedule: str, spec: ExchangeSpec | None, error:
         schedule: for error messages.
         spec: of this rank's batch; None if it has an error.
         error: what is wrong on this rank.
+        number: of the roller among those of the group.
 
     Raises:
         ValueError: on all ranks, if one of them has an error or two specs differ.
     """
-    mine = (spec and spec.describe(), error)
+    mine = (spec and {**spec.describe(), "number of the roller": number}, error)
     everyone: list[tuple[Described | None, str | None]] = [mine] * group.cp_size
     if group.cp_size > 1:
         with group.named_errors(f"the agreement before the first exchange of {schedule!r}"):

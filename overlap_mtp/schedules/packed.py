@@ -21,6 +21,7 @@ from overlap_mtp.exchange.transport import PendingExchange, Transport, Transport
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
+REFUSED = b"refused"  # the mark of an exchange in place of a batch that could not be started
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
 
 
@@ -50,6 +51,8 @@ class PackedRoller(Roller):
         self._asked_transport = transport
         self._transports: dict[ExchangeSpec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
+        self._layout: SequenceLayout  # of the last batch
+        self._refusal: PendingExchange | None = None
 
     @property
     def transport(self) -> str:
@@ -76,13 +79,45 @@ class PackedRoller(Roller):
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         assert self._transport is not None
+        self._layout = layout
         rolls = PackedRolls(self, self._transport, batch, layout)
         if self.is_overlapped:
             rolls.start_next(ready)
         return rolls
 
+    def check_open(self) -> None:
+        super().check_open()
+        refusal, self._refusal = self._refusal, None
+        if self._transport is not None and self._transport.failure:
+            self._refuse()  # without waiting for anything: the ranks are no longer in step
+            raise RuntimeError(self._transport.failure)
+        if refusal is not None:
+            refusal.wait()
+            self.raise_if_failed()
+
+    def _refuse(self) -> None:
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            self._refusal = self._send_nothing(REFUSED)
+            self._num_started += 1
+
+    def _announce_change(self) -> None:
+        self._send_nothing(self.mark("another kind of batch")).wait()
+        if self._group.device_type == "cuda":
+            torch.cuda.synchronize()
+        self.raise_if_failed()
+
+    def _send_nothing(self, mark: bytes) -> PendingExchange:
+        """Start an exchange of zeros in place of one that the peers may have started."""
+        transport, spec = self._transport, self._spec
+        assert transport is not None
+        assert spec is not None
+        shape = (*spec.batch_shape, self._layout.local_len)
+        tensors = [torch.zeros(shape, dtype=dtype, device=spec.device) for dtype in spec.dtypes]
+        return transport.start(tensors, self._layout, mark)
+
     def close(self) -> None:
         super().close()
+        self._refusal = None
         transports, self._transports = self._transports, {}
         errors: list[Exception] = []
         for transport in transports.values():
@@ -107,6 +142,7 @@ class PackedRolls(Rolls):
         self._roller = roller
         self._transport = transport
         self._layout = layout
+        self._microbatch = roller.mark("")
         self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []
@@ -126,7 +162,8 @@ class PackedRolls(Rolls):
             torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
             ready = None
         tensors = self._transport.spec.tensors(self._newest)
-        self._exchanges.append(self._transport.start(tensors, self._layout, ready))
+        mark = self._microbatch + b" %d" % len(self._rolled)
+        self._exchanges.append(self._transport.start(tensors, self._layout, mark, ready))
         self._transport.raise_if_failed()
 
     def _wait(self) -> None:

@@ -84,6 +84,9 @@ class Roller(ABC):
         self.max_documents = max_documents
         self.traffic = Traffic()
         self._group = group
+        self._number = group.num_rollers  # all ranks make the rollers of a cp group in the same order
+        group.num_rollers += 1
+        self._num_started = 0  # microbatches, with those that were refused after the first use
         self._agreed: ExchangeSpec | None = None  # what all ranks agreed on last
         self._spec: ExchangeSpec | None = None  # of the last batch that could be started
         self._spec_of = partial(
@@ -115,9 +118,10 @@ class Roller(ABC):
             The rolls.
 
         Raises:
-            ValueError: if something is illegal or the ranks differ. At first use all ranks raise; later, only the
-                rank with the illegal batch.
-            RuntimeError: if the roller is closed, or a peer was late or rolled by another layout.
+            ValueError: if something is illegal or the ranks differ. At first use all ranks raise. Later only the rank
+                with the illegal batch does; merged, overlap and prefetch then fail on its peers, too.
+            RuntimeError: if the roller is closed, or a peer was late, out of step or rolled by another layout. Make a
+                new cp group and new rollers then.
         """
         self.check_open()
         try:
@@ -129,13 +133,18 @@ class Roller(ABC):
         except Exception as error:
             if self._agreed is None:
                 agree(self._group, self.name, None, str(error))
+            else:
+                self._refuse()
             raise
         if is_new:
             if spec != self._agreed:
-                agree(self._group, self.name, spec)
+                if self._agreed is not None:
+                    self._announce_change()
+                agree(self._group, self.name, spec, number=self._number)
                 self._agreed = spec
             self._adopt(spec, layout)
             self._spec = spec
+        self._num_started += 1
         if ready is not None and not self.is_overlapped:
             torch.cuda.current_stream().wait_event(ready)
         return self._start(batch, layout, ready)
@@ -144,6 +153,16 @@ class Roller(ABC):
     def transport(self) -> str:
         """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
+
+    def mark(self, what: object) -> bytes:
+        """Name an exchange of the current microbatch: ranks whose marks differ are out of step."""
+        return f"{self._number} {self._num_started} {what}".encode()
+
+    def _refuse(self) -> None:  # noqa: B027 - sync and prepared send nothing
+        """Tell the peers, which start this microbatch, that this rank cannot."""
+
+    def _announce_change(self) -> None:  # noqa: B027
+        """Find out whether all ranks have another kind of batch: only then can they agree on it."""
 
     @abstractmethod
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls: ...

@@ -1,0 +1,112 @@
+"""Ranks that are out of step: an error on all of them, and never a token of another microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch.distributed as dist
+
+from overlap_mtp import Roller, make_roller
+
+from cases import NUM_DEPTHS, ODD_RANK, PACKED, Microbatch, error_of, replace_labels
+from rank_pool import RankPool
+
+Outcome = str | list[str]  # an error, or what is wrong with the rolls
+
+
+def on_fresh_group(
+    world: dist.ProcessGroup, body: Callable[..., object], cp_size: int, *arguments: object
+) -> object:
+    """Run a body on a cp group of its own, which is of no further use afterwards."""
+    group = dist.new_group(list(range(cp_size)))
+    return body(group, *arguments) if dist.get_rank(group) >= 0 else None
+
+
+def run(ranks: RankPool, body: Callable[..., object], cp_size: int, *arguments: object) -> list:
+    return ranks.run(on_fresh_group, 4, body, cp_size, *arguments)[:cp_size]
+
+
+def outcome(batch: Microbatch, roller: Roller, *, is_bad: bool = False) -> Outcome:
+    shards = batch.shards()
+    if is_bad:
+        shards = replace_labels(shards, lambda labels: labels[..., 1:])
+    try:
+        return batch.wrong(roller.start(shards, batch.layout))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def skip_a_bad_batch(group: dist.ProcessGroup, schedule: str, bad_ranks: tuple[int, ...]) -> list[Outcome]:
+    """Outcomes of seven microbatches. The third is bad on some ranks, and every rank goes on after an error."""
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    batches = [Microbatch.of(group, variant=step, shift=1000 * step) for step in range(7)]
+    return [
+        outcome(batch, roller, is_bad=step == 2 and group.rank() in bad_ranks)
+        for step, batch in enumerate(batches)
+    ]
+
+
+@pytest.mark.parametrize("bad_rank", [0, ODD_RANK])
+@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("schedule", PACKED)
+def test_a_bad_batch_on_one_rank_stops_all_ranks(ranks: RankPool, schedule, cp_size, bad_rank):
+    """The neighbours hear of it at once, the others from them one exchange later."""
+    for rank, outcomes in enumerate(run(ranks, skip_a_bad_batch, cp_size, schedule, (bad_rank,))):
+        assert outcomes[:2] == [[], []]
+        first, last = (
+            ("ValueError", 3) if rank == bad_rank else ("RuntimeError", 2 + abs(rank - bad_rank) - 1)
+        )
+        failed = next(step for step, one in enumerate(outcomes) if one)
+        assert failed <= last
+        assert outcomes[failed].startswith(first), outcomes
+        assert all(one.startswith("RuntimeError") for one in outcomes[failed + 1 :]), outcomes
+        assert "another plan" in outcomes[-1]
+
+
+@pytest.mark.parametrize("schedule", PACKED)
+def test_a_bad_batch_on_all_ranks_leaves_them_in_step(ranks: RankPool, schedule):
+    for outcomes in run(ranks, skip_a_bad_batch, 3, schedule, (0, 1, 2)):
+        assert outcomes.pop(2).startswith("ValueError")
+        assert outcomes == [[]] * 6
+
+
+def start_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[Outcome]:
+    """Two rollers of one kind; on one rank the second is started first."""
+    rollers = [make_roller(schedule, group, NUM_DEPTHS) for _ in range(2)]
+    outcomes = [outcome(Microbatch.of(group, shift=i), roller) for i, roller in enumerate(rollers)]
+    order = (1, 0) if group.rank() == ODD_RANK else (0, 1)
+    return outcomes + [outcome(Microbatch.of(group, shift=10 + i), rollers[i]) for i in order]
+
+
+def make_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[Outcome]:
+    """Two rollers that differ in nothing but the order in which one rank made them."""
+    rollers = [make_roller(schedule, group, NUM_DEPTHS) for _ in range(2)]
+    if group.rank() == ODD_RANK:
+        rollers.reverse()
+    return [[], [], *(outcome(Microbatch.of(group, shift=i), roller) for i, roller in enumerate(rollers))]
+
+
+@pytest.mark.parametrize("body", [start_in_another_order, make_in_another_order])
+@pytest.mark.parametrize("schedule", PACKED)
+def test_rollers_in_another_order_are_found_out(ranks: RankPool, body, schedule):
+    for outcomes in run(ranks, body, 3, schedule):
+        assert outcomes[:2] == [[], []]
+        assert all("Error: " in one for one in outcomes[2:]), outcomes
+
+
+def ask_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[str]:
+    """Two microbatches: one rank takes the second before the first."""
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    batches = [Microbatch.of(group, shift=1000 * step) for step in range(2)]
+    first, second = (batch.start(roller) for batch in batches)
+    asked = [(first, 1), (second, 1), (first, 2), (second, 2)]
+    if group.rank() == ODD_RANK:
+        asked = [(second, 1), (first, 1), (second, 2), (first, 2)]
+    return [error_of(rolls.at, depth) for rolls, depth in asked]
+
+
+@pytest.mark.parametrize("schedule", ["merged", "overlap"])
+def test_depths_in_another_order_are_found_out(ranks: RankPool, schedule):
+    for errors in run(ranks, ask_in_another_order, 3, schedule):
+        assert any(error.startswith("RuntimeError: ") for error in errors), errors
