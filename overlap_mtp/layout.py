@@ -288,17 +288,18 @@ def length_unit(cp_size: int, kind: Kind) -> int:
 
 
 def pad_documents(
-    documents: Sequence[ArrayOrTensor],
+    documents: Sequence[Any],
     cp_size: int,
     kind: Kind = "zigzag",
     pad_value: int = 0,
     seq_len: int | None = None,
     multiple_of: int = 1,
-) -> tuple[ArrayOrTensor, SequenceLayout]:
+) -> tuple[Any, SequenceLayout]:
     """Lay documents of any lengths end to end, padded so that the ranks can share them.
 
     Args:
-        documents: 1-D tensors or arrays of one dtype. Empty ones are legal.
+        documents: 1-D tensors, arrays or lists of numbers, of one dtype. Empty ones are legal. A list becomes a
+            tensor: int64, bool or the default float dtype.
         cp_size: how many ranks share the stream.
         kind: "zigzag" or "contiguous".
         pad_value: what padding holds.
@@ -312,10 +313,11 @@ def pad_documents(
         ValueError: if there is no document, a document is not 1-D or has another dtype, or a length is illegal.
     """
     _check_cp(cp_size, kind)
-    if not documents:
+    if not len(documents):
         raise ValueError("pad_documents needs at least one document, got none")
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be >= 1, got {multiple_of}")
+    documents = [_as_array(one, at) for at, one in enumerate(documents)]
     for at, one in enumerate(documents):
         if one.ndim != 1:
             raise ValueError(f"documents must be 1-D, document {at} has shape {tuple(one.shape)}")
@@ -340,6 +342,20 @@ def pad_documents(
     for one, start, length in zip(documents, layout.cu_seqlens, valid, strict=False):
         stream[start : start + length] = one
     return stream, layout
+
+
+def _as_array(document: Any, at: int) -> Any:
+    """A document as it is if it is a tensor or an array, otherwise as a tensor."""
+    if isinstance(document, torch.Tensor | np.ndarray):
+        return document
+    try:
+        values = list(document)
+        return torch.tensor(values, dtype=None if values else torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"documents must be 1-D tensors, arrays or lists of numbers, document {at} is a "
+            f"{type(document).__name__}: {error}"
+        ) from error
 
 
 def _check_cp(cp_size: int, kind: str) -> None:

@@ -138,6 +138,20 @@ def test_pad_documents_pads_each_document_for_zigzag_and_the_stream_for_contiguo
     assert layout.cu_seqlens.tolist() == [0, 3, 3, 4, 10]
 
 
+@pytest.mark.parametrize("make", [list, tuple, lambda one: one, np.array, torch.tensor])
+def test_pad_documents_takes_lists(make):
+    """Lists of ids, of floats (weights) and of bools (masks), empty ones among them."""
+    for dtype, values in ((torch.int64, range(1, 6)), (torch.float32, [0.5] * 5), (torch.bool, [True] * 5)):
+        documents = [[], list(values), list(values)[:2]]
+        stream, layout = pad_documents([make(one) if one else one for one in documents], 2)
+        expected = torch.tensor(documents[1] + [0] * 3 + documents[2] + [0] * 2, dtype=dtype)
+        assert torch.equal(torch.as_tensor(stream), expected.to(torch.as_tensor(stream).dtype))
+        assert make is np.array or same_bits(stream, expected)
+        assert layout.valid_lengths.tolist() == [0, 5, 2]
+    assert pad_documents([[], []], 2)[0].tolist() == [0] * 4
+    assert pad_documents(torch.ones(2, 3), 2)[0].tolist() == [1, 1, 1, 0] * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_without_a_token_are_legal(kind):
     stream, layout = pad_documents([torch.zeros(0, dtype=torch.int64)] * 3, 4, kind=kind)
@@ -242,6 +256,11 @@ KIND_WORDS = [*KINDS, "striped"]
         (lambda: roll_reference(torch.zeros(16), LAYOUT, -1), ["1", "-1"]),
         (lambda: pad_documents([], 2), ["one document"]),
         (lambda: pad_documents([torch.zeros(2, 3)], 2), ["1-D", "document 0"]),
+        (lambda: pad_documents([[1], [[1, 2], [3, 4]]], 2), ["1-D", "document 1"]),
+        (lambda: pad_documents([[1], [[1, 2], [3]]], 2), ["1-D", "document 1", "list"]),
+        (lambda: pad_documents([1, 2, 3], 2), ["1-D", "document 0", "int"]),
+        (lambda: pad_documents(["text"], 2), ["document 0", "str"]),
+        (lambda: pad_documents([[1], [0.5]], 2), ["torch.int64", "document 1", "torch.float32"]),
         (
             lambda: pad_documents([*DOCUMENTS, torch.zeros(1)], 2),
             ["torch.int32", "document 2", "torch.float32"],
