@@ -89,8 +89,8 @@ class SequenceLayout:
 
         Args:
             cu_seqlens: integers [num_documents + 1], the bounds of the documents in the padded stream. It starts
-                at 0. Zigzag needs each document's padded length to be a multiple of 2 * cp_size; contiguous needs
-                the stream's length to be a multiple of cp_size.
+                at 0, and may repeat its last entry to keep one size. Zigzag needs each document's padded length to be
+                a multiple of 2 * cp_size; contiguous needs the stream's length to be a multiple of cp_size.
             cp_size: how many ranks share the stream.
             kind: "zigzag" or "contiguous".
             valid_lengths: integers [num_documents], how many tokens of each document are not padding. Default:
@@ -153,6 +153,11 @@ class SequenceLayout:
     @property
     def num_documents(self) -> int:
         return self.valid_lengths.size
+
+    @cached_property
+    def num_used_documents(self) -> int:
+        """Documents up to the last one that has a length. A `cu_seqlens` of static size repeats its last entry."""
+        return int(self.cu_seqlens.searchsorted(self.cu_seqlens[-1]))
 
     @property
     def num_chunks(self) -> int:

@@ -97,8 +97,8 @@ class ExchangePlan:
         return sum(self.recv_rows[:peer])
 
     def num_sequences(self, layout: SequenceLayout) -> int:
-        """How many sequences a batch has: its documents, or the one stream."""
-        return layout.num_documents if self.by_document else 1
+        """How many sequences a batch has: its documents in use, or the one stream."""
+        return layout.num_used_documents if self.by_document else 1
 
     # Where the sections of the table begin.
     @cached_property
@@ -229,6 +229,8 @@ def _fill_routes(plan: ExchangePlan, segments: list[list[Segment]]) -> None:
 def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: bytes = b"") -> int:
     """Write a batch's part of the plan. It takes a few microseconds and allocates nothing.
 
+    Empty documents at the end are left out. They hold no token, and take no part of `max_documents`.
+
     Args:
         layout: the layout of the batch.
         plan: the plan of this kind of layout.
@@ -241,7 +243,7 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     Raises:
         ValueError: if the layout has more documents than the plan.
     """
-    documents = layout.num_documents
+    documents = layout.num_used_documents
     if documents > plan.max_documents:
         raise ValueError(
             f"the layout has {documents} documents, more than the plan's {plan.max_documents}: raise max_documents"
@@ -249,9 +251,9 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     ends_at = plan.valid_ends_at
     metadata[NUM_DOCUMENTS] = documents
     metadata[SEQ_LEN] = layout.cu_seqlens[-1]
-    metadata[CU_SEQLENS : CU_SEQLENS + documents + 1] = layout.cu_seqlens
+    metadata[CU_SEQLENS : CU_SEQLENS + documents + 1] = layout.cu_seqlens[: documents + 1]
     metadata[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
-    metadata[ends_at : ends_at + documents] = layout.valid_ends
+    metadata[ends_at : ends_at + documents] = layout.valid_ends[:documents]
     checksum = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
     metadata[FINGERPRINT] = fingerprint_of(checksum, mark)
     return checksum

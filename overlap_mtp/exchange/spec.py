@@ -85,10 +85,10 @@ class ExchangeSpec(NamedTuple):
         fits = is_dense and shapes.count(shape) == len(shapes) == devices.count(device)
         if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
             check_batch(batch, layout, group)
-        if layout.is_packed and layout.num_documents > max_documents:
+        if layout.is_packed and layout.num_used_documents > max_documents:
             raise ValueError(
-                f"the layout has {layout.num_documents} documents, more than max_documents {max_documents}: pass a "
-                "larger max_documents to make_roller"
+                f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
+                "pass a larger max_documents to make_roller"
             )
         asked = (schedule, transport, num_depths, max_documents)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)

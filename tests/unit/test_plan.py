@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from overlap_mtp.exchange.plan import ExchangePlan, make_plans
+from overlap_mtp.exchange.plan import ExchangePlan, make_metadata, make_plans
 from overlap_mtp.kernels import pack as triton_pack
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels import unroll as triton_unroll
 from overlap_mtp.kernels.common import ExchangeConstants
+from overlap_mtp.layout import SequenceLayout
 
 from simulated import RankBatch, poisoned, spec_of
 from strategies import dtype_choices, layouts, random_batch
@@ -77,6 +78,29 @@ def wrong_rolls(layout, full, num_depths, max_documents, pack, unroll) -> list[l
 def test_plan_gives_the_reference_rolls(layout, num_depths, rows, seed):
     full = random_batch(layout, rows, seed)
     assert not any(wrong_rolls(layout, full, num_depths, layout.num_documents, pack, unroll))
+
+
+@settings(max_examples=60)
+@given(layout=layouts(), num_depths=st.integers(1, 3), spare=st.integers(1, 300))
+def test_empty_documents_at_the_end_take_no_room_and_change_no_word(layout, num_depths, spare):
+    """As in a `cu_seqlens` of static size, whose last entry is repeated."""
+    assume(layout.is_packed)
+    bounds, used = layout.cu_seqlens.tolist(), layout.num_used_documents
+    assert bounds[used] == layout.seq_len > bounds[used - 1]
+    static = SequenceLayout.packed(
+        bounds + [bounds[-1]] * spare,
+        layout.cp_size,
+        layout.kind,
+        layout.valid_lengths.tolist() + [0] * spare,
+    )
+    assert static.num_used_documents == used
+    for one, other in zip(*(make_plans(each, num_depths, used) for each in (layout, static)), strict=True):
+        assert (make_metadata(layout, one) == make_metadata(static, other)).all()
+        assert one.num_sequences(layout) == other.num_sequences(static)
+    assert not any(wrong_rolls(static, random_batch(static), num_depths, used, pack, unroll))
+    if used > 1:
+        with pytest.raises(ValueError, match=f"{used} documents, more than max_documents {used - 1}"):
+            spec_of(random_batch(static), static, num_depths, used - 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
