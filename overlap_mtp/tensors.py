@@ -8,12 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+IGNORE_INDEX = -100  # the label that does not count, as in torch.nn.functional.cross_entropy
+
 # A roll only moves bits. The kernels see every dtype as integers of the same width.
 INTEGER_VIEW = {
     torch.int32: torch.int32,
     torch.int64: torch.int64,
+    torch.uint8: torch.uint8,
+    torch.int8: torch.uint8,
     torch.bool: torch.uint8,
+    torch.float64: torch.int64,
     torch.float32: torch.int32,
+    torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
 

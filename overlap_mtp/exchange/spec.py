@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -11,16 +12,33 @@ import torch
 
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.layout import IntArray, SequenceLayout
-from overlap_mtp.tensors import INTEGER_VIEW
+from overlap_mtp.tensors import IGNORE_INDEX, INTEGER_VIEW
 
 Batch = Mapping[str, torch.Tensor]
-FILL_IS_ONE = frozenset({"padding_mask"})  # missing tokens count as padding
-_ONE = {dtype: int(torch.ones(1, dtype=dtype).view(view)) for dtype, view in INTEGER_VIEW.items()}
 
 
-def fill_of(name: str) -> int:
-    """What a rolled tensor holds past the end of a document: 0, or 1 (True) for `padding_mask`."""
-    return 1 if name in FILL_IS_ONE else 0
+def fill_of(name: str, ignore_index: int = IGNORE_INDEX) -> int:
+    """What a rolled tensor holds past the end of a document.
+
+    It is `ignore_index` for `labels` (no label), 1 (True) for `padding_mask` (padding), and 0 for all others.
+    """
+    return {"labels": ignore_index, "padding_mask": 1}.get(name, 0)
+
+
+def check_fill(name: str, dtype: torch.dtype, ignore_index: int) -> None:
+    """Raise ValueError unless the fill of a tensor is a value of its dtype."""
+    fill = fill_of(name, ignore_index)
+    if torch.tensor(fill).to(dtype).item() != fill:
+        raise ValueError(
+            f"{name} of dtype {str(dtype)[6:]} cannot hold {fill}, which stands for what is past the end of a "
+            f"document: convert {name} to int64, or choose another ignore_index"
+        )
+
+
+@lru_cache
+def _bits(value: int, dtype: torch.dtype) -> int:
+    """The bits of a value as an integer of the dtype's width."""
+    return int(torch.tensor([value]).to(dtype).view(INTEGER_VIEW[dtype]))
 
 
 class ExchangeSpec(NamedTuple):
@@ -40,6 +58,7 @@ class ExchangeSpec(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     batch_shape: torch.Size  # [B], or [] for 1-D tensors
     device: torch.device
+    ignore_index: int = IGNORE_INDEX
 
     @classmethod
     def of(
@@ -51,6 +70,7 @@ class ExchangeSpec(NamedTuple):
         transport: str,
         num_depths: int,
         max_documents: int,
+        ignore_index: int = IGNORE_INDEX,
     ) -> ExchangeSpec:
         """Make the spec of a batch.
 
@@ -62,6 +82,7 @@ class ExchangeSpec(NamedTuple):
             transport: as asked for.
             num_depths: of the roller.
             max_documents: of the roller.
+            ignore_index: of the roller.
 
         Returns:
             The spec.
@@ -70,7 +91,7 @@ class ExchangeSpec(NamedTuple):
             ValueError: if the tensors do not fit the layout or one another.
         """
         if not isinstance(batch, Mapping) or not isinstance(layout, SequenceLayout):
-            check_batch(batch, layout, group)
+            check_batch(batch, layout, group, ignore_index)
         try:
             names = tuple(sorted(batch))
             tensors = [batch[name] for name in names]
@@ -80,11 +101,11 @@ class ExchangeSpec(NamedTuple):
             shape, device = shapes[0], devices[0]
             is_dense = all(tensor.layout is torch.strided for tensor in tensors)
         except Exception:
-            check_batch(batch, layout, group)
+            check_batch(batch, layout, group, ignore_index)
             raise
         fits = is_dense and shapes.count(shape) == len(shapes) == devices.count(device)
         if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
-            check_batch(batch, layout, group)
+            check_batch(batch, layout, group, ignore_index)
         if layout.is_packed and layout.num_used_documents > max_documents:
             raise ValueError(
                 f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
@@ -92,7 +113,7 @@ class ExchangeSpec(NamedTuple):
             )
         asked = (schedule, transport, num_depths, max_documents)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
-        return cls(*asked, *of_layout, names, dtypes, shape[:-1], device)
+        return cls(*asked, *of_layout, names, dtypes, shape[:-1], device, ignore_index)
 
     def describe(self) -> dict[str, object]:
         """The fields that all ranks must share, as text for error messages."""
@@ -105,6 +126,7 @@ class ExchangeSpec(NamedTuple):
             "layout": f"{'packed' if self.is_packed else 'dense'} {self.layout_kind}{length}",
             "tensors": tuple(f"{name} {str(dtype)[6:]} {list(self.batch_shape)}" for name, dtype in tensors),
             "transport": self.transport,
+            "ignore_index": self.ignore_index,
         }
 
     @property
@@ -126,7 +148,7 @@ class ExchangeSpec(NamedTuple):
     def fills(self) -> tuple[int, ...]:
         """For each tensor, what a token past its document's end becomes, as an integer of the tensor's width."""
         pairs = zip(self.names, self.dtypes, strict=True)
-        return tuple(_ONE[dtype] if fill_of(name) else 0 for name, dtype in pairs)
+        return tuple(_bits(fill_of(name, self.ignore_index), dtype) for name, dtype in pairs)
 
     @property
     def table(self) -> IntArray:
@@ -143,7 +165,9 @@ class ExchangeSpec(NamedTuple):
         return tensor.view(INTEGER_VIEW[tensor.dtype]).view(self.batch_rows, -1)
 
 
-def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> None:
+def check_batch(
+    batch: Batch, layout: SequenceLayout, group: ExchangeGroup, ignore_index: int = IGNORE_INDEX
+) -> None:
     """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
     if not isinstance(layout, SequenceLayout):
         raise ValueError(f"the layout must be a SequenceLayout, got {type(layout).__name__}")
@@ -169,7 +193,12 @@ def check_batch(batch: Batch, layout: SequenceLayout, group: ExchangeGroup) -> N
     for name, tensor in batch.items():
         if tensor.dtype not in INTEGER_VIEW:
             legal = ", ".join(str(dtype)[6:] for dtype in INTEGER_VIEW)
-            raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}: convert it first")
+            like = "int64" if not (tensor.is_floating_point() or tensor.is_complex()) else "float32"
+            advice = (
+                "roll its real and its imaginary part" if tensor.is_complex() else f"convert it to {like}"
+            )
+            raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}: {advice}")
+        check_fill(name, tensor.dtype, ignore_index)
         if tensor.ndim < 1 or tensor.shape[-1] != layout.local_len:
             raise ValueError(
                 f"{name} must have the layout's local length {layout.local_len} as its last dimension, got shape "

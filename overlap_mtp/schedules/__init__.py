@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import exchange_group_of
@@ -10,6 +12,7 @@ from overlap_mtp.schedules.packed import TIMINGS, PackedRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
 from overlap_mtp.schedules.roller import Roller, Rolls
 from overlap_mtp.schedules.sync import SyncRoller
+from overlap_mtp.tensors import IGNORE_INDEX
 
 _ROLLERS: dict[str, type[Roller]] = {
     "sync": SyncRoller,
@@ -28,6 +31,7 @@ def make_roller(
     num_depths: int,
     transport: str = "auto",
     max_documents: int = 128,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Roller:
     """Make a roller. It communicates nothing: that begins with the first `start`.
 
@@ -38,7 +42,9 @@ def make_roller(
         transport: of merged, overlap and prefetch: "process_group" (NCCL or gloo), "symmetric" (GPUs that share
             memory), or "auto" for the fastest that all ranks can use.
         max_documents: the most documents of a packed batch. It sizes the messages: about 16 * num_depths bytes for a
-            tensor and document.
+            tensor and document. Empty documents at the end do not count.
+        ignore_index: what rolled `labels` hold past the end of a document: the label that your loss ignores. Rolled
+            `padding_mask` holds 1 (True) there, all other tensors hold 0.
 
     Returns:
         The roller.
@@ -54,5 +60,8 @@ def make_roller(
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
     if max_documents < 1:
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")
+    if not -(2**63) <= operator.index(ignore_index) < 2**63:
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
     sent_by = transport if schedule in TIMINGS else ""
-    return _ROLLERS[schedule](schedule, exchange_group_of(cp_group), num_depths, max_documents, sent_by)
+    sizes = (num_depths, max_documents)
+    return _ROLLERS[schedule](schedule, exchange_group_of(cp_group), *sizes, sent_by, ignore_index)

@@ -20,6 +20,7 @@ from overlap_mtp.exchange.spec import Batch, ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
+from overlap_mtp.tensors import IGNORE_INDEX
 
 REFUSED = b"refused"  # the mark of an exchange in place of a batch that could not be started
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
@@ -43,9 +44,15 @@ class PackedRoller(Roller):
     """A roller whose exchanges carry all tensors and documents at once."""
 
     def __init__(
-        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
+        self,
+        name: str,
+        group: ExchangeGroup,
+        num_depths: int,
+        max_documents: int,
+        transport: str,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(name, group, num_depths, max_documents, transport)
+        super().__init__(name, group, num_depths, max_documents, transport, ignore_index)
         self.is_overlapped, all_depths = TIMINGS[name]
         self._depths_per_exchange = num_depths if all_depths else 1
         self._asked_transport = transport

@@ -13,10 +13,11 @@ import re
 
 import torch
 
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, fill_of
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_fill, fill_of
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached
+from overlap_mtp.tensors import IGNORE_INDEX
 
 PREPARED = re.compile(r"_depth\d+$")
 
@@ -26,27 +27,32 @@ def prepared_name(name: str, depth: int) -> str:
     return f"{name}_depth{depth}"
 
 
-def prepare(batch: Batch, layout: SequenceLayout, num_depths: int) -> Tokens:
+def prepare(
+    batch: Batch, layout: SequenceLayout, num_depths: int, ignore_index: int = IGNORE_INDEX
+) -> Tokens:
     """Roll a full-length batch at every depth, before it is sharded.
 
     Args:
         batch: full-length tensors by name, [..., S] each.
         layout: of the batch.
         num_depths: at least 1.
+        ignore_index: as in `make_roller`.
 
     Returns:
         Full-length tensors: those of the batch, and `prepared_name(name, depth)` for each name and depth. Shard them
         like any other batch and give them to `start` of a `prepared` roller.
 
     Raises:
-        ValueError: if `num_depths` is below 1 or a tensor has another length.
+        ValueError: if `num_depths` is below 1, a tensor has another length, or `labels` cannot hold `ignore_index`.
     """
     if num_depths < 1:
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
     prepared = dict(batch)
     for name, tensor in batch.items():
+        check_fill(name, tensor.dtype, ignore_index)
+        fill = fill_of(name, ignore_index)
         for depth in range(1, num_depths + 1):
-            prepared[prepared_name(name, depth)] = roll_reference(tensor, layout, depth, fill_of(name))
+            prepared[prepared_name(name, depth)] = roll_reference(tensor, layout, depth, fill)
     return prepared
 
 

@@ -12,6 +12,7 @@ from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_batch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.agreement import agree
+from overlap_mtp.tensors import IGNORE_INDEX
 
 Tokens = dict[str, torch.Tensor]
 
@@ -77,11 +78,18 @@ class Roller(ABC):
     is_overlapped = False  # whether its exchanges run beside the current stream
 
     def __init__(
-        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
+        self,
+        name: str,
+        group: ExchangeGroup,
+        num_depths: int,
+        max_documents: int,
+        transport: str,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self.name = name
         self.num_depths = num_depths
         self.max_documents = max_documents
+        self.ignore_index = ignore_index
         self.traffic = Traffic()
         self._group = group
         self._number = group.num_rollers  # all ranks make the rollers of a cp group in the same order
@@ -96,6 +104,7 @@ class Roller(ABC):
             transport=transport,
             num_depths=num_depths,
             max_documents=max_documents,
+            ignore_index=ignore_index,
         )
         self._is_closed = False
 
@@ -108,8 +117,9 @@ class Roller(ABC):
         other. Join all exchanges before you replay a graph that holds one.
 
         Args:
-            batch: this rank's tensors by name, all [B, local_len] (or [local_len]) and on one device; int32, int64,
-                bool, float32 or bfloat16.
+            batch: this rank's tensors by name, all [B, local_len] (or [local_len]) and on one device; bool, uint8,
+                int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold the
+                roller's `ignore_index`.
             layout: of the batch.
             ready: a CUDA event after which the batch may be read. Default: after all work queued on the current
                 stream. An earlier event lets an overlapped exchange begin in the middle of a long kernel.
@@ -128,7 +138,7 @@ class Roller(ABC):
             spec = self._spec_of(batch, layout)
             is_new = spec != self._spec
             if is_new:
-                check_batch(batch, layout, self._group)
+                check_batch(batch, layout, self._group, self.ignore_index)
                 self._check_names(spec)
         except Exception as error:
             if self._agreed is None:

@@ -138,7 +138,7 @@ class SyncRoller(Roller):
 
         def roll(tensors: Tokens) -> Tokens:
             return {
-                name: roll_by_one(tensor, steps, fill_of(name), self._group, self.traffic)
+                name: roll_by_one(tensor, steps, fill_of(name, self.ignore_index), self._group, self.traffic)
                 for name, tensor in tensors.items()
             }
 

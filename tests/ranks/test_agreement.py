@@ -96,6 +96,7 @@ def refused_rollers(group: dist.ProcessGroup, usual: dict, odd: dict, schedules:
     [
         ({}, {"num_depths": 1}, SCHEDULES, ["num_depths", "1", "2"]),
         ({"max_documents": 50}, {"max_documents": 60}, SCHEDULES, ["max_documents", "50", "60"]),
+        ({}, {"ignore_index": -1}, SCHEDULES, ["ignore_index", "-100", "-1"]),
         ({}, {"schedule": "overlap"}, ["prefetch"], ["overlap", "prefetch"]),
         ({}, {"transport": "process_group"}, PACKED, ["transport", "auto", "process_group"]),
     ],
@@ -116,7 +117,7 @@ def two_illegal_batches(group: dist.ProcessGroup) -> str:
     good = Microbatch.of(group)
     batch = good.shards()
     if group.rank() == 0:
-        batch = {name: t.double() for name, t in batch.items()}
+        batch = {name: t.short() for name, t in batch.items()}
     elif group.rank() == 1:
         batch = {name: t[..., 1:] for name, t in batch.items()}
     return error_of(make_roller("prefetch", group, 1).start, batch, good.layout)
@@ -124,7 +125,7 @@ def two_illegal_batches(group: dist.ProcessGroup) -> str:
 
 def test_every_ranks_own_error_reaches_all(ranks: RankPool):
     for error in ranks.run(two_illegal_batches, 3):
-        assert_names(error, "rank 0", "float64", "rank 1", "23", "24")
+        assert_names(error, "rank 0", "int16", "rank 1", "23", "24")
 
 
 def names_in_another_order(group: dist.ProcessGroup) -> list[str]:
@@ -156,9 +157,9 @@ def batches_of_other_sizes(group: dist.ProcessGroup) -> list[str]:
         for rows in (2, 1, 3, 2):
             good = Microbatch.of(group, rows=rows)
             wrong += good.wrong(good.start(roller))
-            illegal = {name: t.double() for name, t in good.shards(schedule).items()}
+            illegal = {name: t.short() for name, t in good.shards(schedule).items()}
             if "ValueError" not in error_of(roller.start, illegal, good.layout):
-                wrong.append(f"{schedule} takes float64")
+                wrong.append(f"{schedule} takes int16")
         roller.close()
     return wrong
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from overlap_mtp import Roller, Rolls, SequenceLayout, prepare, roll_reference
 
 from rank_pool import device_of
-from strategies import same_bits
+from strategies import FILLS, same_bits
 
 Batch = dict[str, torch.Tensor]
 EXCHANGING = ("sync", "merged", "overlap", "prefetch")
@@ -40,7 +40,7 @@ def differences(rolled: list[Batch], full: Batch, layout: SequenceLayout, rank: 
     for depth, tensors in enumerate(rolled, start=1):
         assert sorted(tensors) == sorted(full)
         for name, tensor in full.items():
-            expected = roll_reference(tensor, layout, depth, fill=int(name == "padding_mask"))
+            expected = roll_reference(tensor, layout, depth, fill=FILLS.get(name, 0))
             if not same_bits(tensors[name].cpu(), layout.shard(expected, rank)):
                 wrong.append(f"{name} at depth {depth}")
     return wrong
@@ -115,8 +115,13 @@ def double(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 # Batches that no rank can start, made from good ones, and what the error says.
 ILLEGAL: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
-    "float64": (lambda b: replace_labels(b, torch.Tensor.double), ["labels", "float64", "int64", "bfloat16"]),
-    "float16": (lambda b: replace_labels(b, torch.Tensor.half), ["labels", "float16", "float32"]),
+    "int16": (lambda b: replace_labels(b, torch.Tensor.short), ["labels", "int16", "convert it to int64"]),
+    "float8": (lambda b: replace_labels(b, lambda t: t.to(torch.float8_e5m2)), ["convert it to float32"]),
+    "complex64": (lambda b: replace_labels(b, lambda t: t + 1j), ["labels", "complex64", "imaginary part"]),
+    "labels that cannot be -100": (
+        lambda b: replace_labels(b, torch.Tensor.byte),
+        ["labels", "uint8", "-100", "int64", "ignore_index"],
+    ),
     "one tensor too long": (lambda b: replace_labels(b, lambda t: double(t, -1)), ["labels", "24", "48"]),
     "one tensor of more rows": (lambda b: replace_labels(b, lambda t: double(t, 0)), ["labels", "2", "4"]),
     "all tensors too long": (lambda b: {name: double(t, -1) for name, t in b.items()}, ["24", "48"]),

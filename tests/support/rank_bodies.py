@@ -71,7 +71,9 @@ def roll_tensor_differs(group: dist.ProcessGroup, dims: int, shifts: int) -> lis
         rolled = rolled.T if dims == 0 else rolled
         if not same_bits(rolled.cpu(), expected):
             wrong.append(f"{dtype}")
-        sums = torch.float32 if dtype.is_floating_point else torch.int64
+        sums = torch.int64
+        if dtype.is_floating_point:
+            sums = torch.float64 if dtype == torch.float64 else torch.float32
         same_sum = torch.equal(total.cpu(), rolled.cpu().sum(dtype=sums)) or bool(total.isnan())
         if total.dtype != sums or not same_sum:
             wrong.append(f"sum of {dtype}: {total}")

@@ -7,13 +7,23 @@ from hypothesis import strategies as st
 
 from overlap_mtp.layout import SequenceLayout, length_unit, pad_documents
 
-DTYPES = (torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16)
+DTYPES = (
+    *(torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16),
+    *(torch.uint8, torch.int8, torch.float16, torch.float64),
+)
 NAMES = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
-ALL_DTYPES = dict(zip(NAMES, DTYPES, strict=True))
+# Each width with a fill that is not 0.
+ALL_DTYPES = dict(
+    zip(NAMES, (torch.int32, torch.uint8, torch.int64, torch.float64, torch.bfloat16), strict=True)
+)
+NO_LABELS = (torch.bool, torch.uint8)  # they cannot hold -100
+FILLS = {"labels": -100, "padding_mask": 1}
 CP_SIZES = (1, 2, 3, 4, 8)
 KINDS = ("zigzag", "contiguous")
 
-dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES), min_size=1)
+dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES), min_size=1).filter(
+    lambda dtypes: dtypes.get("labels") not in NO_LABELS
+)
 
 
 @st.composite
@@ -37,9 +47,9 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
     """Every bit pattern of `dtype`, so that a copy that is not exact shows."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
-    bits = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(dtype, dtype)
-    low, high = -(2 ** (8 * bits.itemsize - 1)), 2 ** (8 * bits.itemsize - 1) - 1
-    return torch.randint(low, high, shape, dtype=bits, generator=generator).view(dtype)
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(signed)
+    return torch.randint(info.min, info.max, shape, dtype=signed, generator=generator).view(dtype)
 
 
 def random_batch(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_tensor
+from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.schedules.timed import TimedRoller
 
 from cases import ILLEGAL, NUM_DEPTHS, Microbatch, assert_names, error_of, full_batch, packed
-from strategies import KINDS
+from strategies import KINDS, same_bits
 
 
 def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
@@ -31,7 +31,7 @@ def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
         spec(layout=SequenceLayout.packed(bounds, 1, "contiguous")),
         *(spec(layout=SequenceLayout.dense(length, 1)) for length in (24, 32)),
         *(spec(**{name: "other"}) for name in ("schedule", "transport")),
-        *(spec(**{name: 9}) for name in ("num_depths", "max_documents")),
+        *(spec(**{name: 9}) for name in ("num_depths", "max_documents", "ignore_index")),
     ]
     assert len({spec(), *others}) == 1 + len(others)
 
@@ -48,6 +48,11 @@ def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
         ),
         (lambda: prepare(full_batch(packed(1)), packed(1), 0), ["num_depths", "1", "0"]),
         (lambda: prepare(full_batch(packed(1)), packed(1), -1), ["num_depths", "1", "-1"]),
+        (
+            lambda: prepare({"labels": torch.ones(4).byte()}, SequenceLayout.dense(4, 1), 1),
+            ["labels", "uint8", "-100", "int64"],
+        ),
+        (lambda: make_roller("prefetch", None, 2, ignore_index=2**63), ["ignore_index", str(2**63)]),
         (lambda: roll_tensor(torch.arange(4), shifts=0), ["shifts", "0"]),
         (lambda: roll_tensor(torch.arange(4), shifts=1), ["shifts", "1"]),
     ],
@@ -117,3 +122,38 @@ def test_an_exchange_is_waited_for_once():
     rolls = one.start(roller)
     assert one.wrong(rolls) == []
     assert error_of(rolls._exchanges[0].wait).startswith("RuntimeError: exchange 0 was already waited for")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("ignore_index", "dtypes"),
+    [
+        (-100, (torch.int64, torch.int32, torch.int8, torch.bfloat16, torch.float16, torch.float64)),
+        (-1, (torch.int64, torch.int8)),
+        (0, (torch.uint8, torch.bool)),
+        (255, (torch.uint8, torch.int32)),
+        (-(2**40), (torch.int64, torch.float64)),
+    ],
+)
+def test_rolled_labels_hold_the_ignore_index_past_the_end(schedule, ignore_index, dtypes):
+    layout = SequenceLayout.packed([0, 4, 10], 1, valid_lengths=[3, 6])
+    for dtype in dtypes:
+        full = {"labels": torch.arange(1, 11).to(dtype), "tokens": torch.arange(1, 11)}
+        batch = prepare(full, layout, 2, ignore_index) if schedule == "prepared" else full
+        rolls = make_roller(schedule, None, 2, ignore_index=ignore_index).start(batch, layout)
+        for depth in (1, 2):
+            rolled, expected = rolls.at(depth), roll_reference(full["labels"], layout, depth, ignore_index)
+            assert same_bits(rolled["labels"], expected)
+            assert (rolled["labels"][~torch.from_numpy(layout.valid(0, depth))] == ignore_index).all()
+            assert same_bits(rolled["tokens"], roll_reference(full["tokens"], layout, depth))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("ignore_index", "dtype"), [(-1, torch.uint8), (2, torch.bool), (-129, torch.int8), (2**40, torch.int32)]
+)
+def test_labels_must_be_able_to_hold_the_ignore_index(schedule, ignore_index, dtype):
+    roller = make_roller(schedule, None, 2, ignore_index=ignore_index)
+    batch = {"labels": torch.ones(2, packed(1).local_len).to(dtype)}
+    for _ in range(2):
+        assert_names(error_of(roller.start, batch, packed(1)), "labels", str(dtype)[6:], str(ignore_index))
