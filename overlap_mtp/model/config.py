@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from overlap_mtp.tensors import IGNORE_INDEX
+
 SIZES = ("hidden_size", "num_layers", "num_depths", "num_heads", "num_kv_heads", "ffn_size", "vocab_size")
 
 
@@ -29,6 +31,7 @@ class ModelConfig:
     repeat_mtp_layer: bool = False  # all depths share one MTP layer
     detach_mtp: bool = False  # the MTP losses train the MTP block only
     derive_labels: bool = False  # labels are the next ids: the batch brings none
+    ignore_index: int = IGNORE_INDEX  # the label that does not count
     num_experts: int = 0  # in each feed-forward layer; 0 means one SwiGLU and no router
     experts_per_token: int = 2
     aux_loss_factor: float = 0.01  # of the load-balancing loss, which is a mean over layers
@@ -52,6 +55,10 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        if self.derive_labels and self.ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index must be < 0 if labels are derived (an id must not be one), got {self.ignore_index}"
+            )
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be >= 0, got {self.num_experts}")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class LayerInputs:
 
     rope: Rope
     plan: AttentionPlan
-    valid: torch.Tensor | None = None  # bool [L], for experts: the tokens that enter their statistics
+    valid: torch.Tensor | None = None  # bool [L], for experts: the tokens that enter the layer's statistics
 
 
 class GPT(nn.Module):
@@ -113,6 +114,7 @@ class GPT(nn.Module):
             repeat_layer=config.repeat_mtp_layer,
             detach=config.detach_mtp,
             derive_labels=config.derive_labels,
+            ignore_index=config.ignore_index,
         )
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ready: torch.cuda.Event | None = None
@@ -165,25 +167,27 @@ class GPT(nn.Module):
             angles = rope(position_ids, self.config, hidden.dtype)
             make_plan = attention_plan if layout.is_packed else self._dense_plan
             plan = make_plan(layout, self.cp_rank, ids.shape[0], hidden.device, hidden.dtype)
-            inputs = LayerInputs(angles, plan, self._routed(layout, ids))
+            inputs = [LayerInputs(angles, plan, valid) for valid in self._routed(layout, ids)]
             for number, layer in enumerate(self.layers):
                 # A compiled layer is one graph: no event can be recorded inside it.
                 events = (ready,) if number == 0 and ready and not self._is_compiled else ()
-                hidden, layer_stats = layer(hidden, inputs, *events)
+                hidden, layer_stats = layer(hidden, inputs[0], *events)
                 stats.append(layer_stats)
                 if number == 0:
-                    rolls = (roller or self.mtp).start(batch, layout, ready)
+                    rolls = self.mtp.start(batch, layout, ready, roller)
         tokens = dict(batch)
         if self.config.derive_labels:
-            tokens["labels"] = rolls.at(1)["input_ids"]
+            tokens |= rolls.at(0)
         sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, acceptance)]
-        for p in self.mtp(hidden, rolls, self.embedding, inputs):
+        for p in self.mtp(hidden, rolls, self.embedding, by_depth=inputs[1:]):
             sums.append(self._loss_sum(p.hidden, p.tokens, layout, p.depth, acceptance))
             stats.append(p.extra)
         if self.config.num_experts:
             groups = [group for group in (self.tp_group, self.cp_group) if group is not None]
-            num_tokens = ids.shape[0] * int(layout.valid_lengths.sum())
-            sums.append(balance_loss([one for one in stats if one], num_tokens, self.config, groups))
+            lengths = layout.valid_lengths
+            depths = [0] * len(self.layers) + list(range(1, self.config.num_depths + 1))
+            routed = [ids.shape[0] * int((lengths - depth).clip(0).sum()) for depth in depths]
+            sums.append(balance_loss([one for one in stats if one], routed, self.config, groups))
         return backward.begins(torch.stack(sums))
 
     def recompute_layers(self, wanted: bool = True) -> None:
@@ -216,7 +220,9 @@ class GPT(nn.Module):
         `batch` and `layout` are those of `forward`. See `overlap_mtp.model.loss.count_tokens`.
         """
         config = self.config
-        counts = count_tokens(batch, layout, self.cp_rank, config.num_depths, config.derive_labels)
+        counts = count_tokens(
+            batch, layout, self.cp_rank, config.num_depths, config.derive_labels, config.ignore_index
+        )
         if config.num_experts:
             valid = batch["input_ids"].shape[0] * int(layout.valid(self.cp_rank).sum())
             counts = torch.cat([counts, counts.new_tensor([valid])])
@@ -230,23 +236,29 @@ class GPT(nn.Module):
         depth: int,
         acceptance: DraftAcceptance | None,
     ) -> torch.Tensor:
-        labels, derived = tokens["labels"], self.config.derive_labels
+        labels, derived, ignored = tokens["labels"], self.config.derive_labels, self.config.ignore_index
         with span("loss", depth=depth):
-            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, derived)
+            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, derived, ignored)
             weight: torch.Tensor = self.head.weight
             if depth and self.config.detach_mtp:
                 weight = weight.detach()
             logits = functional_call(self.head, {"weight": weight}, (hidden,))
             if acceptance is not None:
-                acceptance.right.append(accepted_sum(logits.detach(), labels, mask))
-            return masked_loss_sum(logits, labels, mask)
+                acceptance.right.append(accepted_sum(logits.detach(), labels, mask, ignored))
+            return masked_loss_sum(logits, labels, mask, ignored)
 
-    def _routed(self, layout: SequenceLayout, ids: torch.Tensor) -> torch.Tensor | None:
-        """Return which of the tokens that this rank routes belong to a document: bool [L], or a tp rank's part."""
+    def _routed(self, layout: SequenceLayout, ids: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return for the trunk and for each depth which tokens enter the experts' statistics.
+
+        At depth k these are the tokens whose document holds a token k further on. Bool [L] each, or a tp rank's part.
+        """
+        depths = range(1 + self.config.num_depths)
         if not self.config.num_experts:
-            return None
-        valid = upload(layout.valid(self.cp_rank), ids.device)
-        return valid if self.tp_group is None else valid.chunk(self.tp_group.size())[self.tp_group.rank()]
+            return [None for _ in depths]
+        valid = upload(np.stack([layout.valid(self.cp_rank, depth) for depth in depths]), ids.device)
+        if self.tp_group is not None:
+            valid = valid.chunk(self.tp_group.size(), -1)[self.tp_group.rank()]
+        return list(valid)
 
 
 def _initialise(module: nn.Module) -> None:

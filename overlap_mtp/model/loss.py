@@ -7,13 +7,14 @@ if ranks hold different numbers of valid tokens, and a rank without valid tokens
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Shard
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.tensors import sum_dtype, upload
+from overlap_mtp.tensors import IGNORE_INDEX, sum_dtype, upload
 
 
 def token_mask(
@@ -23,47 +24,117 @@ def token_mask(
     depth: int,
     like: torch.Tensor,
     derive_labels: bool = False,
+    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Return the weight of each token's loss at one depth.
+
+    A token has no weight if its label lies outside of its document or is `ignore_index`.
 
     Args:
         mask: the batch's loss mask, already rolled by `depth`, [B, L]; None gives every valid token weight 1.
         layout: the layout of the batch.
         cp_rank: this rank in the cp group.
         depth: 0 for the LM loss, k for MTP depth k.
-        like: any tensor on the device of the result.
+        like: the labels, rolled by `depth`, [B, L].
         derive_labels: a token's label is the id after it. The last token of a document then has no label.
+        ignore_index: the label that does not count.
 
     Returns:
-        A tensor that broadcasts to [B, L]. It is 0 for tokens whose label lies outside their document.
+        [B, L]; of the mask's dtype, or bool if there is none.
     """
+    ignored = like == ignore_index
     padded = bool((layout.valid_ends < layout.cu_seqlens[1:]).any())
-    if mask is not None and not derive_labels and (depth > 0 or not padded):
-        return mask
-    valid = upload(layout.valid(cp_rank, depth + derive_labels), like.device)
-    return valid if mask is None else mask * valid
+    if mask is None or derive_labels or (depth == 0 and padded):
+        ignored = ignored | ~upload(layout.valid(cp_rank, depth + derive_labels), like.device)
+    return ~ignored if mask is None else mask.masked_fill(ignored, 0)
 
 
-def masked_loss_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_loss_sum(
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
     """Return the sum of the tokens' cross entropies, each times its mask.
 
-    Only the mask decides which tokens count. A label of -100 adds nothing to the sum, but its token is still counted
-    unless its mask is 0.
+    A token counts unless its mask is 0 or its label is `ignore_index`. Logits and labels of tokens that do not count
+    have no influence, whatever they are, and get no gradient. (A gradient of 0 times hidden states that are not finite
+    is NaN in the gradient of the head's weight: if hidden states may be so, zero them before the head.)
 
     Args:
         logits: [B, L, vocab]. If tensor-parallel ranks share the vocabulary, a DTensor; run forward and backward
             inside `loss_parallel()` then.
         labels: integers [B, L].
         mask: weights that broadcast to [B, L].
+        ignore_index: the label that does not count.
 
     Returns:
         A scalar in fp32 or better; for a DTensor, the whole sum on each rank.
+
+    Raises:
+        ValueError: if a label that counts is outside of the vocabulary. On CUDA the host does not wait for the labels:
+            an assertion on the device fails, and the next call that waits for the device raises RuntimeError.
     """
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(precise.flatten(0, 1), labels.flatten().long(), reduction="none")
+    target = labels.long().masked_fill(mask == 0, ignore_index)
+    counts = target != ignore_index
+    _check_labels(target, counts, logits)
+    if isinstance(logits, DTensor):
+        rows: torch.Tensor = DTensor.from_local(
+            _rows_that_count(logits.to_local(), counts),
+            logits.device_mesh,
+            logits.placements,
+            run_check=False,
+            shape=logits.shape,
+            stride=logits.stride(),
+        )
+    else:
+        rows = _rows_that_count(logits, counts)
+    losses = F.cross_entropy(
+        rows.flatten(0, 1), target.flatten(), reduction="none", ignore_index=ignore_index
+    )
     if isinstance(losses, DTensor):
         losses = losses.to_local()
-    return torch.where(mask != 0, losses.view_as(labels) * mask, 0).sum()
+    return (losses.view_as(labels) * mask.masked_fill(~counts, 0)).sum()
+
+
+def _rows_that_count(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Convert logits to fp32 or better, with finite values in the rows that do not count."""
+    rows: torch.Tensor = _RowsThatCount.apply(logits, counts)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _RowsThatCount(torch.autograd.Function):
+    """One pass over the logits: a conversion and a masked_fill would take two more.
+
+    The gradient needs no mask: cross entropy gives 0 for an ignored label if the logits are finite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = logits.dtype
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        # fmin(x, nan) is x, so that rows that count keep their bits. fmin(x, 0) is -inf at least and no NaN.
+        limit = torch.zeros_like(counts, dtype=precise).masked_fill_(counts, torch.nan)
+        rows = torch.fmin(logits, limit[..., None])
+        rows[..., 0].masked_fill_(~counts, 0)  # if all others are -inf, the softmax is still finite
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+def _check_labels(target: torch.Tensor, counts: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise ValueError if a label that counts is outside of the vocabulary. On CUDA, assert it on the device."""
+    vocab_size = logits.shape[-1]
+    if target.is_cuda and not isinstance(logits, DTensor):
+        return  # cross_entropy asserts it
+    wrong = counts & ((target < 0) | (target >= vocab_size))
+    if target.is_cuda:
+        # There is no public assertion that does not wait for the device.
+        torch._assert_async(~wrong.any(), f"a label is outside of the vocabulary [0, {vocab_size})")
+    elif wrong.any():
+        raise ValueError(
+            f"label {int(target[wrong][0])} counts and is outside of the vocabulary [0, {vocab_size}): correct it, "
+            "set its mask to 0, or set it to the ignore_index"
+        )
 
 
 class DraftAcceptance:
@@ -77,8 +148,12 @@ class DraftAcceptance:
 
 
 @torch.no_grad()
-def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def accepted_sum(
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
     """Return the sum of the mask over tokens whose most likely next token is the label.
+
+    Labels that are `ignore_index` do not count.
 
     If tensor-parallel ranks share the vocabulary, each rank sends only its best logit of every token and that
     logit's index.
@@ -87,6 +162,7 @@ def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor)
         logits: [B, L, vocab], a DTensor if the vocabulary is shared.
         labels: integers [B, L].
         mask: weights that broadcast to [B, L].
+        ignore_index: the label that does not count.
 
     Returns:
         A scalar of dtype `sum_dtype(mask.dtype)`.
@@ -94,7 +170,7 @@ def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor)
     if isinstance(logits, DTensor):
         mesh = logits.device_mesh
         best, index = logits.to_local().max(-1)
-        index = index + mesh.get_local_rank() * (logits.shape[-1] // mesh.size())
+        index = index + mesh.get_local_rank() * -(-logits.shape[-1] // mesh.size())  # as DTensor cuts it
         both = torch.stack([best.double(), index.double()])
         shards = DTensor.from_local(both[None], mesh, [Shard(0)], run_check=False)
         gathered = shards.full_tensor()  # [tp, 2, B, L]
@@ -102,7 +178,8 @@ def accepted_sum(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor)
         drafted = gathered[:, 1].gather(0, winner)[0].long()
     else:
         drafted = logits.argmax(-1)
-    return torch.where(drafted == labels, mask, 0).to(sum_dtype(mask.dtype)).expand_as(labels).sum()
+    right = (drafted == labels) & (labels != ignore_index)
+    return torch.where(right, mask, 0).to(sum_dtype(mask.dtype)).expand_as(labels).sum()
 
 
 def count_tokens(
@@ -111,19 +188,22 @@ def count_tokens(
     cp_rank: int,
     num_depths: int,
     derive_labels: bool = False,
+    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Return this rank's part of the counts that divide the loss sums. Needs no roll and no communication.
 
     Entry k is the sum of the mask over this rank's valid tokens that have at least k tokens before them in their
-    document. Added up over all ranks, it equals the sum of the mask rolled by k. Before `combine`, add it up over the
+    document and a label that is not `ignore_index`: such a label is the label of the token k before it at depth k.
+    Added up over all ranks, entry k equals the sum of `token_mask` at depth k. Before `combine`, add it up over the
     cp and dp ranks and over the microbatches of a step.
 
     Args:
-        batch: `input_ids` and optionally `loss_mask`, [B, L] each.
+        batch: `input_ids` and optionally `labels` and `loss_mask`, [B, L] each.
         layout: the layout of the batch.
         cp_rank: this rank in the cp group.
         num_depths: the number of MTP depths.
         derive_labels: labels are the next ids. The last token of a document then does not count.
+        ignore_index: the label that does not count.
 
     Returns:
         [1 + num_depths]; int64, or fp32 or better if the mask is a float tensor.
@@ -134,6 +214,8 @@ def count_tokens(
         mask = torch.ones_like(ids)
     valid = upload(layout.valid(cp_rank, int(derive_labels)), ids.device)
     offsets = upload(layout.offsets(cp_rank), ids.device)
+    if "labels" in batch and not derive_labels:
+        valid = valid & (batch["labels"] != ignore_index)
     kept = torch.where(valid, mask.to(sum_dtype(mask.dtype)), 0)
     return torch.stack([torch.where(offsets >= k, kept, 0).sum() for k in range(num_depths + 1)])
 

@@ -107,16 +107,19 @@ def _local(tensor: torch.Tensor, gradient: Placement | None = None) -> torch.Ten
 
 
 def balance_loss(
-    stats: list[RouterStats], num_tokens: int, config: ModelConfig, groups: list[dist.ProcessGroup]
+    stats: list[RouterStats], num_tokens: list[int], config: ModelConfig, groups: list[dist.ProcessGroup]
 ) -> torch.Tensor:
     """Return this cp rank's term of T times the load-balancing loss (mean over layers). Divide it by token counts.
+
+    T is the number of tokens that the first layer routed. The layer of an MTP depth routes fewer, and its own loss is
+    a mean over these.
 
     Adds the counts up over `groups` with one all-reduce each for all layers together. Recomputed layers therefore
     send nothing again.
 
     Args:
         stats: the statistics of each layer.
-        num_tokens: T, the valid tokens of the whole microbatch.
+        num_tokens: for each layer, the tokens of the whole microbatch that enter its statistics.
         config: the model's sizes.
         groups: the tp and cp groups.
 
@@ -127,5 +130,9 @@ def balance_loss(
     for group in groups:
         dist.all_reduce(counts, group=group)
     probabilities = torch.stack([one.probabilities for one in stats])
-    scale = config.num_experts / (config.experts_per_token * max(num_tokens, 1) * len(stats))
-    return (counts * probabilities).sum() * scale
+    scale = num_tokens[0] * config.num_experts / (config.experts_per_token * len(stats))
+    losses = [
+        (count * probability).sum() * (scale / max(tokens, 1) ** 2)
+        for count, probability, tokens in zip(counts, probabilities, num_tokens, strict=True)
+    ]
+    return torch.stack(losses).sum()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules import Roller, Rolls, make_roller
+from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.tensors import IGNORE_INDEX, upload
 from overlap_mtp.tracing import span
 
 
@@ -65,9 +68,11 @@ class MultiTokenPrediction(nn.Module):
         detach: let the losses of the depths train this block only, not the trunk and the embedding.
         derive_labels: take labels from the ids that follow. The batch then has no labels, and ids are rolled one
             depth further in the same message.
+        ignore_index: as in `make_roller`. Derived labels hold it past the end of a document, too.
 
     Raises:
-        ValueError: if `make_roller` refuses the schedule, the transport or a size.
+        ValueError: if `make_roller` refuses the schedule, the transport or a size, or if labels are derived and
+            `ignore_index` could be an id.
     """
 
     def __init__(
@@ -84,11 +89,15 @@ class MultiTokenPrediction(nn.Module):
         repeat_layer: bool = False,
         detach: bool = False,
         derive_labels: bool = False,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__()
+        if derive_labels and ignore_index >= 0:
+            raise ValueError(f"ignore_index must be < 0 if labels are derived, got {ignore_index}")
         self.num_depths, self.detach, self.derive_labels = num_depths, detach, derive_labels
+        self.cp_rank = 0 if cp_group is None else cp_group.rank()
         self.roller: Roller = make_roller(
-            schedule, cp_group, num_depths + derive_labels, transport, max_documents
+            schedule, cp_group, num_depths + derive_labels, transport, max_documents, ignore_index
         )
         self.depths = nn.ModuleList(
             MTPDepth(hidden_size, make_layer(depth), norm_eps)
@@ -96,7 +105,11 @@ class MultiTokenPrediction(nn.Module):
         )
 
     def start(
-        self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout, ready: torch.cuda.Event | None = None
+        self,
+        batch: Mapping[str, torch.Tensor],
+        layout: SequenceLayout,
+        ready: torch.cuda.Event | None = None,
+        roller: Roller | TimedRoller | None = None,
     ) -> Rolls:
         """Start the exchange of this rank's batch.
 
@@ -107,14 +120,18 @@ class MultiTokenPrediction(nn.Module):
             batch: this rank's tensors by name, [B, L] each.
             layout: the layout of the batch.
             ready: as in `Roller.start`.
+            roller: starts the exchange; by default the block's own roller.
 
         Returns:
-            The rolls, for `forward`.
+            The rolls, for `forward`. If labels are derived, they hold the labels of each depth, from 0 on.
 
         Raises:
             ValueError: as `Roller.start` does.
         """
-        return self.roller.start(batch, layout, ready)
+        rolls = (roller or self.roller).start(batch, layout, ready)
+        if not self.derive_labels:
+            return rolls
+        return LabelledRolls(rolls, layout, self.cp_rank, self.num_depths, self.roller.ignore_index)
 
     def forward(
         self,
@@ -122,6 +139,7 @@ class MultiTokenPrediction(nn.Module):
         rolls: Rolls,
         embed: Callable[[torch.Tensor], torch.Tensor],
         *layer_arguments: Any,
+        by_depth: Sequence[Any] | None = None,
     ) -> list[Prediction]:
         """Run all depths.
 
@@ -130,6 +148,7 @@ class MultiTokenPrediction(nn.Module):
             rolls: what `start` returned.
             embed: maps ids [B, L] to embeddings [B, L, hidden].
             *layer_arguments: passed to each layer.
+            by_depth: one more argument for the layer of each depth, passed last: [D].
 
         Returns:
             The predictions of depths 1 .. D.
@@ -141,14 +160,43 @@ class MultiTokenPrediction(nn.Module):
             block = self.depths[min(depth, len(self.depths)) - 1]
             with span("depth", depth, depth=depth):
                 tokens = rolls.at(depth)
-                if self.derive_labels:
-                    tokens["labels"] = rolls.at(depth + 1)["input_ids"]
                 embedded = embed(tokens["input_ids"])
                 if self.detach:
                     embedded = embedded.detach()
-                hidden, normed, extra = block(hidden, embedded, *layer_arguments)
+                own = () if by_depth is None else (by_depth[depth - 1],)
+                hidden, normed, extra = block(hidden, embedded, *layer_arguments, *own)
             predictions.append(Prediction(depth, normed, tokens, extra))
         return predictions
+
+
+class LabelledRolls(Rolls):
+    """Rolls of a batch without labels, and the labels of each depth: the ids that follow."""
+
+    def __init__(
+        self, rolls: Rolls, layout: SequenceLayout, cp_rank: int, num_depths: int, ignore_index: int
+    ) -> None:
+        self._rolls, self._layout, self._cp_rank = rolls, layout, cp_rank
+        self._num_depths, self._ignore_index = num_depths, ignore_index
+        self._missing: torch.Tensor | None = None  # bool [1 + num_depths, L], on the ids' device
+
+    def at(self, depth: int) -> dict[str, torch.Tensor]:
+        """As Rolls.at, with `labels`. Depth 0 holds the labels alone."""
+        tokens = self._rolls.at(depth) if depth else {}
+        ids = self._rolls.at(depth + 1)["input_ids"].long()
+        if self._missing is None:
+            self._missing = self._find_missing(ids.device)
+        tokens["labels"] = ids.masked_fill(self._missing[depth], self._ignore_index)
+        return tokens
+
+    def set_replay_layout(self, layout: SequenceLayout) -> None:
+        self._rolls.set_replay_layout(layout)
+        self._layout = layout
+        if self._missing is not None:
+            self._missing.copy_(self._find_missing(self._missing.device))
+
+    def _find_missing(self, device: torch.device) -> torch.Tensor:
+        depths = range(1, self._num_depths + 2)
+        return upload(~np.stack([self._layout.valid(self._cp_rank, depth) for depth in depths]), device)
 
 
 class MTPDepth(Recomputed):

@@ -9,7 +9,8 @@ import torch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT
 
-# By layer: for each document the router's probabilities [length, E] and the chosen experts [length, k].
+# By layer: for each document the router's probabilities [tokens, E] and the chosen experts [tokens, k]. Tokens of a
+# depth that lie past the end of the document are left out.
 Routed = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -44,10 +45,11 @@ def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: Sequen
                 if length <= k + ahead:
                     continue
                 head = weights["head.weight"].detach() if k and config.detach_mtp else weights["head.weight"]
-                logits = hidden[: length - k - ahead] @ head.T
-                log_p = logits.log_softmax(-1).gather(-1, labels[k + ahead :, None])[:, 0]
-                weight = mask[k : length - ahead].to(log_p.dtype)
-                sums[k] = sums[k] - (log_p * weight).sum()
+                target, weight = labels[k + ahead :], mask[k : length - ahead]
+                kept = (weight != 0) & (target != config.ignore_index)
+                log_p = (hidden[: length - k - ahead][kept] @ head.T).log_softmax(-1)
+                weight = weight[kept].to(log_p.dtype)
+                sums[k] = sums[k] - (log_p.gather(-1, target[kept, None])[:, 0] * weight).sum()
                 counts[k] += float(weight.sum())
     means = [total / (count or 1.0) for total, count in zip(sums, counts, strict=True)]
     loss = means[0] + config.mtp_loss_factor / config.num_depths * torch.stack(means[1:]).sum()
@@ -57,11 +59,13 @@ def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: Sequen
 
 
 def _balance(tokens: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Return Switch Transformer's load-balancing loss of one layer, over all tokens that it routed."""
+    """Return Switch Transformer's load-balancing loss of one layer, over all tokens in its statistics."""
     probabilities = torch.cat([one for one, _ in tokens])
     chosen = torch.cat([one for _, one in tokens])
     num_experts = probabilities.shape[1]
     loss = probabilities.new_zeros(())
+    if not len(probabilities):
+        return loss
     for expert in range(num_experts):
         loss = loss + (chosen == expert).double().mean() * probabilities[:, expert].mean()
     return num_experts * loss
@@ -78,7 +82,7 @@ def _hidden_by_depth(
     embedding, positions = weights["embedding.weight"], document["position_ids"]
     hidden = embedding[ids]
     for layer in range(config.num_layers):
-        hidden = _decoder_layer(model, weights, f"layers.{layer}.", hidden, positions, (routed, layer))
+        hidden = _decoder_layer(model, weights, f"layers.{layer}.", hidden, positions, (routed, layer, 0))
     states = [_rms_norm(hidden, weights["norm.weight"], config.norm_eps)]
     if config.detach_mtp:
         hidden, embedding = hidden.detach(), embedding.detach()
@@ -90,7 +94,7 @@ def _hidden_by_depth(
             _rms_norm(hidden, weights[name + "hnorm.weight"], config.norm_eps),
         ]
         hidden = torch.cat(both, -1) @ weights[name + "eh_proj.weight"].T
-        at = (routed, config.num_layers + depth)
+        at = (routed, config.num_layers + depth, depth + 1)
         hidden = _decoder_layer(model, weights, name + "layer.", hidden, positions, at)
         states.append(_rms_norm(hidden, weights[name + "norm.weight"], config.norm_eps))
     return states
@@ -102,7 +106,7 @@ def _decoder_layer(
     name: str,
     x: torch.Tensor,
     position_ids: torch.Tensor,
-    at: tuple[Routed, int],
+    at: tuple[Routed, int, int],  # what to add to, which layer, and its depth
 ) -> torch.Tensor:
     config = model.config
     length, head_dim = x.shape[0], config.head_dim
@@ -126,8 +130,9 @@ def _decoder_layer(
         return x + _swiglu(normed, *parts)
     probabilities = (normed @ weights[name + "ffn.router"].T).softmax(-1)
     chosen = probabilities.argsort(-1, descending=True)[:, : config.experts_per_token]
-    routed, layer = at
-    routed.setdefault(layer, []).append((probabilities, chosen))
+    routed, layer, depth = at
+    there = max(length - depth, 0)  # the tokens of this depth
+    routed.setdefault(layer, []).append((probabilities[:there], chosen[:there]))
     rows = []
     for token in range(length):
         share = probabilities[token, chosen[token]]

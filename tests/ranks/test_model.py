@@ -147,6 +147,6 @@ def test_block_serves_a_model_that_is_not_ours():
     rolls = mtp.start({"input_ids": ids, "labels": ids}, SequenceLayout.dense(6, 1, "contiguous"))
     predictions = mtp(embedding(ids), rolls, embedding)
     assert [p.depth for p in predictions] == [1, 2, 3]
-    assert predictions[2].tokens["labels"].tolist() == [[4, 5, 6, 0, 0, 0]]
+    assert predictions[2].tokens["labels"].tolist() == [[4, 5, 6, -100, -100, -100]]
     head(predictions[2].hidden).sum().backward()
     assert all(p.grad is not None for p in mtp.depths[0].layer.parameters())
