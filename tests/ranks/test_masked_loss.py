@@ -21,6 +21,7 @@ MASK = torch.tensor([[1.0, 0.5, 0, 0], [1, 1, 0, 1]])
 def logits_of(vocab_size: int, bad: float | None) -> torch.Tensor:
     """Random logits; `bad` ones where nothing counts."""
     logits = torch.randn(2, 4, vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[1, 3, 7] = 9  # accepted: the best logit is in the last rank's part
     if bad is not None:
         logits[(MASK == 0) | (LABELS == -100)] = bad
     return logits
