@@ -22,6 +22,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from overlap_mtp.training.safe_reader import SafePlanner, SafeReader
+
 FORMAT = 1
 HINT = "; delete its folder to resume from the checkpoint before it"
 T = TypeVar("T")
@@ -112,12 +114,14 @@ class Checkpoints:
         """Load the checkpoint at `path`, by default the last one, and return its progress and its "step". Collective.
 
         Everything is read and checked before the run changes, except that gradients are dropped: the tensors are read
-        into their memory. Files may hold pickles (`.metadata` is one): load only what you trust.
+        into their memory. Files may be pickles (`.metadata` is one), but no code in them runs, and no file outside of
+        the checkpoint's folder is read.
 
         Raises:
             NoCheckpointError: there is none.
-            CheckpointError: a file is missing or is not as it was written, the format is unknown, or the checkpoint was
-                made with another identity, other parameters or groups, or another class of optimizer or scheduler.
+            CheckpointError: a file is missing or is not as it was written, names what no checkpoint needs, the format
+                is unknown, or the checkpoint was made with another identity, other parameters or groups, or another
+                class of optimizer or scheduler.
         """
         path = self._on_first("loading", lambda: path or self.latest())
         if path is None:
@@ -130,10 +134,10 @@ class Checkpoints:
             if found[name] != marks:
                 how = f"its [bytes, CRC-32] are {found[name] or 'missing'}, not {marks}"
                 raise CheckpointError(f"{what}: {name} is half-written or damaged ({how}){HINT}")
-        tensors, state = self._together(what, lambda: _make_room(path, model, optimizer))
+        reader, read = SafeReader(path, run["files"]), {"planner": SafePlanner(), "process_group": self.group}
+        tensors, state = self._together(what, lambda: _make_room(path, reader, model, optimizer))
         optimizer.zero_grad(set_to_none=True)
-        reader = dcp.FileSystemReader(path)
-        self._together(what, lambda: dcp.load(tensors, storage_reader=reader, process_group=self.group))
+        self._together(what, lambda: dcp.load(tensors, storage_reader=reader, **read))
         self._together(what, lambda: _adopt(tensors, state, model, optimizer))
         scheduler.load_state_dict(state["scheduler"])
         if run["layout"] == self._layout:
@@ -221,9 +225,11 @@ def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list
     return {"model": own, "optimizer": {flat[i]: values for i, values in packed["state"].items()}}, groups
 
 
-def _make_room(path: Path, model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _make_room(
+    path: Path, reader: SafeReader, model: Module, optimizer: Optimizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return tensors to read a checkpoint into, sharded as the model is, and the contents of its `state.pt`."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = reader.read_metadata()
     saved = [(*place, metadata.state_dict_metadata[key]) for key, place in metadata.planner_data.items()]
     tensors, groups = _state_of(model, optimizer)
     own = tensors["model"]
@@ -269,7 +275,13 @@ def _read_run(path: Path, identity: Json) -> dict[str, Any]:
         run: dict[str, Any] = record["run"]
         if record["crc32"] != zlib.crc32(json.dumps(run).encode()):
             raise ValueError("its CRC-32 is wrong")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not all(isinstance(run[part], dict) for part in ("files", "progress", "identity", "layout")):
+            raise ValueError("it does not describe a checkpoint")
+        if strange := [name for name in run["files"] if (path / name).resolve().parent != path.resolve()]:
+            raise ValueError(f"it names {strange[0]!r}, which is not a file of its folder")
+        if missing := {".metadata", "state.pt"} - {*run["files"]}:
+            raise ValueError(f"it does not list {missing.pop()}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"run.json is half-written or damaged ({_message(error)}){HINT}") from error
     _compare("settings", run["identity"], json.loads(json.dumps(identity)))
     return run
