@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -84,14 +85,16 @@ class Checkpoints:
             identity: JSON values that must be the same in the run that loads, for example the model's sizes.
 
         Raises:
-            CheckpointError: a file cannot be written, or there is a later step. Earlier checkpoints stay as they are.
+            CheckpointError: a weight is not finite, a file cannot be written, or there is a later step. Earlier
+                checkpoints stay as they are.
         """
         what = f"saving step {step} in {self.folder}"
         identity = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
         run = {"progress": {**progress, "step": step}, "identity": identity, "layout": self._layout}
+        tensors, groups = self._together(what, lambda: _state_of(model, optimizer))
+        self._together(what, lambda: _check_finite(model, tensors["model"]))
         final = self._on_first(what, lambda: self._begin(step, run))
         scratch = self.folder / f".{final.name}.tmp"
-        tensors, groups = self._together(what, lambda: _state_of(model, optimizer))
         on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
         state = {"groups": groups, "scheduler": scheduler.state_dict(), "random": self._gather(random)}
@@ -223,6 +226,17 @@ def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list
     packed = optimizer.state_dict()  # get_optimizer_state_dict would take a step if there is no state yet
     groups = [{**group, "params": [flat[i] for i in group["params"]]} for group in packed["param_groups"]]
     return {"model": own, "optimizer": {flat[i]: values for i, values in packed["state"].items()}}, groups
+
+
+def _check_finite(model: Module, tensors: Json) -> None:
+    """Raise CheckpointError if this rank's part of a parameter is not finite. A buffer may be infinite: a mask is."""
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in buffers and isinstance(part, torch.Tensor) and not part.isfinite().all():
+            raise CheckpointError(
+                f"{name} is not finite: go on from an earlier checkpoint, with a lower learning rate"
+            )
 
 
 def _make_room(

@@ -45,10 +45,10 @@ class TrainConfig:
                 f"warmup_steps must be in [0, steps = {self.steps}], got {self.warmup_steps}: warm up for less, or "
                 "train for longer"
             )
-        if not (self.learning_rate > 0 and self.clip_norm > 0):
-            raise ValueError(
-                f"learning_rate and clip_norm must be > 0, got {self.learning_rate} and {self.clip_norm}"
-            )
+        if not 0 < self.learning_rate <= 1:  # one AdamW step moves a weight by about the learning rate
+            raise ValueError(f"learning_rate must be in (0, 1], got {self.learning_rate}")
+        if not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
+            raise ValueError(f"clip_norm must be finite and > 0, got {self.clip_norm}")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
         if self.normalisation not in get_args(Normalisation):
@@ -208,8 +208,21 @@ class Trainer:
             batch, value = first_batch + number * len(totals) + dp_rank, float(totals[dp_rank, number, entry])
             raise NonFiniteLossError(
                 f"{where or 'this step'}: the {name} loss of batch {batch} (microbatch {number} of dp rank {dp_rank}) "
-                f"is {value}; the weights are those of the step before"
+                f"is {value}; {self._weights_now()}"
             )
+
+    def _weights_now(self) -> str:
+        """Say what an error leaves behind. Collective: all ranks raise it."""
+        bad = (
+            torch.stack([(~_part_of_rank(one).isfinite()).any() for one in self.model.parameters()])
+            .any()
+            .int()
+        )
+        for group in self.parallel.groups if self.parallel is not None else ():
+            dist.all_reduce(bad, group=group)
+        if bad:
+            return "an earlier step has left weights that are not finite: resume from a checkpoint before it"
+        return "the weights are those of the step before"
 
     def _clip(self, where: str) -> dict[str, float]:
         """Clip the gradients, those of a detached MTP block by themselves. Return their norms before."""
@@ -225,10 +238,10 @@ class Trainer:
             if not math.isfinite(norms[name]):
                 raise NonFiniteLossError(
                     f"{where or 'this step'}: the norm of the {name}'s gradients is {norms[name]} although the loss is "
-                    "finite; the weights are those of the step before"
+                    f"finite; {self._weights_now()}"
                 )
             # Each rank scales its own parts: `clip_grad_norm_` plans products of DTensors, half a second a mesh on CPU.
-            parts_of_rank = [one.to_local() if isinstance(one, DTensor) else one for one in gradients]
+            parts_of_rank = [_part_of_rank(one) for one in gradients]
             if parts_of_rank:
                 torch._foreach_mul_(parts_of_rank, (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norms
@@ -259,6 +272,10 @@ class Trainer:
             right=hits.sum((0, 1)).tolist(),
             counted=step_counts[: 1 + depths].tolist(),
         )
+
+
+def _part_of_rank(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_counts(

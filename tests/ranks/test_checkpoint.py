@@ -159,3 +159,20 @@ def test_state_of_a_compiled_model_loads_into_a_plain_one(tmp_path):
     plain.load(tmp_path)
     for found, expected in zip(plain.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def save_ruined(group, folder, value):
+    """Save a run whose last rank holds one weight that is not finite."""
+    run = Run((2, 2), group)
+    run.save(folder)
+    run.train()
+    if group.rank() == 3:
+        dict(run.model.named_parameters())["up.weight"].to_local().data[0, 0] = value
+    return run.error_of(lambda: run.save(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_never_saved(ranks, tmp_path, value):
+    errors = ranks.run(save_ruined, 4, tmp_path, value)
+    assert_all_say(errors, ["saving step 1", "up.weight is not finite: go on from an earlier checkpoint"])
+    assert kept(tmp_path) == ["step-00000000"]

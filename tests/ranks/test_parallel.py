@@ -195,8 +195,11 @@ def test_a_mask_weighs_in_bfloat16_what_it_is_counted_as(eight: RankPool):
         assert weighed == pytest.approx(one, rel=1e-6), name
 
 
-def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]:
-    """Return the error of a step whose batch 7 is bad on one cp rank, and whether the weights are those before."""
+def not_finite(world: dist.ProcessGroup, dims: ParallelDims, ruined: bool = False) -> tuple[str, bool]:
+    """Return the error of a step whose batch 7 is bad on one cp rank, and whether the weights are those before.
+
+    With `ruined`, one weight of one rank is not a number before that step.
+    """
     parallel = parity.mesh_of(dims, "cpu")
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
@@ -204,6 +207,8 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]
     layout, full = parity.layout_of("packed", dims.cp), parity.batch_of("packed", 4, CONFIG.vocab_size)
     full["loss_mask"][3, 100] = float("inf")
     mine = parity.share_out(full, layout, parallel, torch.device("cpu"))
+    if ruined and world.rank() == 5:
+        next(model.parameters()).to_local().data.view(-1)[0] = float("nan")
     before = [p.full_tensor() for p in model.parameters()]
     with pytest.raises(NonFiniteLossError) as raised:
         trainer.step(mine, where="step 2", first_batch=4)
@@ -215,4 +220,11 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims) -> tuple[str, bool]
 def test_a_loss_that_is_not_finite_is_named_on_all_ranks(eight: RankPool):
     for message, weights_are_unchanged in eight.run(not_finite, 8, DIMS):
         assert message.startswith("step 2: the LM loss of batch 7 (microbatch 1 of dp rank 1) is ")
+        assert message.endswith("the weights are those of the step before")
         assert weights_are_unchanged
+
+
+def test_the_error_of_a_ruined_model_does_not_vouch_for_its_weights(eight: RankPool):
+    for message, _ in eight.run(not_finite, 8, DIMS, True):
+        assert message.startswith("step 2: the ")
+        assert message.endswith("left weights that are not finite: resume from a checkpoint before it")

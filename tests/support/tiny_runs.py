@@ -125,10 +125,15 @@ class Run:
     def error_in(self, function) -> tuple[str, str]:
         """Return (class, message) of a load or save that must fail and change nothing."""
         before = self.state(), torch.get_rng_state().numpy()
-        with pytest.raises(CheckpointError) as caught:
-            function()
+        error = self.error_of(function)
         assert_same(self.state(), before[0])
         np.testing.assert_array_equal(torch.get_rng_state().numpy(), before[1])
+        return error
+
+    def error_of(self, function) -> tuple[str, str]:
+        """Return (class, message) of a load or save that must fail."""
+        with pytest.raises(CheckpointError) as caught:
+            function()
         return caught.typename, str(caught.value)
 
 

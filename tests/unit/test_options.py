@@ -226,6 +226,30 @@ def test_a_step_takes_as_many_microbatches_as_its_config_says():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"learning_rate": math.inf}, r"learning_rate must be in \(0, 1\], got inf"),
+        ({"learning_rate": 1e30}, r"learning_rate must be in \(0, 1\], got 1e\+30"),
+        ({"learning_rate": math.nan}, "learning_rate must be in"),
+        ({"learning_rate": 0.0}, "learning_rate must be in"),
+        ({"clip_norm": math.inf}, "clip_norm must be finite and > 0, got inf"),
+        ({"clip_norm": math.nan}, "clip_norm must be finite"),
+        ({"final_fraction": math.nan}, "final_fraction must be in"),
+    ],
+)
+def test_settings_that_would_ruin_a_run_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(steps=1, **change)
+
+
+def test_the_error_of_a_ruined_model_does_not_vouch_for_its_weights():
+    layout, model = LAYOUTS["dense"], model_of(SMALL)
+    model.head.weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteLossError, match="an earlier step has left weights that are not finite"):
+        train(model, [(batch_of(layout, SMALL), layout)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"num_experts": -1}, "num_experts must be >= 0"),
         ({"num_experts": 2, "experts_per_token": 3}, r"experts_per_token must be in \[1, num_experts = 2\]"),
         ({"num_experts": 2, "experts_per_token": 0}, "experts_per_token"),
