@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
+from harness.signals import INTERRUPTED, join, listen
 from overlap_mtp.training.rendezvous import PeerError, connect
 from overlap_mtp.training.watchdog import Watchdog, end_process
 
 
 def run_on_ranks(
-    function: Callable[..., None],
+    function: Callable[..., int | None],
     ranks: int | None,
     device: str | None,
     *arguments: Any,
@@ -34,7 +35,8 @@ def run_on_ranks(
     Args:
         ranks: how many to start if torchrun has not; by default one per GPU, or two on CPU.
         device: "cuda" or "cpu"; by default CUDA if there is a GPU.
-        deadline: if given, a Watchdog with this deadline is the last argument of `function`.
+        deadline: if given, a Watchdog with this deadline is the last argument of `function`. What it returns is then
+            this rank's exit status, if it is not 0.
         share_gpus: allow more ranks than GPUs, to check results. This is far too slow to time.
     """
     device = choose_device(device)
@@ -48,9 +50,8 @@ def run_on_ranks(
     context = spawn(  # type: ignore[no-untyped-call]
         _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
     )
-    # After a rank has died, the others have time to name it. Then those that are still there are killed.
-    while not context.join(grace_period=deadline.total_seconds() / 2 if deadline else None):
-        pass
+    # After a rank has died, the others have time to name it.
+    join(context, deadline.total_seconds() / 2 if deadline else None)
 
 
 def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
@@ -90,14 +91,17 @@ def _spawned(rank: int, environment: dict[str, str], *rest: Any) -> None:
     os.environ.update(environment, RANK=str(rank))
     # The kernel sends SIGINT if the launcher dies. A rank that was started in a shell's background would ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _run_rank(rank, *rest)
+    try:
+        _run_rank(rank, *rest)
+    except KeyboardInterrupt:  # torch would end this process with status 0
+        sys.exit(INTERRUPTED)
 
 
 def _run_rank(
     local_rank: int,
     device: str,
     deadline: timedelta | None,
-    function: Callable[..., None],
+    function: Callable[..., int | None],
     arguments: tuple[Any, ...],
 ) -> None:
     if device == "cuda":
@@ -117,33 +121,17 @@ def _run_rank(
     try:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
-            _print_status_if_ended(watchdog)
+            listen(lambda: watchdog.status)
             watchdog.phase("joining the process group")
             groups, timeout = PrefixStore("groups", store), timeout_of_groups(deadline)
             dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
-            function(here, *arguments, watchdog)
+            status = function(here, *arguments, watchdog)
             watchdog.phase("leaving the process group")
             dist.destroy_process_group()
     except PeerError as error:  # its traceback says nothing about the peer
         end_process(str(error))  # threads of the groups may still wait for the peer
-
-
-def _print_status_if_ended(watchdog: Watchdog) -> None:
-    """Print the phases of all ranks if the launcher ends this one. torchrun does so at once after a rank has died.
-
-    The main thread may be in a collective, where Python runs no signal handlers. So another thread waits for SIGTERM.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def wait() -> None:
-        while os.read(reader, 1) != bytes([signal.SIGTERM]):
-            pass
-        end_process(f"overlap_mtp: ended by the launcher; {watchdog.status}")
-
-    threading.Thread(target=wait, name="overlap_mtp SIGTERM", daemon=True).start()
+    if status:
+        sys.exit(status)
 
 
 def _free_port() -> int:

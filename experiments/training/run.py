@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.command import write_record
 from harness.environment import describe
 from harness.launch import timeout_of_groups
+from harness.signals import stop_signal
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
@@ -149,8 +151,12 @@ class Run:
             yield {n: layout.shard(t, parallel.cp_rank).to(self.device) for n, t in full.items()}, layout
 
 
-def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
-    """Take all steps of a run, from the start or from its last checkpoint."""
+def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> int:
+    """Take all steps of a run, from the start or from its last checkpoint.
+
+    Returns:
+        0, or 128 plus the number of the signal that ended the run after a step, which is saved then.
+    """
     deadline, save_deadline = (timedelta(seconds=s) for s in (settings.deadline, settings.save_deadline))
     # All ranks wait while a group is made, and the watchdog does not count that: each group has its own phase.
     watchdog.phase("making the mesh")
@@ -179,9 +185,10 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     console.print(run.introduction)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
+    ended_by = 0
     with progress_bar(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
-        while run.steps_done < steps:
+        while run.steps_done < steps and not ended_by:
             watchdog.phase(f"step {run.steps_done + 1}: batches")
             record = run.step()
             if log is not None:
@@ -189,7 +196,9 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             progress.update(task, completed=run.steps_done, description=line_of(record))
             if not console.is_terminal and run.steps_done % max(1, steps // LINES) == 0:
                 console.print(f"{run.steps_done}/{steps} {line_of(record)}")
-            if run.steps_done == steps or (settings.save_every and run.steps_done % settings.save_every == 0):
+            ended_by = _signal_to_any(save_group, device)
+            is_due = settings.save_every and run.steps_done % settings.save_every == 0
+            if is_due or ended_by or run.steps_done == steps:
                 watchdog.phase(f"saving step {run.steps_done}", save_deadline)
                 if log is not None:
                     log.sync()
@@ -203,6 +212,17 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             draw_losses([settings.folder], settings.folder)
             written.append("losses.png")
         console.print(f"wrote {', '.join(written)} and checkpoints, the last of step {run.steps_done}")
+    if not ended_by or run.steps_done == steps:
+        return 0
+    console.print(f"{signal.Signals(ended_by).name} ended the run after step {run.steps_done}: use --resume")
+    return 128 + ended_by
+
+
+def _signal_to_any(group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """Return the signal that asked a rank to stop, or 0; the same on all ranks, so that all stop after one step."""
+    number = torch.tensor(stop_signal(), device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return int(number)
 
 
 def progress_bar(console: Console) -> Progress:

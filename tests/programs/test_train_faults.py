@@ -43,3 +43,29 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
 def test_a_rank_that_hangs_in_the_middle_of_a_step_is_named(tmp_path, arguments, hangs_in, step):
     """The others are in an exchange or in a collective."""
     assert_a_hanging_rank_is_named(tmp_path, arguments, hangs_in, step)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_ignores_sigint_does_not_call_an_interrupted_run_finished(tmp_path):
+    run = start(tmp_path, "--cp", "2", "--steps", "5000", ignoring_sigint=True)
+    ranks = after_steps(run, tmp_path, 3)
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode != 0, output
+    assert "SIGINT" in output or "KeyboardInterrupt" in output, output
+    assert not any(is_alive(pid) for pid in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, os.kill), (signal.SIGUSR1, os.killpg)])
+def test_a_run_that_is_told_to_end_saves_its_step(tmp_path, number, whom):
+    """The launcher alone is told, or all processes are, as Slurm does it."""
+    run = start(tmp_path, "--cp", "2", "--steps", "5000", "--save-every", "0")
+    ranks = after_steps(run, tmp_path, 3)
+    whom(run.pid, number)
+    output, _ = run.communicate(timeout=40)
+    assert run.returncode == 128 + number, output
+    last = len((tmp_path / "steps.jsonl").read_text().splitlines())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert f"{number.name} ended the run after step {last}: use --resume" in output
+    assert not any(is_alive(pid) for pid in ranks)
