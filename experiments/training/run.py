@@ -100,7 +100,8 @@ class Run:
             f"{parameters / 1e6:,.1f} M parameters, "
             + "".join(f"{count} {name}, " for name, count in known.items() if count)
             + f"{settings.seq_len} tokens a sequence; dp {dims.dp} x cp {dims.cp} x tp {dims.tp}, "
-            f"{settings.schedule}; data: {len(corpus.documents):,} documents, {corpus.bounds[-1]:,} tokens"
+            f"{settings.schedule}; data: {len(corpus.documents):,} documents, {corpus.bounds[-1]:,} tokens, "
+            f"which fill {self.stream.filled():.0%} of a sequence"
         ]
         folder, steps = self.checkpoints.folder, settings.steps
         if self.steps_done:

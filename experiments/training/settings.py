@@ -18,7 +18,7 @@ from overlap_mtp.layout import length_unit
 from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.training.checkpoint import Checkpoints
-from overlap_mtp.training.data import BatchStream, Corpus, open_corpus
+from overlap_mtp.training.data import PACKING, BatchStream, Corpus, open_corpus
 from overlap_mtp.training.parallel import ParallelDims
 from overlap_mtp.training.trainer import Normalisation, TrainConfig
 from training.curves import LOG
@@ -165,4 +165,5 @@ class RunSettings:
             "seq_len": self.seq_len,
             "num_documents": self.documents or None,
             "documents' lengths are multiples of": self._multiple_of if self.documents else None,
+            **({"packing": PACKING} if self.documents else {}),
         }

@@ -1,139 +1,25 @@
-"""Text to documents to packed or dense batches. The default text is the source of Python's standard library.
+"""Packed or dense batches of a corpus.
 
 Every rank builds the same full batch from a step number, and takes its shard.
 """
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from overlap_mtp.layout import Kind, SequenceLayout, length_unit, pad_documents
+from overlap_mtp.training.corpus import PIECE_TOKENS, Corpus, Document, TokenError, Tokens, open_corpus
 
-Tokens = npt.NDArray[np.integer]
+__all__ = ["PACKING", "PIECE_TOKENS", "BatchStream", "Corpus", "Document", "TokenError", "open_corpus"]
 Batch = tuple[dict[str, torch.Tensor], SequenceLayout]
-TOKEN_DTYPES = ("uint16", "uint32")  # of a .bin
-PIECE_TOKENS = 4096  # a single file is cut into documents of this length
-SAMPLES = 1024  # documents that a fingerprint reads
-
-
-class TokenError(ValueError):
-    """A token id outside of the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A file of token ids, or a part of one, that is read when it is needed. The tokens of text are its bytes."""
-
-    path: Path
-    num_tokens: int
-    offset: int = 0  # tokens of the file before this document
-    dtype: str = "uint8"
-
-    def read(self, begin: int, end: int) -> Tokens:
-        """Return the tokens in [begin, end)."""
-        offset = (self.offset + begin) * np.dtype(self.dtype).itemsize
-        return np.fromfile(self.path, self.dtype, end - begin, offset=offset)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order, none of them empty. Together they are one stream of tokens."""
-
-    documents: Sequence[Document]
-
-    @cached_property
-    def bounds(self) -> npt.NDArray[np.int64]:
-        """The position of each document in the stream, and the stream's length."""
-        return np.concatenate([[0], np.cumsum([one.num_tokens for one in self.documents])])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Digest the lengths of all documents in order, and PIECE_TOKENS tokens of each of SAMPLES documents."""
-        count = len(self.documents)
-        crc = zlib.crc32(self.bounds.tobytes())
-        for at in np.unique(np.linspace(0, count - 1, min(count, SAMPLES)).astype(int)):
-            one = self.documents[at]
-            crc = zlib.crc32(one.read(0, min(one.num_tokens, PIECE_TOKENS)).tobytes(), crc)
-        return f"{count} documents, {self.bounds[-1]} tokens, CRC-32 {crc:08x}"
-
-    def shuffled(self, seed: int) -> Corpus:
-        """Return the same documents in random order, because neighbours in a folder resemble each other."""
-        order = np.random.default_rng(seed).permutation(len(self.documents))
-        return Corpus([self.documents[at] for at in order])
-
-    def document_at(self, position: int) -> int:
-        """Return the index of the document that holds a position of the stream."""
-        return int(np.searchsorted(self.bounds, position, side="right")) - 1
-
-    def read(self, begin: int, length: int) -> Tokens:
-        """Return tokens of the stream, which starts again at its end."""
-        parts, total = [], int(self.bounds[-1])
-        while length > 0:
-            begin %= total
-            at = self.document_at(begin)
-            first = begin - int(self.bounds[at])
-            last = min(first + length, self.documents[at].num_tokens)
-            parts.append(self.documents[at].read(first, last))
-            begin, length = begin + last - first, length - (last - first)
-        return np.concatenate(parts)
-
-
-def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus:
-    """Find the documents under a path.
-
-    Args:
-        data: a folder (each file in it, at any depth, is a document; its bytes are the tokens), a text file or a
-            `.bin` of token ids (both are cut into documents of PIECE_TOKENS tokens). Default: the source files of
-            Python's standard library.
-        token_dtype: of a `.bin`, one of TOKEN_DTYPES.
-
-    Raises:
-        ValueError: naming the path, if it is missing, empty or not a whole number of ids.
-    """
-    if data is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = []
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = set(subfolders) - {"site-packages", "dist-packages", "test", "tests"}
-            files += [Path(folder, name) for name in names if name.endswith(".py")]
-        return Corpus([Document(path, size) for path in sorted(files) if (size := path.stat().st_size)])
-    if not data.exists():
-        raise ValueError(
-            f"{data} does not exist: give a text file, a folder of text files or a .bin of token ids"
-        )
-    if data.is_dir():
-        files = [path for path in sorted(data.rglob("*")) if path.is_file()]
-        if not files:
-            raise ValueError(f"{data} holds no text: put files into it, or give another folder")
-        return Corpus([Document(path, _num_tokens(path, "uint8")) for path in files])
-    dtype = token_dtype if data.suffix == ".bin" else "uint8"
-    if dtype not in ("uint8", *TOKEN_DTYPES):
-        raise ValueError(f"token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {dtype!r}")
-    size = _num_tokens(data, dtype)
-    starts = range(0, size, PIECE_TOKENS)
-    return Corpus([Document(data, min(PIECE_TOKENS, size - at), at, dtype) for at in starts])
-
-
-def _num_tokens(path: Path, dtype: str) -> int:
-    num_tokens, rest = divmod(path.stat().st_size, np.dtype(dtype).itemsize)
-    if rest:
-        raise ValueError(
-            f"{path} must hold a whole number of {dtype} token ids, has {path.stat().st_size} bytes: check token_dtype"
-        )
-    if num_tokens == 0:
-        raise ValueError(f"{path} is empty: add text to it, or remove it")
-    return num_tokens
+PACKING = (
+    "documents fill the sequence"  # how documents are packed, for what must be the same in a run that resumes
+)
 
 
 @dataclass(frozen=True)
@@ -141,8 +27,9 @@ class BatchStream:
     """Full-length batches of a corpus, by step; the same on every rank.
 
     Dense (`num_documents` is None): rows of the corpus's stream; a document begins right after the one before.
-    Packed: `num_documents` documents in each batch. Their beginnings, in proportion to their lengths, fill `seq_len`.
-    Each document is padded to a multiple of the layout's unit, has its own positions, and has no label past its end.
+    Packed: `num_documents` documents in each batch. Their beginnings, in proportion to their lengths, fill `seq_len`;
+    what is left over goes to the first documents that can use it. Each document is padded to a multiple of the layout's
+    unit, has its own positions, and has no label past its end.
     """
 
     corpus: Corpus
@@ -172,6 +59,15 @@ class BatchStream:
                 f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
                 f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"
             )
+
+    def filled(self, batches: int = 8) -> float:
+        """Return the share of the tokens that are of documents and not padding, in the first batches."""
+        layouts = [self.batch(step)[1] for step in range(batches if self.num_documents else 0)]
+        return (
+            sum(int(one.valid_lengths.sum()) for one in layouts) / (len(layouts) * self.seq_len)
+            if layouts
+            else 1.0
+        )
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, and its layout.
@@ -205,9 +101,9 @@ class BatchStream:
         count = len(self.corpus.documents)
         lap = first // count  # each pass over the corpus begins one document later, so that packings differ
         chosen = [(first + lap + i) % count for i in range(self.batch_size * num_documents)]
-        whole = [self.corpus.documents[at].num_tokens for at in chosen[:num_documents]]
-        share = min(1.0, (self.seq_len - num_documents * self._unit) / sum(whole))
-        lengths = [max(1, int(length * share)) for length in whole]  # their padded sum fits in seq_len
+        sizes = [self.corpus.documents[at].num_tokens for at in chosen]
+        rows = np.array(sizes).reshape(self.batch_size, num_documents)
+        lengths = fill(rows.min(0), self.seq_len, self._unit).tolist()
         streams = []
         for row in range(self.batch_size):  # all rows have the bounds of the first
             starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]].tolist()
@@ -229,8 +125,8 @@ class BatchStream:
         }, layout
 
     def _checked(self, tokens: Tokens, at: int) -> npt.NDArray[np.int64]:
-        if tokens.size and int(tokens.max()) >= self.vocab_size:
-            bad = int(np.argmax(tokens >= self.vocab_size))
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            bad = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
             position = (at + bad) % int(self.corpus.bounds[-1])
             index = self.corpus.document_at(position)
             document = self.corpus.documents[index]
@@ -240,3 +136,26 @@ class BatchStream:
                 f"must be in [0, {self.vocab_size - 1}]"
             )
         return tokens.astype(np.int64)
+
+
+def fill(sizes: npt.NDArray[np.int64], seq_len: int, unit: int) -> npt.NDArray[np.int64]:
+    """Return how much of each document's beginning is packed, so that as little of the sequence as possible is padding.
+
+    Args:
+        sizes: tokens of each document, at least 1.
+        seq_len: tokens of the sequence, at least a unit for each document.
+        unit: each document is padded to a multiple of it.
+    """
+    units = np.ones_like(sizes)
+    left, rest = seq_len // unit - len(sizes), np.maximum(sizes - unit, 0)
+    share = min(1.0, left * unit / max(1, int(rest.sum())))
+    units += np.minimum(rest, (rest * share).astype(np.int64)) // unit
+    left = seq_len // unit - int(units.sum())
+    while (
+        left and (open_to := np.flatnonzero(sizes >= (units + 1) * unit)).size
+    ):  # a whole unit more, the first first
+        units[open_to[:left]] += 1
+        left -= len(open_to[:left])
+    partly = np.argsort(units * unit - sizes, kind="stable")  # the most tokens beyond its units first
+    units[[at for at in partly if sizes[at] > units[at] * unit][:left]] += 1
+    return np.minimum(sizes, units * unit)

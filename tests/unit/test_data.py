@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from overlap_mtp.layout import pad_documents
-from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, TokenError, open_corpus
+from overlap_mtp.training.corpus import DataChangedError
+from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, TokenError, fill, open_corpus
 
 
 def stream_of(corpus, num_documents=None, **options) -> BatchStream:
@@ -182,3 +185,154 @@ def test_documents_are_padded_to_a_multiple(kind):
     assert layout.valid_lengths.tolist() == [5, 0, 16, 17]
     with pytest.raises(ValueError, match="multiple_of must be >= 1"):
         pad_documents(documents, 2, kind, multiple_of=0)
+
+
+IDS = np.arange(1, 9001) % 200
+
+
+def write_ids(path: Path, dtype: str, header: tuple[int, ...] = ()) -> None:
+    if path.suffix == ".npy":
+        np.save(path, IDS.astype(dtype))
+        return
+    words = np.zeros(256 if header else 0, np.int32)
+    words[: len(header)] = header
+    path.write_bytes(words.tobytes() + IDS.astype(dtype).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "header"),
+    [
+        ("x.BIN", "uint16", ()),
+        ("x.bin", "uint16", (20240520, 1, 9000)),
+        ("x.bin", "uint32", (20240801, 7, 9000)),
+        *[("x.npy", dtype, ()) for dtype in ("uint8", "uint16", "int32", ">i4", "int64")],
+    ],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_files_of_ids_are_read_as_ids(tmp_path, name, dtype, header, in_folder):
+    write_ids(tmp_path / name, dtype, header)
+    (tmp_path / "sub").mkdir()
+    if in_folder:
+        write_ids(tmp_path / "sub" / name, dtype, header)
+    corpus = open_corpus(tmp_path if in_folder else tmp_path / name)
+    assert [one.num_tokens for one in corpus.documents] == [4096, 4096, 808] * (2 if in_folder else 1)
+    assert np.array_equal(corpus.read(4000, 5000), IDS[4000:])
+    batch, _ = stream_of(corpus, batch_size=1).batch(1)
+    assert np.array_equal(batch["input_ids"][0], IDS[256:512])
+
+
+@pytest.mark.parametrize("most", [200, 30_000, 128_000])
+def test_uint32_ids_are_not_read_as_uint16(tmp_path, most):
+    ids = np.random.default_rng(0).integers(1, most, 5000)
+    ids.astype(np.uint32).tofile(tmp_path / "ids.bin")
+    for path in (tmp_path, tmp_path / "ids.bin"):
+        with pytest.raises(ValueError, match=r"ids\.bin seems to hold uint32 token ids"):
+            open_corpus(path)
+    assert np.array_equal(open_corpus(tmp_path, "uint32").read(0, 5000), ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda at: (at / "x.npz").write_bytes(b"PK"), r"x\.npz is not read"),
+        (lambda at: (at / "x.parquet").write_bytes(b"PAR1"), r"x\.parquet is not read"),
+        (
+            lambda at: np.save(at / "x.npy", IDS.reshape(2, -1)),
+            r"x\.npy must hold integers in 1-D, holds int64 of",
+        ),
+        (lambda at: np.save(at / "x.npy", IDS * 0.5), r"x\.npy must hold integers"),
+        (lambda at: (at / "x.npy").write_bytes(b"text"), r"x\.npy is not a readable \.npy"),
+        (
+            lambda at: write_ids(at / "x.bin", "uint16", (20240520, 1, 9001)),
+            r"x\.bin should have 19026 bytes",
+        ),
+        (lambda at: write_ids(at / "x.bin", "uint16"), r"holds token ids \(.*x\.bin\) and text \(.*a\.txt\)"),
+        (lambda at: (at / "broken").symlink_to("/nowhere"), "broken is neither a file nor a link to one"),
+        (lambda at: os.mkfifo(at / "pipe"), "pipe is neither a file"),
+        (lambda at: (at / "again").symlink_to(at), "again is a link to a folder that it is in"),
+    ],
+)
+def test_what_a_folder_holds_is_read_or_refused_by_name(tmp_path, make, words):
+    (tmp_path / "a.txt").write_text("text")
+    make(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["iterdir", "open"])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, method):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "a.txt").write_text("text")
+    real = getattr(Path, method)
+
+    def refuse(self: Path, *arguments: str):
+        if "private" in (self.name, self.parent.name):
+            raise PermissionError(13, "Permission denied")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Path, method, refuse)  # permissions do not bind root
+    with pytest.raises(ValueError, match=r"private.* cannot be read: Permission denied"):
+        open_corpus(tmp_path)
+
+
+def test_links_are_followed_and_what_is_skipped_is_noted(tmp_path, caplog):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for one in (folder, elsewhere):
+        one.mkdir()
+    (folder / "a.txt").write_text("a\0b")
+    (elsewhere / "b.md").write_text("b")
+    (folder / "linked").symlink_to(elsewhere)
+    for name, content in (("__init__.py", b""), ("a.pyc", b"\xcb\r\r\n\0\0")):
+        (folder / name).write_bytes(content)
+    assert [one.path.name for one in open_corpus(folder).documents] == ["a.txt", "b.md"]
+    assert "1 files are empty and left out, the first is" in caplog.text
+    assert "1 files are not text and left out, the first is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text("0" * 99),
+        lambda path: path.write_text("0" * 101),
+        lambda path: path.unlink(),
+        lambda path: os.utime(path, ns=(1, 1)),
+    ],
+)
+def test_a_file_that_has_changed_is_named(tmp_path, change):
+    path = tmp_path / "a.txt"
+    path.write_text("0" * 100)
+    corpus = open_corpus(tmp_path)
+    change(path)
+    with pytest.raises(
+        DataChangedError, match=r"a\.txt (has changed since it was opened|cannot be read any more)"
+    ):
+        corpus.read(50, 50)
+
+
+def test_a_negative_id_is_outside_of_the_vocabulary(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([5, 6, -7, 8] * 100))
+    with pytest.raises(TokenError, match=r"token id -7 in x\.npy\[2\] is outside"):
+        stream_of(open_corpus(tmp_path)).batch(0)
+
+
+@pytest.mark.parametrize(("seq_len", "num_documents"), [(1024, 8), (4096, 32), (4096, 128)])
+def test_packing_fills_the_sequence(seq_len, num_documents):
+    stream = stream_of(
+        open_corpus().shuffled(0), num_documents, seq_len=seq_len, batch_size=1, multiple_of=16
+    )
+    assert stream.filled(20) > 0.98
+
+
+def test_fill_is_the_best_that_these_documents_allow():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count, unit = int(rng.integers(1, 20)), int(rng.choice([1, 4, 16]))
+        sizes, seq_len = rng.integers(1, 200, count), unit * int(rng.integers(count, 100))
+        lengths = fill(sizes, max(seq_len, unit * count), unit)
+        used = np.minimum(sizes, unit)  # units are dealt to the document that can fill most of one
+        for _ in range(max(seq_len, unit * count) // unit - count):
+            gain = np.minimum(unit, sizes - used)
+            used[gain.argmax()] += gain.max()
+        assert lengths.sum() == used.sum()
+        assert ((lengths >= 1) & (lengths <= sizes)).all()
+        assert (-(-lengths // unit) * unit).sum() <= max(seq_len, unit * count)
