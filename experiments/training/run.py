@@ -24,6 +24,7 @@ from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
 from overlap_mtp.training.parallel import ParallelMesh, parallelize
+from overlap_mtp.training.same_settings import check_same_on_all_ranks
 from overlap_mtp.training.step_log import StepLog
 from overlap_mtp.training.trainer import Microbatch, Trainer, shares
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
@@ -159,6 +160,8 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         0, or 128 plus the number of the signal that ended the run after a step, which is saved then.
     """
     deadline, save_deadline = (timedelta(seconds=s) for s in (settings.deadline, settings.save_deadline))
+    watchdog.phase("comparing the ranks' settings")
+    check_same_on_all_ranks(settings.shared())
     # All ranks wait while a group is made, and the watchdog does not count that: each group has its own phase.
     watchdog.phase("making the mesh")
     parallel = ParallelMesh.make(settings.dims, device.type, timeout_of_groups(deadline))

@@ -152,6 +152,11 @@ class RunSettings:
     def _multiple_of(self) -> int:
         return length_unit(math.lcm(SHARED_BY, self.dims.cp), "zigzag")
 
+    def shared(self) -> dict[str, Any]:
+        """Return what all ranks of a run must share: the options, and what the data is in place of where it is."""
+        options = {name: value for name, value in asdict(self).items() if name not in ("data", "curves")}
+        return {**options, "data": self.corpus().fingerprint}
+
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """Return what a run must share with a checkpoint to go on from it: model, training and order of the data."""
         training = {f"train_config.{name}": value for name, value in asdict(self.train_config).items()}
