@@ -20,7 +20,7 @@ import tyro
 
 from compare.comparison import Comparison, Problem, Settings, open_stream
 from compare.report import publish
-from harness.command import RankOptions, check_least, parse_options, usage_errors
+from harness.command import RankOptions, check_least, check_out, parse_options, usage_errors
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
 from overlap_mtp.model.config import PRESETS
@@ -92,7 +92,9 @@ def main() -> None:
     options = parse_options(Options, "Compare the schedules in interleaved training steps on real text.")
     with usage_errors():
         problem, where = options.problem(), options.where
-        run_on_ranks(compare_on_rank, where.ranks, where.device, problem, options.settings, options.out)
+        check_out(options.out, "results.json", "step_time.png", "step_delta.png")
+        options.settings.check_profile_out()
+    run_on_ranks(compare_on_rank, where.ranks, where.device, problem, options.settings, options.out)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import parity
 import torch
 import torch.distributed as dist
-import tyro
 
-from harness.command import write_record
-from harness.launch import run_on_ranks
+from harness.command import check_out, parse_options, usage_errors, write_record
+from harness.launch import check_no_launcher, run_on_ranks
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.training.parallel import ParallelDims, parallelize
 from overlap_mtp.training.trainer import TrainConfig, Trainer
@@ -33,6 +32,11 @@ BATCHES = 4  # that repeat, so that the model learns
 CONFIG = replace(parity.CONFIG, num_experts=4)
 
 Values = dict[str, list[float]]  # by loss, one value per step
+
+
+@dataclass(frozen=True)
+class Options:
+    """There are none."""
 
 
 def path_of(documents: str) -> Path:
@@ -90,7 +94,10 @@ def moved(old: dict[str, Values], new: dict[str, Values]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write the golden values again, and print what moved."""
+    parse_options(Options, "Write the golden values again, and print what moved.")
+    with usage_errors():
+        check_no_launcher()
+        check_out(FOLDER, *(path_of(documents).name for documents in DOCUMENTS))
     for documents, found in compute().items():
         path = path_of(documents)
         before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -104,4 +111,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    tyro.cli(main)
+    main()

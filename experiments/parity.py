@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from harness.command import Words, parse_options, usage_errors, write_record
+from harness.command import Words, check_least, check_out, parse_options, usage_errors, write_record
 from harness.environment import describe
-from harness.launch import check_gpus, choose_device, run_on_ranks
+from harness.launch import check_gpus, check_no_launcher, choose_device, run_on_ranks
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
@@ -258,6 +258,9 @@ def main() -> None:
         Options, "Print and record the table. Exit status 1: a case is outside of its tolerance."
     )
     with usage_errors():
+        check_no_launcher()
+        check_least(options, most_ranks=1)
+        check_out(options.out, "parity.json", "parity.md")
         on_gpu = choose_device(options.device) == "cuda"
         ranks = options.most_ranks or (torch.cuda.device_count() if on_gpu else MOST_RANKS)
         check_gpus(ranks, options.device, options.share_gpus)

@@ -28,6 +28,7 @@ from harness.command import (
     Words,
     check_among,
     check_least,
+    check_out,
     parse_options,
     usage_errors,
     write_record,
@@ -139,7 +140,8 @@ def main() -> None:
     options = parse_options(Options, "Time one microbatch's rolls under every schedule and transport.")
     with usage_errors():
         options.check()
-        run_on_ranks(time_on_rank, options.where.ranks, options.where.device, options)
+        check_out(options.out, "roll_latency.json", "roll_latency.png")
+    run_on_ranks(time_on_rank, options.where.ranks, options.where.device, options)
 
 
 if __name__ == "__main__":

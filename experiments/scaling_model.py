@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from harness.command import parse_options, usage_errors, write_record
+from harness.command import check_out, parse_options, usage_errors, write_record
 from harness.plots import COLOURS, subplots
 
 SCHEDULES = ("sync", "merged", "overlap", "prefetch")
@@ -111,9 +111,12 @@ def read(folders: tuple[Path, ...]) -> list[Measured]:
     for folder in folders:
         found: list[Measured] = []
         for path in sorted(folder.glob("*.json")):
-            record = json.loads(path.read_text())
-            if record.get("experiment") == "compare_modes" and not record["settings"]["captured"]:
-                found += _rows_of(path.stem, record)
+            try:
+                record = json.loads(path.read_text())
+                if record.get("experiment") == "compare_modes" and not record["settings"]["captured"]:
+                    found += _rows_of(path.stem, record)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is not a record of sweep.py: {error!r}") from None
         if not found:
             raise ValueError(f"{folder} must hold records of sweep.py made on GPUs, found none")
         measured += found
@@ -186,6 +189,7 @@ def main() -> None:
         given = {"fast": options.fast, "slow": options.slow}
         known = {name: read(folders) for name, folders in given.items() if folders}
         links = {name: describe(rows) for name, rows in known.items()}
+        check_out(options.out, "scaling_model.json", "scaling_model.png")
     path = write_record({"experiment": "scaling_model", "links": links}, options.out / "scaling_model.json")
     draw(links, path.with_suffix(".png"))
     for name, link in links.items():

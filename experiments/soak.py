@@ -10,6 +10,7 @@ rolls with those made from the full batch. Writes `soak.json` into `--out`; exit
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from harness import environment
-from harness.command import TransportOptions, check_least, parse_options, usage_errors, write_record
+from harness.command import (
+    TransportOptions,
+    check_least,
+    check_out,
+    parse_options,
+    usage_errors,
+    write_record,
+)
 from harness.launch import run_on_ranks
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import exchange_group_of
@@ -149,7 +157,10 @@ def main() -> None:
         check_least(options, exchanges=1)
         where, out = options.where, options.out
         where.check()
-        run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)
+        check_out(out, "soak.json")
+    run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)
+    if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
+        return
     if any(run["wrong_words"] for run in json.loads((out / "soak.json").read_text())["runs"]):
         raise SystemExit(1)
 

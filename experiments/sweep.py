@@ -19,7 +19,7 @@ import torch
 
 from compare.comparison import Comparison, Problem, Settings
 from compare.report import markdown_of, publish
-from harness.command import RankOptions, Words, check_among, parse_options, usage_errors
+from harness.command import RankOptions, Words, check_among, check_out, parse_options, usage_errors
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
 
@@ -76,9 +76,20 @@ def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: 
 
 
 def write_summary(folder: Path) -> None:
-    """Write `summary.md`: a table of all records of comparisons in the folder."""
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    compared = {name: one for name, one in records.items() if one["experiment"] == "compare_modes"}
+    """Write `summary.md`: a table of all records of comparisons in the folder.
+
+    Raises:
+        ValueError: naming a file that is no JSON, or that says to be such a record and is not.
+    """
+    compared = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if isinstance(record, dict) and record.get("experiment") == "compare_modes":
+                markdown_of({path.stem: record})
+                compared[path.stem] = record
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a record of a comparison: {error!r}") from None
     (folder / "summary.md").write_text(markdown_of(compared))
 
 
@@ -86,7 +97,10 @@ def main() -> None:
     options = parse_options(Options, "Compare the schedules in every combination of the options.")
     with usage_errors():
         problems, where = options.problems(), options.where
-        run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
+        check_out(options.out, "summary.md", *(f"{name}.json" for name in problems))
+        options.settings.check_profile_out()
+        write_summary(options.out)  # reads what is there already
+    run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from compare.steps import CapturedStep, EagerStep
 from harness import environment, statistics
-from harness.command import Words, check_least
+from harness.command import Words, check_least, check_out
 from harness.rounds import gather, interleaved, meet, recording, synchronize
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.exchange.select import TRANSPORTS
@@ -93,6 +93,11 @@ class Settings:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
             raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
+
+    def check_profile_out(self) -> None:
+        """Make the folder of traces, if there will be any. Raise ValueError if it cannot be written to."""
+        if self.profile == "torch":
+            check_out(self.profile_out)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 import tyro
 import tyro.constructors
 
-from harness.launch import choose_device
+from harness.launch import check_environment, check_gpus, choose_device
 from overlap_mtp.exchange.select import TRANSPORTS
 
 T = TypeVar("T")
@@ -33,17 +36,56 @@ def parse_options(kind: type[T], description: str) -> T:
         The dataclass. A usage error ends the process with status 2.
     """
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(kind, description=description, config=flags)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, description=description, config=flags)
+    except SystemExit as end:
+        if end.code == 2:  # tyro draws a box of many lines
+            words = (
+                re.sub(r"[^\w\s!-~]|\x1b\[[0-9;]*m", " ", said.getvalue())
+                .replace("Parsing error", "")
+                .split()
+            )
+            print("error: " + " ".join(word for word in words if set(word) != {"-"}), file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn a ValueError or OverflowError of the block into one line and exit status 2."""
+    """Turn what options or the files that they name are wrong in into one line and exit status 2.
+
+    Nothing but checks belongs into the block: an error of the work itself is no usage error.
+    """
     try:
         yield
-    except (ValueError, OverflowError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OverflowError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_out(folder: Path, *names: str) -> None:
+    """Make a folder for results, before any work is done.
+
+    Args:
+        folder: given by `--out`.
+        names: files that will be written into it.
+
+    Raises:
+        ValueError: it cannot be a folder, or files cannot be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder, or a path for one, that can be written to: {error}"
+        ) from None
+    for path in (folder / name for name in names):
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise ValueError(
+                f"{path} must be a file that can be written to: take it away, or give another --out"
+            )
 
 
 def check_least(options: object, **least: float) -> None:
@@ -125,8 +167,11 @@ class RankOptions:
     def count(self) -> int:
         """The number of ranks that will run. Raises ValueError as `on_gpu` does, and if the number is below 1."""
         check_least(self, ranks=1)
+        check_environment()
         default = torch.cuda.device_count() if self.on_gpu else 2
-        return int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or default
+        ranks = int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or default
+        check_gpus(ranks, choose_device(self.device))
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -142,8 +187,11 @@ class TransportOptions(RankOptions):
         return self.transports or (("process_group", "symmetric") if self.on_gpu else ("process_group",))
 
     def check(self) -> None:
-        """Raise ValueError for a transport that does not exist."""
+        """Raise ValueError for a transport that does not exist, or not on this device, and as `count` does."""
         check_among(self, transports=TRANSPORTS)
+        if "symmetric" in self.chosen and not self.on_gpu:
+            raise ValueError("--transports symmetric needs GPUs")
+        _ = self.count
 
 
 def write_record(record: dict[str, Any], path: Path) -> Path:

@@ -54,6 +54,30 @@ def run_on_ranks(
     join(context, deadline.total_seconds() / 2 if deadline else None)
 
 
+def check_environment() -> None:
+    """Raise ValueError if the variables that torchrun sets, and that another launcher may have set, make no sense."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise ValueError(
+                f"the variable {name} must be a whole number, got {value!r}: unset it, or use torchrun"
+            )
+    if "RANK" not in os.environ:
+        return
+    if missing := {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}:
+        raise ValueError(f"RANK is set but {min(missing)} is not: unset it, or use torchrun")
+    if not int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+        raise ValueError(
+            f"RANK must be below WORLD_SIZE = {os.environ['WORLD_SIZE']}, got {os.environ['RANK']}"
+        )
+
+
+def check_no_launcher() -> None:
+    """Raise ValueError under torchrun, for a command that starts ranks several times."""
+    if "RANK" in os.environ:
+        raise ValueError("this command starts its own ranks: run it without torchrun, and unset RANK")
+
+
 def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
     """Raise ValueError if this host has too few GPUs for its ranks. Under torchrun, that is its share of them."""
     gpus, seen = torch.cuda.device_count(), 1 + int(os.environ.get("LOCAL_RANK", ranks - 1))

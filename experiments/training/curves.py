@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.command import check_out
 from harness.plots import subplots
 from overlap_mtp.training.step_log import read_records
 
@@ -31,12 +32,13 @@ def draw_losses(runs: list[Path], out: Path) -> str:
         The table.
 
     Raises:
-        ValueError: if a run has no steps, no step is common to all runs, or two folders have the same name.
+        ValueError: if a run has no steps, no step is common to all runs, two folders have the same name, or `out`
+            cannot be one.
     """
     found = {run.name: _losses(run) for run in runs}
     if len(found) < len(runs):
         raise ValueError("the folders of runs must have different names, got two of the same name")
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out, "losses.png", "losses.md")
     _draw(found, out / "losses.png")
     table = _table(found) + _different_settings(runs)
     (out / "losses.md").write_text(table)
@@ -47,7 +49,9 @@ def _losses(run: Path) -> Losses:
     if not (run / LOG).exists() or not (records := read_records(run / LOG)):
         raise ValueError(f"{run} holds no {LOG} with steps of a run")
     losses: Losses = {}
-    for record in records:
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict) or {"step", "lm_loss", "mtp_losses", "aux_loss"} - {*record}:
+            raise ValueError(f"{run / LOG}, record {number} is not one of a step")
         named = {"LM": record["lm_loss"]}
         named |= {f"MTP depth {depth}": loss for depth, loss in enumerate(record["mtp_losses"], start=1)}
         if record["aux_loss"] is not None:

@@ -189,7 +189,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     console.print(run.introduction)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
-    ended_by = 0
+    ended_by, missing = 0, log.missing if log is not None else 0
     with progress_bar(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps and not ended_by:
@@ -212,7 +212,9 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if log is not None:
         log.close()
         written = [str(log.path)]
-        if log.path.stat().st_size:
+        if log.missing > missing:
+            console.print(f"{log.path} lacks {log.missing} of the steps: it was deleted during the run")
+        if log.path.exists() and log.path.stat().st_size:
             draw_losses([settings.folder], settings.folder)
             written.append("losses.png")
         console.print(f"wrote {', '.join(written)} and checkpoints, the last of step {run.steps_done}")

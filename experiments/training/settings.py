@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tyro.conf import UseAppendAction
 
-from harness.command import check_least
-from harness.launch import check_gpus, choose_device
+from harness.command import check_least, check_out
+from harness.launch import check_environment, check_gpus, choose_device
 from overlap_mtp.layout import length_unit
 from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.schedules import SCHEDULES
@@ -24,6 +24,7 @@ from overlap_mtp.training.trainer import Normalisation, TrainConfig
 from training.curves import LOG
 
 SHORTEST_DEADLINE_S = 5.0  # starting ranks are silent for seconds
+LONGEST_DEADLINE_S = 1e6  # sockets take no longer timeout than 2^31 ms
 SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the same batches
 
 
@@ -110,6 +111,7 @@ class RunSettings:
         Raises:
             ValueError: if an option is illegal; no rank has been started yet.
         """
+        check_environment()
         device, others = choose_device(self.device), ParallelDims(self.dp, 1, self.tp).world
         ranks = int(os.environ.get("WORLD_SIZE", 0)) or self.ranks or others * (self.cp or 0)
         ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2 * others)
@@ -130,14 +132,17 @@ class RunSettings:
         check_least(self, keep=1, save_every=0, deadline=SHORTEST_DEADLINE_S)
         # These raise if an option is illegal.
         _ = self.train_config, timedelta(seconds=self.deadline), timedelta(seconds=self.save_deadline)
+        if not self.deadline <= LONGEST_DEADLINE_S:
+            raise ValueError(f"--deadline must be at most {LONGEST_DEADLINE_S:.0f}, got {self.deadline}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be in [0, 2^63 - 1], got {self.seed}")
         self.stream(self.corpus())
         has_log = (log := self.folder / LOG).exists() and log.stat().st_size
         if not self.resume and (has_log or Checkpoints(self.folder / "checkpoints").latest()):
             raise ValueError(f"{self.folder} holds a run: go on with --resume, or give another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out must be a folder, or a path for one: {error}") from None
+        if (checkpoints := self.folder / "checkpoints").exists() and not checkpoints.is_dir():
+            raise ValueError(f"{checkpoints} must be a folder: take it away, or give another --out")
+        check_out(self.folder, LOG, "run.json", "losses.png", "losses.md")
 
     def corpus(self) -> Corpus:
         return open_corpus(self.data, self.token_dtype)

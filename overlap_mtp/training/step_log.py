@@ -59,7 +59,15 @@ class StepLog:
             pass
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record, which has a `step`. It survives the end of this process, but not yet of the machine."""
+        """Append a record, which has a `step`. It survives the end of this process, but not yet of the machine.
+
+        If the file was deleted, it is made again, and its records are `missing`.
+        """
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self._file.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a")
+            self.missing = record["step"] - 1
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

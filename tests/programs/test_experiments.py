@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import compare_modes
+import golden
+import parity
 import pytest
 import roll_latency
+import scaling_model
 import soak
 import sweep
+import train
 
 ROOT = Path(__file__).parents[2]
 SCHEDULES = ["sync", "merged", "overlap", "prefetch", "prepared"]
@@ -140,5 +144,85 @@ def test_bad_arguments_are_said_before_ranks_start(program, arguments, message, 
     with pytest.raises(SystemExit) as end:
         program.main()
     assert end.value.code == 2
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
     assert message in said, said
+
+
+PROGRAMS = [compare_modes, sweep, roll_latency, soak, parity, golden, train]
+
+
+def end_of(program, arguments: list[str], monkeypatch, capsys) -> str:
+    """Return the one line that a command says about its usage before it starts a rank."""
+    monkeypatch.setattr(
+        program, "run_on_ranks", lambda *_, **__: pytest.fail("ranks were started"), raising=False
+    )
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, scaling_model])
+def test_an_out_that_is_no_folder_is_said_before_any_work(program, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(golden, "FOLDER", tmp_path / "file")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/out")):
+        arguments = [] if program is golden else ["--out", str(out)]
+        if program is compare_modes or program is sweep:
+            arguments += ["--presets" if program is sweep else "--preset", "tiny"]
+        if program is scaling_model:
+            arguments += ["--fast", str(ROOT / "experiments/results/step_time/2xH200/default")]
+        assert "out must be a folder" in end_of(program, arguments, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_variable_of_a_launcher_that_makes_no_sense_is_said(program, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
+    arguments = [] if program is golden else ["--out", str(tmp_path)]
+    own = program in (parity, golden)
+    for environment in ({"RANK": "abc"}, {"RANK": "0"}, {"RANK": "-1"}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        said = end_of(program, arguments, monkeypatch, capsys)
+        assert ("without torchrun" if own else "RANK") in said
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, scaling_model])
+def test_an_unknown_option_is_one_line(program, monkeypatch, capsys):
+    assert "--colour" in end_of(program, ["--colour", "red"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (parity, ["--dtypes", ""], "Error parsing --dtypes"),
+        (parity, ["--dtypes", "float8"], "dtypes must be among"),
+        (parity, ["--most-ranks", "0"], "--most-ranks must be at least 1, got 0"),
+        (parity, ["--device", "tpu"], "device must be cuda or cpu, got 'tpu'"),
+        (soak, ["--device", "cpu", "--transports", "symmetric"], "--transports symmetric needs GPUs"),
+        (train, ["--learning-rate", "inf"], "learning_rate must be in (0, 1], got inf"),
+        (train, ["--deadline", "1e12"], "--deadline must be at most 1000000"),
+        (train, ["--seed", "9223372036854775808"], "--seed must be in [0, 2^63 - 1]"),
+        (train, ["--data", "/dev/null"], "/dev/null is neither a file nor a link to one"),
+        (scaling_model, ["--fast", "nowhere"], "nowhere must hold records of sweep.py"),
+    ],
+)
+def test_usage_errors_are_one_line(program, arguments, message, monkeypatch, capsys, tmp_path):
+    assert message in end_of(program, [*arguments, "--out", str(tmp_path)], monkeypatch, capsys)
+
+
+def test_records_that_are_none_are_said_before_any_work(tmp_path, monkeypatch, capsys):
+    for content in ("{", '{"experiment": "compare_modes"}'):
+        (tmp_path / "x.json").write_text(content)
+        arguments = ["--presets", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+        assert "x.json is not a record" in end_of(sweep, arguments, monkeypatch, capsys)
+    (tmp_path / "x.json").write_text("[]")
+    (tmp_path / "results.json").mkdir()
+    said = end_of(compare_modes, ["--device", "cpu", "--out", str(tmp_path)], monkeypatch, capsys)
+    assert "results.json must be a file that can be written to" in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from overlap_mtp.training.step_log import RunInProgressError, StepLog, read_records
@@ -42,3 +44,14 @@ def test_a_line_in_the_middle_that_is_no_record_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2"):
         read_records(path)
+
+
+def test_a_log_that_is_deleted_under_a_run_goes_on(tmp_path):
+    log = StepLog(tmp_path / "run" / "steps.jsonl")
+    log.write({"step": 1})
+    shutil.rmtree(tmp_path / "run")
+    log.write({"step": 2})
+    log.write({"step": 3})
+    log.close()
+    assert [one["step"] for one in read_records(log.path)] == [2, 3]
+    assert log.missing == 1
