@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,6 +51,7 @@ def main(
     ] = None,
 ) -> None:
     """Report, for each device, schedule and range, how long communication took and how much of it was hidden."""
+    _check_paths(files, json_out, plot_out)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
     try:
         report = report_on([read_profile(file) for file in files])
@@ -59,17 +60,14 @@ def main(
         console.print(schedules_table(report))
         for note in report.notes:
             console.print(note, soft_wrap=True)
-        for path in filter(None, (json_out, plot_out)):
-            path.parent.mkdir(parents=True, exist_ok=True)
         if json_out is not None:
             json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         if plot_out is not None:
-            from overlap_mtp.profiling.plot import plot  # matplotlib takes a second to import
+            from overlap_mtp.profiling.plot import plot
 
             plot(report.timelines, plot_out)
     except (ProfileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        _fail(str(error))
     if min_hidden is not None:
         what, fraction = report.judged()
         passed, message = False, f"there is nothing to judge: the profile does not hold {what}"
@@ -78,6 +76,37 @@ def main(
             message = f"{_percent(fraction)} of {what} is hidden on the worst device, {wanted}"
         console.print(f"{'ok' if passed else 'FAILED'}: {message}", soft_wrap=True)
         raise typer.Exit(int(not passed))
+
+
+def _check_paths(files: Sequence[Path], json_out: Path | None, plot_out: Path | None) -> None:
+    """Find what is wrong with the paths before any file is read."""
+    for option, path in (("--json", json_out), ("--plot", plot_out)):
+        if path is None:
+            continue
+        if path.exists() and any(file.exists() and path.samefile(file) for file in files):
+            _fail(f"{path.name}: {option} would overwrite the profile: name another file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            _fail(f"{option}: {error}")
+    if plot_out is not None:
+        if json_out is not None and json_out.resolve() == plot_out.resolve():
+            _fail(f"{plot_out.name}: --json and --plot name one file")
+        from overlap_mtp.profiling.plot import can_write  # matplotlib takes a second to import
+
+        if not can_write(plot_out):
+            _fail(
+                f"{plot_out.name}: a picture cannot be written as {plot_out.suffix}: use .png, .pdf or .svg"
+            )
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

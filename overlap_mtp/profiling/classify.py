@@ -1,15 +1,16 @@
 """Tell communication from compute: first by our range at the launch, then by name.
 
 A Triton kernel that moves tokens looks like compute to a filter on names, so the innermost range of ours that holds
-the launching call decides. Names count only if there is no such range. A kernel of a CUDA graph that was launched
-outside of an exchange belongs to the range in which it was captured.
+the launching call decides. Names (`names`) count only if there is no such range. A kernel without a name, or with one
+that only sounds like communication, is neither: it hides nothing, and the report lists it. A kernel of a CUDA graph
+that was launched outside of an exchange belongs to the range in which it was captured.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -17,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from overlap_mtp.profiling.intervals import NONE, Ints, Nesting, Union
-from overlap_mtp.profiling.trace import LOST, Kind, Profile, Texts
-from overlap_mtp.tracing import LABEL
+from overlap_mtp.profiling.names import NameKind, kind_of_name
+from overlap_mtp.profiling.trace import LOST, UNKNOWN, Kind, Profile, Texts, label_of
 
-COMMUNICATION_NAME = re.compile(r"nccl|rccl|nvshmem|multimem|(one|two)_shot_all_reduce", re.IGNORECASE)
 LIBRARY_RANGE = re.compile(r"^nccl", re.IGNORECASE)  # NCCL and torch put these around each call
 REGIONS = ("trunk", "depth", "loss", "backward")  # the parts of a step
 NO_RANGE = "no range"
+# Numbers that torch counts up, so that a name comes once in a profile: emit_nvtx's, and the profiler's own steps.
+COUNTED = re.compile(r",? *\b(op_id|seq(?:_id)?) = \d+|(?<=^ProfilerStep)#\d+")
 PAYLOAD_BYTES = (1 << 40) - 1  # the bits of a payload that count bytes (overlap_mtp.tracing)
 Mask = npt.NDArray[np.bool_]
 
@@ -34,12 +36,21 @@ class Role(IntEnum):
     COMPUTE = 0
     EXCHANGE = 1  # communication in the ranges `pack` and `send-recv`
     MODEL = 2  # any other communication
+    EXPERTS = 6  # communication of libraries like DeepEP, which send tokens to experts and back
     LOCAL = 3  # the exchange's own work, in the ranges `join` and `unroll`
-    NEITHER = 4  # copies between host and device
+    NEITHER = 4  # copies between host and device; a kernel that cannot be told
     OPAQUE = 5  # a CUDA graph whose kernels were not traced
 
 
 ROLE_OF_RANGE = {"pack": Role.EXCHANGE, "send-recv": Role.EXCHANGE, "join": Role.LOCAL, "unroll": Role.LOCAL}
+
+ROLE_OF_NAME = {
+    NameKind.COMPUTE: Role.COMPUTE,
+    NameKind.COMMUNICATION: Role.MODEL,
+    NameKind.EXPERTS: Role.EXPERTS,
+    NameKind.SUSPECT: Role.NEITHER,
+    NameKind.UNNAMED: Role.NEITHER,
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ class DeviceTimeline:
     """What one process did on one device, sorted by start; times in ns."""
 
     label: str  # "rank 0", or process and device if nothing tells the rank
+    profile: Profile
+    process: int
+    device: int
+    activity: Ints  # an index into the profile's activities
     start: Ints
     end: Ints
     stream: Ints
@@ -69,6 +84,11 @@ class DeviceTimeline:
     steps: tuple[Step, ...]
     has_ours: bool  # the profile has ranges of this project
     num_lost: int  # kernels of CUDA graphs captured before the profile began: classified by name alone
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the process, if anything tells it."""
+        return self.profile.ranks.get(self.process)
 
     def times(self, mask: Mask) -> Union:
         """Return starts and ends of the activities in the mask."""
@@ -88,20 +108,31 @@ def classify(profile: Profile) -> list[DeviceTimeline]:
     """
     activities = profile.activities
     columns, is_lost, parts = _columns(profile)
+    steps = _steps(profile)
+    order = np.lexsort((activities.start, activities.device, activities.process))
+    keys = activities.process[order], activities.device[order]
+    first = np.flatnonzero(np.append(True, (keys[0][1:] != keys[0][:-1]) | (keys[1][1:] != keys[1][:-1])))
+    here = {
+        (int(keys[0][at[0]]), int(keys[1][at[0]])): order[at]
+        for at in np.split(np.arange(order.size), first[1:])
+    }
+    has_ours = bool(profile.ranges.is_ours.any())
     timelines = []
-    for label, process, device in _devices(profile):
-        here = np.flatnonzero((activities.process == process) & (activities.device == device))
-        here = here[np.argsort(activities.start[here], kind="stable")]
-        steps = _steps(profile, process)
+    for label, process, device in _devices(profile, here):
+        mine = here[process, device]
         timelines.append(
             DeviceTimeline(
                 label=label,
-                step=_step_of(steps, activities.launched[here]),
+                profile=profile,
+                process=process,
+                device=device,
+                activity=mine,
+                step=_step_of(steps.get(process, ()), activities.launched[mine]),
                 parts=parts,
-                steps=steps,
-                has_ours=bool(profile.ranges.is_ours.any()),
-                num_lost=int(is_lost[here].sum()),
-                **{name: column[here] for name, column in columns.items()},
+                steps=steps.get(process, ()),
+                has_ours=has_ours,
+                num_lost=int(is_lost[mine].sum()),
+                **{name: column[mine] for name, column in columns.items()},
             )
         )
     return timelines
@@ -110,7 +141,7 @@ def classify(profile: Profile) -> list[DeviceTimeline]:
 def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
     """The columns of a DeviceTimeline for all activities, which of them are lost, and the names of parts."""
     activities, ranges = profile.activities, profile.ranges
-    labels = [LABEL.match(text) for text in profile.texts]
+    labels = [label_of(text) for text in profile.texts]
     names = [label["name"] if label else "" for label in labels]
     range_roles = np.array([ROLE_OF_RANGE.get(name, NONE) for name in names], np.int64)[ranges.text]
     launched_in, captured_in = _innermost(profile, ranges.is_ours)
@@ -124,7 +155,7 @@ def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
         parts[f"{name} {label['detail']}" if label and name == "depth" else name]
         for label, name in zip(labels, names, strict=True)
     ]
-    other_parts = [parts[text] for text in profile.texts]
+    other_parts = [parts[COUNTED.sub("", text)] for text in profile.texts]
     range_parts = np.array([other_parts, own_parts], np.int64)[ranges.is_ours.astype(int), ranges.text]
     is_library = np.array([LIBRARY_RANGE.match(text) is not None for text in profile.texts], bool)
     launched, captured = _innermost(profile, ~ranges.is_ours & ~is_library[ranges.text])
@@ -165,9 +196,10 @@ def _pick(values: Ints, index: Ints, default: int) -> Ints:
 def _roles(profile: Profile, range_role: Ints) -> Ints:
     """The roles of all activities; `range_role` is that of the range of ours, or NONE."""
     activities = profile.activities
-    is_named = np.array([COMMUNICATION_NAME.search(name) is not None for name in profile.names], bool)
-    role = np.full(range_role.size, Role.COMPUTE, np.int64)
-    role[is_named[activities.name] & (activities.kind == Kind.KERNEL)] = Role.MODEL
+    kinds = np.array([kind_of_name(name) for name in profile.names], np.int64)[activities.name]
+    kinds[activities.group != UNKNOWN] = NameKind.COMMUNICATION  # torch says that it is a collective
+    of_name = np.array([ROLE_OF_NAME[kind] for kind in NameKind], np.int64)
+    role = np.where(activities.kind == Kind.KERNEL, of_name[kinds], Role.COMPUTE)
     role[activities.kind == Kind.PEER_COPY] = Role.MODEL
     role[activities.kind == Kind.GRAPH] = Role.OPAQUE
     role = np.where(range_role == NONE, role, range_role)
@@ -185,19 +217,22 @@ def _bytes(counted: Ints, payload_bytes: Ints, occasion: Ints, role: Ints) -> In
     return num_bytes
 
 
-def _steps(profile: Profile, process: int) -> tuple[Step, ...]:
-    """The steps of a process, by start."""
+def _steps(profile: Profile) -> dict[int, tuple[Step, ...]]:
+    """The steps of each process, by start."""
     ranges = profile.ranges
-    mine = np.flatnonzero(ranges.is_ours & (ranges.process == process))
-    seen: Counter[str] = Counter()
-    steps = []
+    labels = [label_of(text) for text in profile.texts]
+    is_step = np.array([label is not None and label["name"] == "step" for label in labels], bool)
+    mine = np.flatnonzero(ranges.is_ours & is_step[ranges.text])
+    seen: Counter[tuple[int, str]] = Counter()
+    steps: dict[int, list[Step]] = {}
     for at in mine[np.argsort(ranges.start[mine], kind="stable")].tolist():
-        label = LABEL.match(profile.texts[ranges.text[at]])
-        if label is not None and label["name"] == "step":
-            schedule = label["detail"] or "step"
-            steps.append(Step(schedule, seen[schedule], int(ranges.start[at]), int(ranges.end[at])))
-            seen[schedule] += 1
-    return tuple(steps)
+        label, process = labels[ranges.text[at]], int(ranges.process[at])
+        assert label is not None
+        schedule = label["detail"] or "step"
+        step = Step(schedule, seen[process, schedule], int(ranges.start[at]), int(ranges.end[at]))
+        steps.setdefault(process, []).append(step)
+        seen[process, schedule] += 1
+    return {process: tuple(each) for process, each in steps.items()}
 
 
 def _step_of(steps: Sequence[Step], launched: Ints) -> Ints:
@@ -208,14 +243,12 @@ def _step_of(steps: Sequence[Step], launched: Ints) -> Ints:
     return np.where(launched <= _pick(ends, at, np.iinfo(np.int64).min), at, NONE)
 
 
-def _devices(profile: Profile) -> list[tuple[str, int, int]]:
+def _devices(profile: Profile, pairs: Collection[tuple[int, int]]) -> list[tuple[str, int, int]]:
     """Label, process and device of each timeline; the device is in the label if the process uses several."""
-    activities = profile.activities
-    pairs = set(zip(activities.process.tolist(), activities.device.tolist(), strict=True))
     devices = Counter(process for process, _ in pairs)
     found = []
     for process, device in pairs:
-        rank = profile.rank(process)
+        rank = profile.ranks.get(process)
         kind, number = ("process", profile.pids[process]) if rank is None else ("rank", rank)
         needs_device = rank is None or devices[process] > 1
         label = f"{kind} {number}" + (f" device {device}" if needs_device else "")

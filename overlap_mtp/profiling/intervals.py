@@ -30,6 +30,36 @@ def merge(start: Ints, end: Ints, gap: int = 0) -> Union:
     return start[first], reach[last]
 
 
+def merge_each(group: Ints, start: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the union of the intervals of each group, as `merge` does, in one pass over all groups.
+
+    Args:
+        group: [n]. Not negative.
+        start, end: [n].
+
+    Returns:
+        Group, start and end of each interval of the unions, sorted by group and start.
+    """
+    keep = end > start
+    order = np.lexsort((start[keep], group[keep]))
+    group, start, end = group[keep][order], start[keep][order], end[keep][order]
+    # The running maximum of ends must begin anew in each group: the ranks of ends leave room for the group's number.
+    ends, rank = np.unique(end, return_inverse=True)
+    reach = np.maximum.accumulate(group * ends.size + rank)
+    is_first = np.ones(group.size, bool)
+    is_first[1:] = (group[1:] != group[:-1]) | (start[1:] > ends[reach[:-1] % max(1, ends.size)])
+    first = np.flatnonzero(is_first)
+    last = np.append(first[1:], group.size)[: first.size] - 1
+    return group[first], start[first], ends[reach[last] % max(1, ends.size)]
+
+
+def sum_each(group: Ints, values: Ints, num_groups: int) -> Ints:
+    """Return the sum of the values of each group, as exact integers."""
+    total = np.zeros(num_groups, np.int64)
+    np.add.at(total, group, values)
+    return total
+
+
 def length(union: Union) -> int:
     """Return the total length of a union."""
     return int((union[1] - union[0]).sum())
@@ -64,7 +94,6 @@ class Nesting:
     def __init__(self, thread: Ints, start: Ints, end: Ints) -> None:
         self._order = np.lexsort((-end, start, thread))  # of two with one start, the longer is the outer one
         self._thread, self._start = thread[self._order], start[self._order]
-        self._end = np.append(end, FOREVER)  # at NONE: what is no range has not ended
         self.parents = np.full(start.size, NONE, np.int64)
         columns = (self._order, self._thread, self._start, end[self._order])
         enclosing: list[tuple[int, int, int]] = []
@@ -74,15 +103,38 @@ class Nesting:
             if enclosing:
                 self.parents[at] = enclosing[-1][0]
             enclosing.append((at, its_thread, its_end))
+        self._ancestors = self._jumps(end)
 
     def innermost(self, thread: Ints, time: Ints) -> Ints:
         """Return the index of the innermost range that is open at each time on each thread, or NONE."""
-        found = np.full(time.size, NONE, np.int64)
-        for one in np.unique(self._thread):
-            begin, stop = np.searchsorted(self._thread, [one, one + 1])
-            here = np.flatnonzero(thread == one)
-            last = np.searchsorted(self._start[begin:stop], time[here], side="right") - 1
-            found[here] = np.where(last < 0, NONE, self._order[begin + last])
-        while (ended := np.flatnonzero(self._end[found] < time)).size:
-            found[ended] = self.parents[found[ended]]
+        found = self._last_begun(thread, time)
+        for parents, reach in reversed(
+            self._ancestors
+        ):  # the furthest jump first: over ranges that have all ended
+            ended = reach[found] < time
+            found = np.where(ended, parents[found], found)
         return found
+
+    def _last_begun(self, thread: Ints, time: Ints) -> Ints:
+        """For each time the last range that has begun on the thread, or NONE."""
+        threads, times = np.concatenate([self._thread, thread]), np.concatenate([self._start, time])
+        is_query = np.arange(threads.size) >= self._thread.size
+        order = np.lexsort((is_query, times, threads))  # stable: ranges with one start keep their order
+        position = np.where(order < self._thread.size, np.arange(order.size), NONE)
+        last = order[np.maximum.accumulate(position)]
+        known = (np.maximum.accumulate(position) != NONE) & (threads[last] == threads[order])
+        begun = np.full(threads.size, NONE, np.int64)
+        begun[order] = np.where(known, np.append(self._order, NONE)[np.where(known, last, NONE)], NONE)
+        return begun[self._thread.size :]
+
+    def _jumps(self, end: Ints) -> list[tuple[Ints, Ints]]:
+        """For each k the 2^k-th ancestor of each range, and the latest end of the ranges before that ancestor.
+
+        The last entry of both is for NONE: what is no range has not ended.
+        """
+        parents, reach = np.append(self.parents, NONE), np.append(end, FOREVER)
+        jumps = [(parents, reach)]
+        while (parents != NONE).any():
+            parents, reach = parents[parents], np.maximum(reach, reach[parents])
+            jumps.append((parents, reach))
+        return jumps

@@ -10,15 +10,27 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from overlap_mtp.profiling.intervals import FOREVER, Ints
-from overlap_mtp.profiling.trace import LOST, UNKNOWN, Activities, Kind, Profile, ProfileError, Ranges, Texts
-from overlap_mtp.tracing import DOMAIN, LABEL
+from overlap_mtp.profiling.trace import (
+    LOST,
+    UNKNOWN,
+    UNNAMED,
+    Activities,
+    Kind,
+    Profile,
+    ProfileError,
+    Ranges,
+    Texts,
+    label_of,
+    printable,
+)
+from overlap_mtp.tracing import DOMAIN
 
 KNOWN_SCHEMAS = ("2", "3")  # major versions of EXPORT_SCHEMA_VERSION
 TABLES = {
@@ -33,39 +45,59 @@ WITHIN_DEVICE, BETWEEN_DEVICES = (5, 6, 7, 8), 10  # copyKind, as CUpti_Activity
 # The columns that a table must have (`..._MORE`: may have).
 ACTIVITY = ("start", "end", "deviceId", "streamId", "correlationId")
 ACTIVITY_MORE = ("globalPid", "graphNodeId", "bytes", "copyKind", "srcDeviceId", "dstDeviceId")
-KERNEL_NAMES = ("shortName", "demangledName")  # the first one that exists is used
+KERNEL_NAMES = ("demangledName", "shortName", "mangledName")  # the first one that names the kernel is used
 CALL = ("start", "globalTid", "correlationId")
 PAYLOADS = ("uint64Value", "int64Value", "uint32Value", "int32Value")
-RANGE, RANGE_MORE = ("start", "globalTid"), ("end", "eventType", "domainId", "textId", "text", *PAYLOADS)
+RANGE, RANGE_MORE = ("start", "globalTid"), ("end", "eventType", "domainId", "textId", *PAYLOADS)
 NODE, NODE_MORE = ("start", "globalTid", "graphNodeId"), ("originalGraphNodeId",)
+LEAST_ROW_BYTES = 8  # a file cannot hold more rows than its size allows, unless it is crafted
+MOST_BYTES = 1 << 48  # more in one copy is not believed
 PID_BITS = 24  # a globalTid holds machine, process and thread; the thread has the lower bits
 
 
-def read_nsys(path: Path) -> Profile:
+def read_nsys(name: str, path: Path) -> Profile:
     """Read an export.
+
+    Args:
+        name: names the export in messages and in the profile.
+        path: the file.
 
     Raises:
         ProfileError: the file is no export, or it is damaged, empty or of an unknown schema.
     """
-    uri = path.resolve().as_uri() + "?mode=ro&immutable=1"
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            return _Export(connection, path.name).profile()
+        with closing(connect(path)) as connection:
+            return _Export(connection, name, path.stat().st_size).profile()
     except ProfileError:
         raise
     except (sqlite3.Error, OverflowError, TypeError, ValueError) as error:
-        raise ProfileError(f"{path.name}: the SQLite file is damaged or not complete ({error})") from error
+        raise ProfileError(f"{name}: the SQLite file is damaged or not complete ({error})") from error
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open an SQLite file for reading."""
+    connection = sqlite3.connect(path.resolve().as_uri() + "?mode=ro&immutable=1", uri=True)
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
+    return connection
+
+
+def tables_of(db: sqlite3.Connection, schema: str = "main") -> list[str]:
+    """Return the names of the tables. Views and virtual tables, which can make up endless rows, are left out."""
+    rows = db.execute(f"SELECT name FROM {schema}.sqlite_master WHERE type = 'table' AND rootpage > 0")
+    return [str(name) for (name,) in rows.fetchall()]
 
 
 class _Export:
     """An open export."""
 
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
-        self._db, self._name = connection, name
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")
+    def __init__(self, connection: sqlite3.Connection, name: str, size: int) -> None:
+        self._db, self._name, self._most_rows = connection, name, size // LEAST_ROW_BYTES
+        wanted = {*TABLES.values(), CALLS, RANGES, NODES, "StringIds", "META_DATA_EXPORT"}
+        tables = tables_of(connection)
+        self._is_export = any(table.startswith(("CUPTI_", "META_DATA_", "NVTX_")) for table in tables)
         self._columns = {
             table: {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
-            for (table,) in tables.fetchall()
+            for table in wanted.intersection(tables)
         }
 
     def profile(self) -> Profile:
@@ -78,6 +110,7 @@ class _Export:
         launched, thread = _find_calls(global_pid >> PID_BITS, correlation, self._numbers(CALLS, CALL).T)
         process = np.where(global_pid != UNKNOWN, global_pid, thread) >> PID_BITS
         texts, ranges = self._ranges(strings)
+        captured, capture_thread = self._captures(process, node)
         pids = np.unique(np.concatenate([process, ranges.process]))
         return Profile(
             self._name,
@@ -85,14 +118,34 @@ class _Export:
             list(names),
             list(texts),
             Activities(
-                *(start, np.maximum(start, end), np.searchsorted(pids, process), device, stream),
-                *(kind, name, num_bytes, launched, thread, *self._captures(process, node)),
+                start=start,
+                end=np.maximum(start, end),
+                process=np.searchsorted(pids, process),
+                device=device,
+                stream=stream,
+                kind=kind,
+                name=name,
+                num_bytes=num_bytes,
+                launched=launched,
+                thread=thread,
+                captured=captured,
+                capture_thread=capture_thread,
+                group=np.full_like(start, UNKNOWN),
             ),
             replace(ranges, process=np.searchsorted(pids, ranges.process)),
+            notes=list(self._notes(start, end)),
         )
 
+    def _notes(self, start: Ints, end: Ints) -> Iterator[str]:
+        if (start == UNKNOWN).any():
+            raise ProfileError(f"{self._name}: {(start == UNKNOWN).sum():,} activities have no start")
+        if backwards := int((end < start).sum()):
+            yield (
+                f"{self._name}: {backwards:,} activities end before they begin, or have no end, and count as no time."
+            )
+
     def _check(self) -> None:
-        if not any(table.startswith(("CUPTI_", "META_DATA_", "NVTX_")) for table in self._columns):
+        if not self._is_export:
             raise ProfileError(f"{self._name}: an SQLite file, but not an export of Nsight Systems")
         metadata = dict(self._rows("META_DATA_EXPORT", ("name", "value")))
         version = str(metadata.get("EXPORT_SCHEMA_VERSION", KNOWN_SCHEMAS[-1]))
@@ -107,10 +160,8 @@ class _Export:
 
     def _activities(self, kind: Kind, names: Texts, strings: Mapping[int, str]) -> Ints:
         """[n, 10]: start, end, device, stream, correlation, globalPid, graph node, kind, name, bytes."""
-        table = TABLES[kind]
-        label = next((name for name in KERNEL_NAMES if name in self._columns[table]), KERNEL_NAMES[0])
-        rows = self._numbers(table, ACTIVITY, (*ACTIVITY_MORE, label))
-        num_bytes, copy_kind, source, target, label_id = rows[:, 7:].T
+        rows = self._numbers(TABLES[kind], ACTIVITY, (*ACTIVITY_MORE, *KERNEL_NAMES))
+        num_bytes, copy_kind, source, target, *label_ids = rows[:, 7:].T
         kinds = np.full(len(rows), kind, np.int64)
         if kind is Kind.HOST_COPY:
             between = (source != target) & (source >= 0) & (target >= 0)
@@ -118,54 +169,88 @@ class _Export:
             kinds[within] = Kind.LOCAL_COPY
             kinds[(within & between) | (copy_kind == BETWEEN_DEVICES)] = Kind.PEER_COPY
         if kind is Kind.KERNEL:
-            texts = [strings.get(i, "unknown kernel") for i in label_id.tolist()]
+            texts = self._kernel_names(label_ids, strings)
         else:
             texts = [Kind(i).name.lower().replace("_", " ") for i in kinds.tolist()]
         name = np.array([names[text] for text in texts], np.int64)
-        return np.column_stack([rows[:, :7], kinds, name, num_bytes])
+        believed = np.where((num_bytes >= 0) & (num_bytes < MOST_BYTES), num_bytes, UNKNOWN)
+        return np.column_stack([rows[:, :7], kinds, name, believed])
+
+    def _kernel_names(self, label_ids: Sequence[Ints], strings: Mapping[int, str]) -> list[str]:
+        """The first of its names that is known for each kernel, else UNNAMED."""
+        triples = list(zip(*(ids.tolist() for ids in label_ids), strict=True))
+        found = {
+            ids: next((text for i in ids if (text := printable(strings.get(i)))), UNNAMED)
+            for ids in set(triples)
+        }
+        return [found[ids] for ids in triples]
 
     def _captures(self, process: Ints, node: Ints) -> Ints:
         """[2, n]: when and on which thread each node of a graph was captured, or LOST; else UNKNOWN."""
-        copied_from: dict[tuple[int, int], int] = {}
+        copied_from: dict[tuple[int, int], tuple[int, int]] = {}
         made: dict[tuple[int, int], tuple[int, int]] = {}
-        for start, tid, its_node, original in self._numbers(NODES, NODE, NODE_MORE).tolist():
+        for start, tid, its_node, source in self._numbers(NODES, NODE, NODE_MORE).tolist():
             made.setdefault((tid >> PID_BITS, its_node), (start, tid))
-            if original not in (UNKNOWN, 0, its_node):
-                copied_from[tid >> PID_BITS, its_node] = original
+            if source not in (UNKNOWN, 0, its_node):
+                copied_from[tid >> PID_BITS, its_node] = (tid >> PID_BITS, source)
+        originals: dict[tuple[int, int], tuple[int, int]] = {}
 
-        @cache
-        def capture(process: int, node: int) -> tuple[int, int]:
-            seen = set()
-            while (process, node) in copied_from and node not in seen:
-                seen.add(node)
-                node = copied_from[process, node]
-            return made.get((process, node), (LOST, LOST)) if node > 0 else (UNKNOWN, UNKNOWN)
+        def original(pair: tuple[int, int]) -> tuple[int, int]:
+            """The node that was captured; each step of a chain of copies is gone once."""
+            path = dict.fromkeys([pair])
+            while pair not in originals and pair in copied_from and copied_from[pair] not in path:
+                pair = copied_from[pair]
+                path[pair] = None
+            pair = originals.get(pair, pair)
+            originals.update(dict.fromkeys(path, pair))
+            return pair
 
         pairs = zip(process.tolist(), node.tolist(), strict=True)
-        return np.array([capture(*pair) for pair in pairs], np.int64).reshape(-1, 2).T
+        found = [
+            made.get(original(pair), (LOST, LOST)) if pair[1] > 0 else (UNKNOWN, UNKNOWN) for pair in pairs
+        ]
+        return np.array(found, np.int64).reshape(-1, 2).T
 
     def _ranges(self, strings: Mapping[int, str]) -> tuple[Texts, Ranges]:
         """The texts and the ranges; here `process` is the upper bits of the globalTid, not an index."""
-        texts = Texts()
-        domains: dict[tuple[int, int], str] = {}
-        columns = []
-        for start, tid, end, event, domain, text_id, text, *values in self._rows(RANGES, RANGE, RANGE_MORE):
-            name = text if text is not None else strings.get(text_id)
-            if name is None or start is None:
-                continue
-            tid = UNKNOWN if tid is None else tid
-            if event == DOMAIN_CREATED:
-                domains[tid >> PID_BITS, domain or 0] = name
-            elif event in (PUSH_POP, START_END) or (event is None and end is not None):
-                payload = next((value for value in values if value), 0)
-                stop = FOREVER if end is None else end
-                columns.append((start, stop, tid >> PID_BITS, tid, texts[name], payload, domain or 0))
-        start, stop, process, thread, index, payload, domain = np.array(columns, np.int64).reshape(-1, 7).T
-        is_label = np.array([LABEL.match(one) is not None for one in texts], bool)
+        columns = self._numbers(RANGES, RANGE, RANGE_MORE)
+        texts, index = self._range_texts(columns[:, 5], strings)
+        start, thread, end, event, domain, _, *payloads = columns.T
+        domain = np.maximum(domain, 0)
+        named = (index != UNKNOWN) & (start != UNKNOWN)
+        process = thread >> PID_BITS
+        made = np.flatnonzero(named & (event == DOMAIN_CREATED))
+        words = list(texts)
+        domains = {(int(process[at]), int(domain[at])): words[index[at]] for at in made.tolist()}
+        is_range = np.isin(event, (PUSH_POP, START_END)) | ((event == UNKNOWN) & (end != UNKNOWN))
+        kept = np.flatnonzero(named & is_range)
+        start, process, thread, index, domain = (
+            column[kept] for column in (start, process, thread, index, domain)
+        )
+        stop = np.where(end[kept] == UNKNOWN, FOREVER, np.maximum(start, end[kept]))
+        payload = np.zeros_like(start)
+        for column in reversed(payloads):
+            payload = np.where(np.isin(column[kept], (0, UNKNOWN)), payload, column[kept])
+        is_label = np.array([label_of(one) is not None for one in texts], bool)
         # A domain that was made before the capture began has no name here: then the label alone decides.
-        named = [domains.get(key, DOMAIN) for key in zip(process.tolist(), domain.tolist(), strict=True)]
-        is_ours = is_label[index] & (np.array(named, object) == DOMAIN)
+        is_ours = is_label[index]
+        for at in np.flatnonzero(is_ours).tolist():
+            is_ours[at] = domains.get((int(process[at]), int(domain[at])), DOMAIN) == DOMAIN
         return texts, Ranges(start, stop, process, thread, index, payload, is_ours)
+
+    def _range_texts(self, text_id: Ints, strings: Mapping[int, str]) -> tuple[Texts, Ints]:
+        """The texts of ranges, and the index of each row's text: its own, or the one that its id stands for."""
+        texts = Texts()
+        ids, number = np.unique(text_id, return_inverse=True)
+        known = [
+            texts[printable(strings[i])] if strings.get(i) is not None else UNKNOWN for i in ids.tolist()
+        ]
+        index = np.array(known, np.int64)[number]
+        if "text" in self._columns.get(RANGES, ()):
+            for at, (text,) in enumerate(self._rows(RANGES, ("text",))):
+                if text is not None:
+                    index[at] = texts[printable(text)]
+        return texts, index
 
     def _numbers(self, table: str, required: Sequence[str], optional: Sequence[str] = ()) -> Ints:
         """[n, columns]: as `_rows`, with UNKNOWN for what is missing."""
@@ -184,7 +269,15 @@ class _Export:
         wanted = [
             f'COALESCE("{name}", {missing})' if name in have else missing for name in (*required, *optional)
         ]
-        return self._db.execute(f'SELECT {", ".join(wanted)} FROM "{table}"')
+        return self._bounded(self._db.execute(f'SELECT {", ".join(wanted)} FROM "{table}"'))
+
+    def _bounded(self, rows: sqlite3.Cursor) -> Iterator[Any]:
+        """The rows, but not more than the file has room for: pages of a crafted file can lead to one another."""
+        yield from islice(rows, self._most_rows)
+        if rows.fetchone() is not None:
+            raise ProfileError(
+                f"{self._name}: the SQLite file is damaged: it yields more rows than it has room for"
+            )
 
 
 def _find_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, Ints]:
@@ -198,7 +291,8 @@ def _find_calls(process: Ints, correlation: Ints, calls: Ints) -> tuple[Ints, In
     if (process == UNKNOWN).any():
         processes[:] = 0
     number = np.unique(processes, return_inverse=True)[1]
-    key = np.unique(number << 40 | np.concatenate([called, correlation]), return_inverse=True)[1]
+    correlations = np.unique(np.concatenate([called, correlation]), return_inverse=True)[1]
+    key = np.unique(number * correlations.size + correlations, return_inverse=True)[1]
     first = np.full(key.size, UNKNOWN)  # the first call with each key
     order = np.argsort(start)[::-1]
     first[key[order]] = order  # of several, the last one assigned stays

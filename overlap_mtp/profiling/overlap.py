@@ -1,8 +1,9 @@
 """What a profile says about its communication: how long it took, and how much of it lay under compute.
 
-Timeline overlap is |communication and compute| / |communication|, over merged intervals on one device (as in
-HolisticTraceAnalysis). It is evidence; the result to quote is overlap efficiency (Flux, arXiv 2406.06858):
-E = 1 - ECT_schedule / ECT_sync, where ECT = T_step - T_step(prepared) is what communication adds to a step.
+Timeline overlap is |communication and compute| / |communication|, over merged intervals on one device, as in
+HolisticTraceAnalysis (profiles/README.md says where the two differ). It is evidence. The result to quote is overlap
+efficiency (Flux, arXiv 2406.06858): E = 1 - ECT_schedule / ECT_sync, where ECT = T_step - T_step(prepared) is what
+communication adds to a step.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from overlap_mtp.profiling.classify import DeviceTimeline, Mask, Role, base_name, classify
-from overlap_mtp.profiling.intervals import NONE, Ints, covered, length, merge
+from overlap_mtp.profiling.intervals import NONE, Ints, covered, length, merge, merge_each, sum_each
+from overlap_mtp.profiling.notes import notes_on
 from overlap_mtp.profiling.trace import UNKNOWN, Profile
+from overlap_mtp.profiling.waits import peer_waits
 
 EVERYTHING, OUTSIDE = "all", "outside steps"  # stand for a schedule if there is no step
 FLOOR, BASELINE, JUDGED = "prepared", "sync", "prefetch"
-COMMUNICATION = (Role.EXCHANGE, Role.MODEL)
-WAITS_FOR_NOBODY = "pack"  # the range of the exchange whose kernels have no peer
+COMMUNICATION = (Role.EXCHANGE, Role.MODEL, Role.EXPERTS)
+JSON_VERSION = 2  # 1 had neither version nor units nor totals
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Row:
     device: str
     schedule: str
     range: str
-    kind: str  # exchange, model (any other communication) or local
+    kind: str  # exchange, experts (DeepEP and others), model (any other communication) or local
     steps: int
     time_us: float
     hidden_us: float | None
@@ -63,6 +67,17 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class DeviceTotal:
+    """The whole recording on one device, in µs."""
+
+    device: str
+    communication_us: float
+    hidden_us: float
+    exposed_us: float
+    compute_us: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What was found in one recording; `notes` says what limits it."""
 
@@ -71,6 +86,7 @@ class Report:
     schedules: tuple[Schedule, ...]
     notes: tuple[str, ...]
     timelines: tuple[DeviceTimeline, ...]
+    totals: tuple[DeviceTotal, ...]
 
     def judged(self) -> tuple[str, float | None]:
         """Return what `--min-hidden` judges, and its hidden fraction on the worst device (None: there is none).
@@ -91,9 +107,12 @@ class Report:
         """Return everything but the activities themselves."""
         what, fraction = self.judged()
         return {
+            "version": JSON_VERSION,
+            "units": {"_us": "microseconds", "_ms": "milliseconds", "bytes": "bytes", "hidden": "fraction"},
             "sources": list(self.sources),
             "devices": [timeline.label for timeline in self.timelines],
             "judged": {"what": what, "hidden_fraction": fraction},
+            "totals": [asdict(total) for total in self.totals],
             "schedules": [asdict(schedule) for schedule in self.schedules],
             "rows": [asdict(row) for row in self.rows],
             "notes": list(self.notes),
@@ -109,18 +128,33 @@ def report_on(profiles: Sequence[Profile]) -> Report:
     """
     groups = [classify(profile) for profile in profiles]
     labels = [timeline.label for group in groups for timeline in group]
+    sources = _distinct_names(profiles)
     if len(set(labels)) < len(labels):
         groups = [
-            [replace(timeline, label=f"{profile.source}: {timeline.label}") for timeline in group]
-            for profile, group in zip(profiles, groups, strict=True)
+            [replace(timeline, label=f"{source}: {timeline.label}") for timeline in group]
+            for source, group in zip(sources, groups, strict=True)
         ]
     else:  # one recording, whose ranks wait for each other
         groups = [[timeline for group in groups for timeline in group]]
-    measured = [_Measured(*one) for group in groups for one in zip(group, _peer_waits(group), strict=True)]
+    measured = [_Measured(*one) for group in groups for one in zip(group, peer_waits(group), strict=True)]
     timelines = tuple(one.timeline for one in measured)
     rows = tuple(row for one in measured for row in one.rows())
-    notes = tuple(_notes(timelines, rows))
-    return Report(tuple(profile.source for profile in profiles), rows, _schedules(measured), notes, timelines)
+    notes = [*notes_on(profiles, timelines, any(row.kind != "local" for row in rows))]
+    names = {step.schedule for timeline in timelines for step in timeline.steps}
+    if names and not {FLOOR, BASELINE} <= names:
+        notes.append(f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}.")
+    totals = tuple(one.total() for one in measured)
+    return Report(tuple(sources), rows, _schedules(measured), tuple(notes), timelines, totals)
+
+
+def _distinct_names(profiles: Sequence[Profile]) -> list[str]:
+    """The files' names, with as many of their folders as tell them apart, or else with numbers."""
+    paths = [PurePath(profile.path or profile.source).parts for profile in profiles]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{profile.source} ({number})" for number, profile in enumerate(profiles, 1)]
 
 
 class _Measured:
@@ -131,91 +165,94 @@ class _Measured:
         self._compute = merge(*timeline.times(timeline.role == Role.COMPUTE))
         self.is_communication: Mask = np.isin(timeline.role, COMMUNICATION)
         self.steps = Counter(step.schedule for step in timeline.steps)  # in the order of their first steps
+        self.schedules = list(self.steps)
         if not self.steps:
-            self.schedules = {EVERYTHING: np.ones(timeline.start.size, bool)}
+            self.schedules = [EVERYTHING]
+            self._schedule = np.zeros(timeline.start.size, np.int64)  # an index into schedules, or NONE
             return
-        names = list(self.steps)
-        number = np.array([names.index(step.schedule) for step in timeline.steps] + [NONE])[timeline.step]
-        self.schedules = {name: number == index for index, name in enumerate(names)}
-        if (self.is_communication & (number == NONE)).any():
-            self.schedules[OUTSIDE] = number == NONE
+        numbers = {name: number for number, name in enumerate(self.schedules)}
+        of_step = np.array([numbers[step.schedule] for step in timeline.steps] + [NONE], np.int64)
+        self._schedule = of_step[timeline.step]
+        outside = self._schedule == NONE
+        if (self.is_communication & outside).any():
+            self._schedule[outside] = len(self.schedules)
+            self.schedules.append(OUTSIDE)
 
-    def overlap(self, mask: Mask) -> tuple[int, int]:
-        """How long these activities are (merged), and how much of that lies under compute; ns."""
-        union = merge(*self.timeline.times(mask))
-        return length(union), int(covered(self._compute, *union).sum())
+    def _overlaps(self, mask: Mask, group: Ints, num_groups: int) -> tuple[Ints, Ints]:
+        """How long the activities of each group are (merged), and how much of that lies under compute; ns."""
+        of, start, end = merge_each(group, *self.timeline.times(mask))
+        hidden = covered(self._compute, start, end)
+        return sum_each(of, end - start, num_groups), sum_each(of, hidden, num_groups)
+
+    def overlaps(self, mask: Mask) -> dict[str, tuple[int, int]]:
+        """How long the activities in the mask are in each schedule, and how much of that lies under compute; ns."""
+        mask = mask & (self._schedule != NONE)
+        found = self._overlaps(mask, self._schedule[mask], len(self.schedules))
+        pairs = zip(*(column.tolist() for column in found), strict=True)
+        return dict(zip(self.schedules, pairs, strict=True))
+
+    def total(self) -> DeviceTotal:
+        time, hidden = self._overlaps(
+            self.is_communication, np.zeros(self.is_communication.sum(), np.int64), 1
+        )
+        compute = length(self._compute)
+        values = (int(time[0]), int(hidden[0]), int(time[0] - hidden[0]), compute)
+        return DeviceTotal(self.timeline.label, *(value / 1000 for value in values))
 
     def rows(self) -> Iterator[Row]:
-        for schedule, inside in self.schedules.items():
-            for role in (*COMMUNICATION, Role.LOCAL):
-                of_role = inside & (self.timeline.role == role)
-                for part in dict.fromkeys(self.timeline.part[of_role].tolist()):
-                    yield self._row(schedule, role, part, of_role & (self.timeline.part == part))
-
-    def _row(self, schedule: str, role: Role, part: int, mask: Mask) -> Row:
-        time, hidden = self.overlap(mask)
-        num_bytes, wait = self.timeline.num_bytes[mask], self._wait[mask]
-        shared = role != Role.LOCAL
-        return Row(
-            device=self.timeline.label,
-            schedule=schedule,
-            range=self.timeline.parts[part],
-            kind=role.name.lower(),
-            steps=self.steps[schedule],
-            time_us=time / 1000,
-            hidden_us=hidden / 1000 if shared else None,
-            exposed_us=(time - hidden) / 1000 if shared else None,
-            hidden_fraction=hidden / time if shared and time else None,
-            peer_wait_us=float(wait.sum()) / 1000 if shared and (wait != UNKNOWN).all() else None,
-            launches=int(mask.sum()),
-            bytes=int(num_bytes[num_bytes != UNKNOWN].sum()) if (num_bytes != UNKNOWN).any() else None,
+        """The rows in the order of schedules, roles, and the first activity of each range."""
+        timeline, roles = self.timeline, (*COMMUNICATION, Role.LOCAL)
+        mask = np.isin(timeline.role, roles) & (self._schedule != NONE)
+        order_of = np.zeros(len(Role), np.int64)
+        order_of[list(roles)] = np.arange(len(roles))
+        kind = self._schedule[mask] * len(roles) + order_of[timeline.role[mask]]
+        keys, first, group = np.unique(
+            kind * len(timeline.parts) + timeline.part[mask], return_index=True, return_inverse=True
         )
-
-
-def _peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
-    """For each activity of each timeline its duration less that of its shortest participant (ns), or UNKNOWN.
-
-    The n-th communication of a range in a step counts as one and the same on all ranks, if they have equally many
-    there. If numbers differ (ranks at the ends of a chain, for example), or only one rank communicates, the wait is
-    unknown.
-    """
-    waits = [np.full(timeline.start.size, UNKNOWN, np.int64) for timeline in timelines]
-    everyone: dict[tuple[object, ...], dict[int, list[int]]] = {}
-    for number, timeline in enumerate(timelines):
-        is_alone = np.array([part == WAITS_FOR_NOBODY for part in timeline.parts])[timeline.part]
-        shared = (timeline.role == Role.MODEL) | ((timeline.role == Role.EXCHANGE) & ~is_alone)
-        steps = [(step.schedule, step.number) for step in timeline.steps] + [("", NONE)]
-        for at in np.flatnonzero(shared).tolist():
-            key = (steps[timeline.step[at]], timeline.role[at], timeline.parts[timeline.part[at]])
-            everyone.setdefault(key, {}).setdefault(number, []).append(at)
-    for members in everyone.values():
-        if len(members) < 2 or len({len(each) for each in members.values()}) > 1:
-            continue
-        durations = {n: timelines[n].end[each] - timelines[n].start[each] for n, each in members.items()}
-        shortest = np.min(list(durations.values()), axis=0)
-        for n, each in members.items():
-            waits[n][each] = durations[n] - shortest
-    return waits
+        time, hidden = self._overlaps(mask, group, keys.size)
+        num_bytes, wait = timeline.num_bytes[mask], self._wait[mask]
+        bytes_known = np.bincount(group, num_bytes != UNKNOWN, keys.size) > 0
+        waits_known = np.bincount(group, wait == UNKNOWN, keys.size) == 0
+        sent = sum_each(group, np.maximum(num_bytes, 0), keys.size)
+        waited = sum_each(group, wait, keys.size)
+        launches = np.bincount(group, minlength=keys.size)
+        for at in np.lexsort((first, kind[first])).tolist():
+            schedule, role = divmod(int(kind[first[at]]), len(roles))
+            shared = roles[role] != Role.LOCAL
+            yield Row(
+                device=timeline.label,
+                schedule=self.schedules[schedule],
+                range=timeline.parts[keys[at] % len(timeline.parts)],
+                kind=roles[role].name.lower(),
+                steps=self.steps[self.schedules[schedule]],
+                time_us=int(time[at]) / 1000,
+                hidden_us=int(hidden[at]) / 1000 if shared else None,
+                exposed_us=int(time[at] - hidden[at]) / 1000 if shared else None,
+                hidden_fraction=int(hidden[at]) / int(time[at]) if shared and time[at] else None,
+                peer_wait_us=int(waited[at]) / 1000 if shared and waits_known[at] else None,
+                launches=int(launches[at]),
+                bytes=int(sent[at]) if bytes_known[at] else None,
+            )
 
 
 def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
     times = _step_times([one.timeline for one in measured])
-    found = []
-    for name in dict.fromkeys(name for one in measured for name in one.schedules):
-        inside = [(one, one.schedules[name]) for one in measured if name in one.schedules]
-        exchange = [one.overlap(mask & (one.timeline.role == Role.EXCHANGE)) for one, mask in inside]
-        everything = [one.overlap(mask & one.is_communication) for one, mask in inside]
-        found.append(
-            Schedule(
-                name,
-                max(one.steps[name] for one, _ in inside),
-                median(times[name]) / 1e6 if name in times else None,
-                *_fractions(exchange),
-                *_fractions(everything),
-                _efficiency(times, name),
-            )
+    exchange = [one.overlaps(one.timeline.role == Role.EXCHANGE) for one in measured]
+    everything = [one.overlaps(one.is_communication) for one in measured]
+    steps: Counter[str] = Counter()
+    for one in measured:
+        steps |= one.steps  # the larger count of each
+    return tuple(
+        Schedule(
+            name,
+            steps[name],
+            median(times[name]) / 1e6 if name in times else None,
+            *_fractions([each[name] for each in exchange if name in each]),
+            *_fractions([each[name] for each in everything if name in each]),
+            _efficiency(times, name),
         )
-    return tuple(found)
+        for name in dict.fromkeys(name for one in measured for name in one.schedules)
+    )
 
 
 def _fractions(overlaps: Sequence[tuple[int, int]]) -> tuple[float | None, float | None]:
@@ -230,11 +267,15 @@ def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
     """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns."""
     slowest: Counter[tuple[str, int]] = Counter()
     for timeline in timelines:
-        for at, step in enumerate(timeline.steps):
-            start, end = timeline.times(timeline.step == at)
-            if start.size:
+        begin = np.full(len(timeline.steps), np.iinfo(np.int64).max)
+        end = np.full(len(timeline.steps), np.iinfo(np.int64).min)
+        inside = timeline.step != NONE
+        np.minimum.at(begin, timeline.step[inside], timeline.start[inside])
+        np.maximum.at(end, timeline.step[inside], timeline.end[inside])
+        for step, first, last in zip(timeline.steps, begin.tolist(), end.tolist(), strict=True):
+            if first <= last:
                 key = (step.schedule, step.number)
-                slowest[key] = max(slowest[key], int(end.max() - start.min()))
+                slowest[key] = max(slowest[key], last - first)
     times: dict[str, list[int]] = {}
     for (schedule, _), time in slowest.items():
         times.setdefault(schedule, []).append(time)
@@ -248,22 +289,3 @@ def _efficiency(times: dict[str, list[int]], schedule: str) -> float | None:
     floor = median(times[FLOOR])
     exposed_sync = median(times[BASELINE]) - floor
     return 1 - (median(times[schedule]) - floor) / exposed_sync if exposed_sync > 0 else None
-
-
-def _notes(timelines: Sequence[DeviceTimeline], rows: Sequence[Row]) -> Iterator[str]:
-    if not any(row.kind != "local" for row in rows):
-        yield "No communication: no kernel of NCCL, no copy between devices, nothing in a range of the exchange."
-    if not any(timeline.has_ours for timeline in timelines):
-        yield "No ranges of overlap_mtp: communication is told by name alone."
-    names = {step.schedule for timeline in timelines for step in timeline.steps}
-    if names and all((timeline.step == NONE).all() for timeline in timelines):
-        yield "No activity could be tied to a step: the profile lacks the CUDA runtime calls."
-    if any((timeline.role == Role.OPAQUE).any() for timeline in timelines):
-        yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
-    if lost := sum(timeline.num_lost for timeline in timelines):
-        yield (
-            f"{lost:,} kernels are of CUDA graphs that were captured before the profile began, or of a trace without "
-            "captures: they are told by name alone."
-        )
-    if names and not {FLOOR, BASELINE} <= names:
-        yield f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}."

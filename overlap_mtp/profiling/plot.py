@@ -12,20 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role, base_name
-from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge
+from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge, sum_each
 
 PREFERRED = ("sync", "prefetch")  # from top to bottom
 LOOKS = {  # drawn in this order, so that short messages lie on top
-    Role.NEITHER: ("#dddddd", "host copies"),
+    Role.NEITHER: ("#dddddd", "host copies and the unknown"),
     Role.OPAQUE: ("#f0e6c8", "CUDA graph"),
     Role.COMPUTE: ("#9db4c0", "compute"),
     Role.MODEL: ("#b79ecb", "other communication"),
+    Role.EXPERTS: ("#8a5aa8", "dispatch to experts"),
     Role.LOCAL: ("#5f9e6e", "unroll"),
     Role.EXCHANGE: ("#c8371b", "the exchange"),
 }
 REGION_COLOURS = {"trunk": "#e4e4e4", "depth": "#f2d59b", "loss": "#d5e3d0", "backward": "#d9d3e8"}
 NEAR_NS = 300_000  # messages closer than this share a close view
 ZOOM_NS = (200_000, 1_500_000)  # the shortest and longest close view
+MOST_STREAMS = 24  # drawn: those with the most time
 RESOLUTION = 4000  # bars closer than this part of a view are drawn as one
 
 
@@ -47,6 +49,11 @@ class View:
         return merge(self.timeline.start[members], self.timeline.end[members], gap)
 
 
+def can_write(path: Path) -> bool:
+    """Return whether the end of a file's name is one of a kind of picture that can be written."""
+    return path.suffix[1:].lower() in {"", *FigureCanvasAgg.get_supported_filetypes()}
+
+
 def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     """Draw the last `sync` and `prefetch` steps of the first device that has both, as a PNG.
 
@@ -56,7 +63,7 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
         timelines, key=lambda one: len({base_name(step.schedule) for step in one.steps} & set(PREFERRED))
     )
     views = _views(timeline)
-    heights = [1.6 + np.unique(timeline.stream[view.members]).size for view in views]
+    heights = [1.6 + len(_streams(view)) for view in views]
     figure = Figure(figsize=(13, 1.2 + 0.5 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(views), 2, height_ratios=heights, squeeze=False)
     whole = max(view.end - view.begin for view in views)  # one scale for all steps
@@ -64,7 +71,7 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
         begin, width = _close_view(view)
         _draw_view(left, view, (0, whole), 1e6)
         left.axvspan(begin / 1e6, (begin + width) / 1e6, color="black", alpha=0.08)
-        left.set_title(f"{view.name}: {_title(view)}", fontsize=9, loc="left")
+        left.set_title(f"{view.name[:60]}: {_title(view)}", fontsize=9, loc="left", parse_math=False)
         _draw_view(right, view, (begin, begin + width), 1e3, begin)
         right.set_title(f"the shaded {width / 1e3:,.0f} µs", fontsize=9, loc="left")
         right.set_yticklabels([])
@@ -73,7 +80,7 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     used = [look for role, look in LOOKS.items() if any(view.of(role).size for view in views)]
     patches = [Patch(color=colour, label=label) for colour, label in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
-    figure.suptitle(timeline.label, fontsize=10)
+    figure.suptitle(timeline.label[-120:], fontsize=10, parse_math=False)
     figure.savefig(path, dpi=140)
 
 
@@ -88,6 +95,14 @@ def _views(timeline: DeviceTimeline) -> list[View]:
         )
         for name, members in chosen or [("whole profile", np.arange(timeline.start.size))]
     ]
+
+
+def _streams(view: View) -> list[int]:
+    """The streams to draw, from top to bottom."""
+    members = view.members
+    streams, index = np.unique(view.timeline.stream[members], return_inverse=True)
+    busy = sum_each(index, view.timeline.end[members] - view.timeline.start[members], streams.size)
+    return sorted(streams[np.argsort(-busy, kind="stable")[:MOST_STREAMS]].tolist())
 
 
 def _close_view(view: View) -> tuple[int, int]:
@@ -128,7 +143,7 @@ def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, orig
             axes.broken_barh(spans, place, facecolors=colour, edgecolors=colour, linewidth=0.4)
         return intervals
 
-    streams = np.unique(timeline.stream[view.members]).tolist()
+    streams = _streams(view)
     for number, stream in enumerate(streams):
         for role, (colour, _) in LOOKS.items():
             members = view.of(role)

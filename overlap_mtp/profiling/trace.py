@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,6 +14,8 @@ from overlap_mtp.profiling.intervals import Ints
 from overlap_mtp.tracing import LABEL
 
 UNKNOWN = -1
+UNNAMED = ""  # the name of a kernel whose name the profile does not hold
+LONGEST_TIME_NS = 1 << 61  # later times cannot be added without overflow; this is the year 2043
 LOST = -2  # the capture time of a CUDA graph's node that was captured before the profile began
 
 
@@ -29,6 +32,15 @@ class Kind(IntEnum):
     PEER_COPY = 3  # between devices
     HOST_COPY = 4  # between host and device
     GRAPH = 5  # a whole CUDA graph whose kernels were not traced
+
+
+@dataclass(frozen=True)
+class Group:
+    """The process group of a collective, and which collective it is."""
+
+    name: str
+    ranks: tuple[int, ...]  # empty if the profile does not tell them
+    collective: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Activities:
     thread: Ints
     captured: Ints
     capture_thread: Ints
+    group: Ints  # an index into Profile.groups, or UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -77,18 +90,53 @@ class Profile:
     activities: Activities
     ranges: Ranges
     ranks: Mapping[int, int] = field(default_factory=dict)  # process -> rank, if the file itself says so
+    groups: Sequence[Group] = ()
+    world_size: int | None = None
+    path: str = ""  # tells files of one name apart
+    clock: str = ""  # profiles with the same clock have comparable times
+    notes: Sequence[str] = ()  # what was left out or could not be read
 
     def __post_init__(self) -> None:
-        if not self.activities.start.size:
+        activities = self.activities
+        if not activities.start.size:
             raise ProfileError(
                 f"{self.source}: the profile is empty: it holds no kernel, copy or memset (was the GPU traced?)"
             )
+        if max(-int(activities.start.min()), int(activities.end.max())) > LONGEST_TIME_NS:
+            raise ProfileError(f"{self.source}: a time lies more than {LONGEST_TIME_NS} ns from 0")
+        object.__setattr__(self, "ranks", {**self.ranks, **self._labelled_ranks()})
 
-    def rank(self, process: int) -> int | None:
-        """Return the rank in the labels of a process's ranges, else the one that the file states, else None."""
-        ours = self.ranges.text[self.ranges.is_ours & (self.ranges.process == process)]
-        label = LABEL.match(self.texts[ours[0]]) if ours.size else None
-        return int(label["rank"]) if label else self.ranks.get(process)
+    def _labelled_ranks(self) -> dict[int, int]:
+        """The rank in the labels of each process's ranges."""
+        ranges, found = self.ranges, dict[int, int]()
+        labels = [label_of(text) for text in self.texts]
+        rank_of = np.array([int(label["rank"]) if label else UNKNOWN for label in labels], np.int64)
+        pairs = zip(
+            ranges.process[ranges.is_ours].tolist(),
+            rank_of[ranges.text[ranges.is_ours]].tolist(),
+            strict=True,
+        )
+        for process, rank in dict.fromkeys(pairs):
+            if found.setdefault(process, rank) != rank:
+                raise ProfileError(
+                    f"{self.source}: one process has ranges of rank {found[process]} and of rank {rank}: "
+                    "give a file for each rank"
+                )
+        return found
+
+
+def label_of(text: str) -> re.Match[str] | None:
+    """Match a label of this project. A rank of more than nine digits is none."""
+    label = LABEL.match(text)
+    return label if label and len(label["rank"]) < 10 and text.isprintable() else None
+
+
+def printable(text: object) -> str:
+    """Return any name that a file holds as text without control characters; "" if there is none."""
+    if text is None:
+        return UNNAMED
+    word = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return word if word.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in word)
 
 
 class Texts(dict[str, int]):
