@@ -15,6 +15,7 @@ from overlap_mtp.tracing import LABEL
 
 UNKNOWN = -1
 UNNAMED = ""  # the name of a kernel whose name the profile does not hold
+MOST_DEVICES = 4096  # in one file
 LONGEST_TIME_NS = 1 << 61  # later times cannot be added without overflow; this is the year 2043
 LOST = -2  # the capture time of a CUDA graph's node that was captured before the profile began
 
@@ -104,6 +105,9 @@ class Profile:
             )
         if max(-int(activities.start.min()), int(activities.end.max())) > LONGEST_TIME_NS:
             raise ProfileError(f"{self.source}: a time lies more than {LONGEST_TIME_NS} ns from 0")
+        num_devices = len(set(zip(activities.process.tolist(), activities.device.tolist(), strict=True)))
+        if num_devices > MOST_DEVICES:
+            raise ProfileError(f"{self.source}: {num_devices} devices: at most {MOST_DEVICES} are read")
         object.__setattr__(self, "ranks", {**self.ranks, **self._labelled_ranks()})
 
     def _labelled_ranks(self) -> dict[int, int]:

@@ -135,6 +135,8 @@ def test_the_command_reports_and_judges(tmp_path, monkeypatch, capsys):
         ((quiet,), 0, "No communication"),
         ((path, "--json", path / "under-a-file.json"), 2, "error: "),
         ((tmp_path,), 2, "error: "),
+        ((path, "--plot", out / "a.txt"), 2, "error: a.txt: a picture cannot be written as .txt"),
+        ((path, "--json", path), 2, "error: a.sqlite.gz: --json would overwrite the profile"),
     ):
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

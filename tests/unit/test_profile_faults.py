@@ -1,0 +1,235 @@
+"""What a profile does not tell is said, and never made up."""
+
+import gzip
+import json
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from overlap_mtp.profiling import ProfileError, json_stream, read, read_profile, report_on
+from overlap_mtp.profiling.intervals import Nesting, covered, length, merge, merge_each, sum_each
+from overlap_mtp.profiling.names import NameKind, kind_of_name
+from overlap_mtp.profiling.shrink import main
+
+from handmade import Process, Span, Work, write_nsys
+
+GEMM, NCCL = "gemm", "ncclDevKernel_AllReduce_Sum_f32_RING_LL"
+
+
+def event(name, ts, dur, stream=7, device=0, category="kernel", **args):
+    where = {"pid": device, "tid": stream, "args": {"device": device, "stream": stream, **args}}
+    return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, **where}
+
+
+def trace(path, *events, rank=0, world=None, **header):
+    info = {"rank": rank} if world is None else {"rank": rank, "world_size": world}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps({"schemaVersion": 1, "distributedInfo": info, "traceEvents": events, **header})
+    )
+    return path
+
+
+def report(*paths):
+    return report_on([read_profile(path) for path in paths])
+
+
+def waits(found):
+    return [row.peer_wait_us for row in found.rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    {
+        NameKind.COMMUNICATION: [
+            *("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "_ZN7mscclpp9allreduceEv"),
+            *("c10d::symmetric_memory::barrier_kernel(unsigned int**)", "void f(ncclDevComm)"),
+            *(
+                "void vllm::cross_device_reduce_2stage<float, 4>(vllm::RankData*)",
+                "userbuffers_fp16_sum<8>()",
+            ),
+            "void flashinfer::trtllm_allreduce_fusion::kernel<8>()",
+        ],
+        NameKind.EXPERTS: ["void deep_ep::intranode::combine<int, 8>()", "_ZN7deep_ep9internode8dispatchEv"],
+        NameKind.SUSPECT: ["dispatch", "mylib::AllGatherRing<4>(int)", "put_pack_kernel", "barrier_kernel"],
+        NameKind.COMPUTE: [
+            *(
+                "gemm",
+                "void at::native::index_put_kernel<float>(int)",
+                "deep_ep::layout::get_dispatch_layout<4>()",
+            ),
+            *(
+                "triton_poi_fused_all_gather_into_tensor_3",
+                "flash_fwd_splitkv_combine_kernel",
+                "f<all_reduce>(int)",
+            ),
+        ],
+        NameKind.UNNAMED: [""],
+    }.items(),
+)
+def test_names(kind, names):
+    assert {name: kind_of_name(name) for name in names} == dict.fromkeys(names, kind)
+
+
+def test_what_only_sounds_like_communication_hides_nothing_and_is_listed(tmp_path):
+    path = trace(tmp_path / "a.json", event("mylib::all_gather<4>(int)", 0, 10), event(NCCL, 3, 3, 8))
+    found = report(path)
+    assert [row.hidden_us for row in found.rows] == [0]
+    assert "mylib::all_gather" in found.notes[0]
+
+
+def test_kernels_without_names_are_not_no_communication(tmp_path):
+    path = write_nsys(tmp_path / "a.sqlite", [Process(7, work=[Work(GEMM, 1, 2, 9), Work(NCCL, 1, 3, 6, 8)])])
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE StringIds")
+    found = report(path)
+    assert "2 kernels have no names" in " ".join(found.notes)
+    assert "No communication" not in " ".join(found.notes)
+
+
+def grouped(folder, rank, times, ranks="[0, 1]", name="1", collective="allreduce", world=4):
+    more = {"Process Group Name": name, "Process Group Ranks": ranks, "Collective name": collective}
+    kernels = [event(NCCL, ts, dur, 8, rank, **more) for ts, dur in times]
+    return trace(folder / f"rank{rank}.json", event(GEMM, 0, 1000, 7, rank), *kernels, rank=rank, world=world)
+
+
+def test_waits_are_of_one_process_group(tmp_path):
+    files = [grouped(tmp_path, rank, [(10, 50 - 20 * rank)]) for rank in (0, 1)]
+    files += [grouped(tmp_path, rank, [(10, 5)], "[2, 3]", "2") for rank in (2, 3)]
+    assert waits(report(*files)) == [20, 0, 0, 0]
+    assert waits(report(files[0], files[2])) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"collective": "broadcast"},
+        {"world": 8},
+        {"name": "9"},
+        {"times": [(600, 40)]},
+        {"times": [(10, 5)] * 2},
+    ],
+    ids=str,
+)
+def test_waits_are_not_made_up(tmp_path, other):
+    files = [grouped(tmp_path, 0, [(10, 50)]), grouped(tmp_path, 1, **{"times": [(10, 40)], **other})]
+    assert waits(report(*files)) == [None, None]
+
+
+def test_waits_of_more_than_two_ranks_need_groups(tmp_path):
+    processes = [
+        Process(rank, [Span(f"trunk r{rank}", 0, 5)], [Work(NCCL, 1, 10, 20 + rank)], device=rank)
+        for rank in range(4)
+    ]
+    assert waits(report(write_nsys(tmp_path / "a", processes))) == [None] * 4
+    assert waits(report(write_nsys(tmp_path / "b", processes[:2]))) == [0, 1]
+
+
+def test_two_ranks_in_one_file_are_refused(tmp_path):
+    calls = [{**event("launch", 0, 1, category="cuda_runtime", correlation=1), "pid": pid} for pid in (5, 6)]
+    one = [event(NCCL, 3, 3, 8, device, correlation=1) for device in (0, 1)]
+    for events, reason in (([*calls, one[0]], "2 processes"), ([calls[0], *one], "one correlation number")):
+        with pytest.raises(ProfileError, match=reason):
+            read_profile(trace(tmp_path / "a.json", *events))
+
+
+def test_files_of_one_name_and_missing_ranks_are_told_apart(tmp_path):
+    files = [trace(tmp_path / folder / "a.json", event(NCCL, 3, 3 + i)) for i, folder in enumerate("xy")]
+    assert [one.label for one in report(*files).timelines] == ["x/a.json: rank 0", "y/a.json: rank 0"]
+    assert "given twice" in " ".join(report(files[0], files[0]).notes)
+    files = [grouped(tmp_path, rank, [(10, 50)]) for rank in (0, 1, 3)]
+    assert "3 of 4 ranks are there" in " ".join(report(*files).notes)
+
+
+def test_absolute_times_keep_nanoseconds(tmp_path):
+    start = "1661938466274408"
+    text = json.dumps([event(GEMM, 1, 3), event(NCCL, 2, 4, 8)])
+    for short, long in (("1", f"{start}.001"), ("2", f"{start}.002")):
+        text = text.replace(f'"ts": {short},', f'"ts": {long},')
+    (tmp_path / "a.json").write_text(text)
+    (row,) = report(tmp_path / "a.json").rows
+    assert (row.time_us, row.hidden_us) == (4, 2.999)
+
+
+ODD = {"args": [None, [], 5], "name": [None, 5, [1]], "tid": [None], "dur": [None, -3]}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in ODD for value in ODD[field]])
+def test_odd_values_are_read(tmp_path, field, value):
+    path = trace(
+        tmp_path / "a.json", {"name": "no phase"}, event(GEMM, 1, 10), {**event(NCCL, 3, 3, 8), field: value}
+    )
+    found = report(path)
+    assert sum(total.communication_us for total in found.totals) == (0 if field in ("name", "dur") else 3)
+    assert field != "dur" or "as no time" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"ph":"X","cat":"kernel","name":"k","ts":' + "9" * 5000 + "}]",
+        '[{"ph":"X","cat":"kernel","name":"k","ts":NaN}]',
+        '[{"ph":"X","cat":"kernel","name":"k","ts":1e400}]',
+        '[{"ph":"X","cat":"mtia_ccp_events","name":"k","ts":1,"dur":2}]',
+        '{"schemaVersion":1,"distributedInfo":[1],"traceEvents":[]}',
+        "[" * 100_000,
+    ],
+    ids=["digits", "nan", "infinite", "mtia", "info", "deep"],
+)
+def test_what_cannot_be_read_is_an_error(tmp_path, text, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ProfileError, match=r"^a.json: "):
+        read_profile(tmp_path / "a.json")
+    monkeypatch.setattr("sys.argv", ["shrink", str(tmp_path / "a.json"), str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: a.json: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_blanks_and_control_characters(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(json_stream, "CHUNK", 7)  # every value spans several pieces
+    text = json.dumps([event(NCCL + "\t\x1b", 1.5, 3)]).replace("\\t", "\t")
+    (tmp_path / "a.json").write_bytes((" " * 300 + text).encode(encoding))
+    assert report(tmp_path / "a.json").rows[0].time_us == 3
+
+
+def test_a_gzip_that_expands_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "LEAST_LIMIT_BYTES", 1 << 20)
+    for name, head in (("a.json", b"["), ("b", b"SQLite format 3\0")):
+        (tmp_path / name).write_bytes(gzip.compress(head + b" " * (1 << 22)))
+        with pytest.raises(ProfileError, match="expands more than"):
+            read_profile(tmp_path / name)
+
+
+def test_views_are_not_read(tmp_path):
+    path = write_nsys(tmp_path / "a.sqlite", [Process(7, work=[Work(NCCL, 1, 3, 6)])])
+    with closing(sqlite3.connect(path)) as db:
+        table = "CUPTI_ACTIVITY_KIND_KERNEL"
+        db.executescript(f"ALTER TABLE {table} RENAME TO x; CREATE VIEW {table} AS SELECT * FROM x;")
+    with pytest.raises(ProfileError, match="was the GPU traced"):
+        read_profile(path)
+
+
+def test_a_deep_nest_takes_no_quadratic_time():
+    size = 100_000
+    start = np.arange(size)
+    nesting = Nesting(np.zeros(size, np.int64), start, 2 * size - start)
+    times = np.full(size, 2 * size - 5)
+    assert (nesting.innermost(np.zeros(size, np.int64), times) == 5).all()
+
+
+def test_unions_of_groups_are_those_of_each():
+    random = np.random.default_rng(0)
+    group, start = random.integers(0, 5, 200), random.integers(0, 300, 200)
+    end = start + random.integers(-2, 9, 200)
+    of, begin, stop = merge_each(group, start, end)
+    for one in range(5):
+        union = merge(start[group == one], end[group == one])
+        assert np.array_equal(np.stack(union), np.stack([begin[of == one], stop[of == one]]))
+        assert sum_each(of, stop - begin, 5)[one] == length(union)
+    assert covered((begin[:0], stop[:0]), begin, stop).sum() == 0
