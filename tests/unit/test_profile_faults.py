@@ -4,6 +4,7 @@ import gzip
 import json
 import sqlite3
 from contextlib import closing
+from time import process_time
 
 import numpy as np
 import pytest
@@ -233,3 +234,15 @@ def test_unions_of_groups_are_those_of_each():
         assert np.array_equal(np.stack(union), np.stack([begin[of == one], stop[of == one]]))
         assert sum_each(of, stop - begin, 5)[one] == length(union)
     assert covered((begin[:0], stop[:0]), begin, stop).sum() == 0
+
+
+def test_many_range_names_take_no_longer_than_few(tmp_path):
+    times = []
+    for names in (8, 8000):
+        spans = [Span(f"layer {i % names}", 10 * i, 10 * i + 5) for i in range(16_000)]
+        work = [Work(NCCL, 10 * i + 1, 10 * i + 2, 10 * i + 4) for i in range(16_000)]
+        profile = read_profile(write_nsys(tmp_path / str(names), [Process(7, spans, work)]))
+        begin = process_time()
+        assert len(report_on([profile]).rows) == names
+        times.append(process_time() - begin)
+    assert times[1] < 4 * times[0] + 0.5  # a pass over all kernels for each name takes several seconds
