@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
 from typing import Any, Literal, TypeVar, get_args
@@ -54,6 +54,9 @@ class SequenceLayout:
     cp_size: int
     kind: Kind
     is_packed: bool
+    batch: str = (
+        ""  # what `of_batch` was given: it says nothing of how the sequence is cut, and is not in `key`
+    )
     _positions: dict[int, IntArray] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -133,6 +136,27 @@ class SequenceLayout:
                 f"got {valid[at]}"
             )
         return cls(bounds, valid, cp_size, kind, is_packed=True)
+
+    def of_batch(self, name: str) -> SequenceLayout:
+        """Name the batch that this layout is for, so that exchanges can tell it from other batches.
+
+        Ranks whose loaders disagree, for example because a sampler gave each rank another sample, exchange tokens that
+        do not belong together, and nothing in the tokens shows it. With names, they fail instead. This costs nothing,
+        as messages carry a fingerprint anyway.
+
+        Args:
+            name: the same on all ranks of the cp group if, and only if, they hold parts of the same full batch: for
+                example its sample numbers, or a hash of all its tokens.
+
+        Returns:
+            The layout with this name; equal to the one without it.
+
+        Raises:
+            TypeError: if `name` is not a string.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a batch must be a string, got {type(name).__name__}: pass str(...)")
+        return replace(self, batch=name)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.key == other.key

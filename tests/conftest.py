@@ -11,6 +11,7 @@ from rank_pool import RankPool
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+os.environ["OVERLAP_MTP_CHECK_LAYOUTS"] = "1"  # of ranks and programs, too
 torch.set_num_threads(1)  # tests' tensors are tiny: on busy cores, a second thread takes three times the time
 settings.register_profile("overlap_mtp", deadline=None)  # a first example may compile kernels
 settings.load_profile("overlap_mtp")

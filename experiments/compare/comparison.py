@@ -203,6 +203,9 @@ class Comparison:
 
     def _step(self, mode: str, inputs: RoundInputs, named: bool) -> Step:
         step = self.steps[mode]
+        step.timed.roller.check_layouts = (
+            not named
+        )  # rounds that are not timed verify that the ranks are in step
         traffic = step.timed.roller.traffic
         before = replace(traffic)
         self.optimizer.zero_grad()

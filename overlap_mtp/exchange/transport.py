@@ -14,6 +14,10 @@ from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.layout import SequenceLayout
 
 WORD_BYTES = 8
+IN_STEP = (
+    "all ranks of a cp group must start the same batches by the same rollers in the same order, with the same layout "
+    "(cu_seqlens, valid_lengths, of_batch), and ask for the same depths; or it refused its batch"
+)
 LATE = ("the tokens", "the acknowledgement")  # what the second and third word of the error flags stand for
 
 Rolled = list[dict[str, torch.Tensor]]  # by depth and name
@@ -146,8 +150,7 @@ class Transport(ABC):
         peer = self.plan.sources[source - 1]
         return (
             f"overlap_mtp: cp rank {peer} exchanged tokens by another plan than cp rank {self.plan.cp_rank} "
-            f"({where}): all ranks of a cp group must start the same batches by the same rollers in the same order, "
-            "with the same layout (cu_seqlens, valid_lengths), and ask for the same depths; or it refused its batch"
+            f"({where}): {IN_STEP}"
         )
 
     def describe(self, number: int) -> str:

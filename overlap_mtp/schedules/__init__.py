@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ def make_roller(
     transport: str = "auto",
     max_documents: int = 128,
     ignore_index: int = IGNORE_INDEX,
+    check_layouts: bool | None = None,
 ) -> Roller:
     """Make a roller. It communicates nothing: that begins with the first `start`.
 
@@ -45,6 +47,9 @@ def make_roller(
             tensor and document. Empty documents at the end do not count.
         ignore_index: what rolled `labels` hold past the end of a document: the label that your loss ignores. Rolled
             `padding_mask` holds 1 (True) there, all other tensors hold 0.
+        check_layouts: of sync: compare each microbatch and its layout over the ranks before its rolls, by one small
+            message that waits for the device. The other schedules always compare, at no cost. Default: whether the
+            environment variable OVERLAP_MTP_CHECK_LAYOUTS is 1.
 
     Returns:
         The roller.
@@ -64,4 +69,8 @@ def make_roller(
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
     sent_by = transport if schedule in TIMINGS else ""
     sizes = (num_depths, max_documents)
-    return _ROLLERS[schedule](schedule, exchange_group_of(cp_group), *sizes, sent_by, ignore_index)
+    roller = _ROLLERS[schedule](schedule, exchange_group_of(cp_group), *sizes, sent_by, ignore_index)
+    roller.check_layouts = (
+        os.environ.get("OVERLAP_MTP_CHECK_LAYOUTS") == "1" if check_layouts is None else check_layouts
+    )
+    return roller

@@ -149,7 +149,7 @@ class PackedRolls(Rolls):
         self._roller = roller
         self._transport = transport
         self._layout = layout
-        self._microbatch = roller.mark("")
+        self._microbatch = roller.mark(layout.batch)
         self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []

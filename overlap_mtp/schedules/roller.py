@@ -90,6 +90,7 @@ class Roller(ABC):
         self.num_depths = num_depths
         self.max_documents = max_documents
         self.ignore_index = ignore_index
+        self.check_layouts = False  # as in `make_roller`
         self.traffic = Traffic()
         self._group = group
         self._number = group.num_rollers  # all ranks make the rollers of a cp group in the same order
@@ -129,7 +130,8 @@ class Roller(ABC):
 
         Raises:
             ValueError: if something is illegal or the ranks differ. At first use all ranks raise. Later only the rank
-                with the illegal batch does; merged, overlap and prefetch then fail on its peers, too.
+                with the illegal batch does, and its peers raise RuntimeError at this exchange or the next. With
+                `sync` and no `check_layouts`, its peers wait until the process group gives up.
             RuntimeError: if the roller is closed, or a peer was late, out of step or rolled by another layout. Make a
                 new cp group and new rollers then.
         """
@@ -164,11 +166,11 @@ class Roller(ABC):
         """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
 
-    def mark(self, what: object) -> bytes:
-        """Name an exchange of the current microbatch: ranks whose marks differ are out of step."""
+    def mark(self, what: str) -> bytes:
+        """Name the current microbatch, or `what` happens in its place. Ranks whose marks differ are out of step."""
         return f"{self._number} {self._num_started} {what}".encode()
 
-    def _refuse(self) -> None:  # noqa: B027 - sync and prepared send nothing
+    def _refuse(self) -> None:  # noqa: B027 - prepared sends nothing
         """Tell the peers, which start this microbatch, that this rank cannot."""
 
     def _announce_change(self) -> None:  # noqa: B027

@@ -2,11 +2,12 @@
 
 It sends what Megatron-LM's `roll_tensor` sends since MR !3330 (commit 08abeedbfe), message for message: isend and
 irecv, the lower neighbour first, waited for before the next tensor or document. The local work is as lean as that
-allows. As there, messages carry no fingerprint, so different layouts are not detected.
+allows. As there, messages carry no fingerprint: only `check_layouts` detects that ranks are out of step.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,12 +17,14 @@ import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.spec import Batch, fill_of
+from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
 from overlap_mtp.schedules.roller import ChainedRolls, Roller, Rolls, Tokens, detached
-from overlap_mtp.tensors import sum_dtype, upload
+from overlap_mtp.tensors import IGNORE_INDEX, sum_dtype, upload
 from overlap_mtp.tracing import span
 
 NO_RANK = -1  # the holder of a token past its document's end
+REFUSED = -1  # what a rank that refuses its batch sends in place of a checksum
 
 
 def next_tokens(layout: SequenceLayout, cp_rank: int) -> tuple[IntArray, IntArray]:
@@ -127,12 +130,60 @@ def _exchange(
 
 class SyncRoller(Roller):
     def __init__(
-        self, name: str, group: ExchangeGroup, num_depths: int, max_documents: int, transport: str
+        self,
+        name: str,
+        group: ExchangeGroup,
+        num_depths: int,
+        max_documents: int,
+        transport: str,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(name, group, num_depths, max_documents, transport)
+        super().__init__(name, group, num_depths, max_documents, transport, ignore_index)
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
+        self._failure = ""
+
+    def check_open(self) -> None:
+        super().check_open()
+        if self._failure:
+            raise RuntimeError(self._failure)
+
+    def _refuse(self) -> None:
+        if self._group.cp_size == 1:
+            return
+        self._num_started += 1
+        if self.check_layouts:
+            self._compare(REFUSED)
+        else:
+            self._failure = (
+                f"overlap_mtp: cp rank {self._group.cp_rank} refused a batch that its peers may have started, and with "
+                "`sync` they do not hear of it: make a new cp group and new rollers, with check_layouts=True if "
+                "all ranks should skip such a batch"
+            )
+
+    def _announce_change(self) -> None:
+        if self.check_layouts:
+            self._compare(zlib.crc32(self.mark("another kind of batch")))
+
+    def _compare(self, checksum: int) -> None:
+        """Raise RuntimeError on every rank unless all ranks have the same checksum. It waits for the device."""
+        assert self._spec is not None
+        device, group = self._spec.device, self._group
+        if group.cp_size == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        mine = torch.tensor([checksum], device=device)
+        everyone = [torch.empty_like(mine) for _ in range(group.cp_size)]
+        with group.named_errors("the check of a microbatch of 'sync'"):
+            dist.all_gather(everyone, mine, group=group.process_group)
+        found = torch.cat(everyone).tolist()
+        others = [rank for rank, its in enumerate(found) if its != checksum]
+        if others and checksum != REFUSED:
+            raise RuntimeError(
+                f"overlap_mtp: cp rank {others[0]} started another microbatch than cp rank {group.cp_rank}: {IN_STEP}"
+            )
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+        if self.check_layouts:
+            self._compare(zlib.crc32(self.mark(layout.batch), zlib.crc32(layout.key)))
         device = next(iter(batch.values())).device
         steps = self._steps_of(layout, self._group.cp_rank, device)
 

@@ -5,6 +5,7 @@ Every rank builds the same full batch from a step number, and takes its shard.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from math import lcm
 
@@ -94,7 +95,7 @@ class BatchStream:
             "labels": tokens[:, 1:].contiguous(),
             "position_ids": torch.arange(self.seq_len).repeat(self.batch_size, 1),
             "loss_mask": torch.ones(self.batch_size, self.seq_len),
-        }, layout
+        }, layout.of_batch(_name(rows))
 
     def _packed(self, step: int, num_documents: int) -> Batch:
         first = step * self.batch_size * num_documents
@@ -114,7 +115,7 @@ class BatchStream:
                 documents, self.cp_size, self.kind, seq_len=self.seq_len, multiple_of=self.multiple_of
             )
             streams.append(stream)
-        ids = torch.from_numpy(np.stack(streams))
+        ids = torch.from_numpy(tokens := np.stack(streams))
         offsets = torch.from_numpy(layout.unshard([layout.offsets(rank) for rank in range(self.cp_size)]))
         has_label = torch.from_numpy(layout.unshard([layout.valid(rank, 1) for rank in range(self.cp_size)]))
         return {
@@ -122,7 +123,7 @@ class BatchStream:
             "labels": torch.where(has_label, ids.roll(-1, dims=1), 0),
             "position_ids": offsets.repeat(self.batch_size, 1),
             "loss_mask": has_label.float().repeat(self.batch_size, 1),
-        }, layout
+        }, layout.of_batch(_name(tokens))
 
     def _checked(self, tokens: Tokens, at: int) -> npt.NDArray[np.int64]:
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
@@ -136,6 +137,11 @@ class BatchStream:
                 f"must be in [0, {self.vocab_size - 1}]"
             )
         return tokens.astype(np.int64)
+
+
+def _name(tokens: npt.NDArray[np.int64]) -> str:
+    """Return a hash of a batch's tokens, by which exchanges tell it from others."""
+    return f"{zlib.crc32(tokens.tobytes()):08x}"
 
 
 def fill(sizes: npt.NDArray[np.int64], seq_len: int, unit: int) -> npt.NDArray[np.int64]:

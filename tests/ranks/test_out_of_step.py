@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -37,9 +38,11 @@ def outcome(batch: Microbatch, roller: Roller, *, is_bad: bool = False) -> Outco
         return f"{type(error).__name__}: {error}"
 
 
-def skip_a_bad_batch(group: dist.ProcessGroup, schedule: str, bad_ranks: tuple[int, ...]) -> list[Outcome]:
+def skip_a_bad_batch(
+    group: dist.ProcessGroup, schedule: str, bad_ranks: tuple[int, ...], check_layouts: bool = True
+) -> list[Outcome]:
     """Outcomes of seven microbatches. The third is bad on some ranks, and every rank goes on after an error."""
-    roller = make_roller(schedule, group, NUM_DEPTHS)
+    roller = make_roller(schedule, group, NUM_DEPTHS, check_layouts=check_layouts)
     batches = [Microbatch.of(group, variant=step, shift=1000 * step) for step in range(7)]
     return [
         outcome(batch, roller, is_bad=step == 2 and group.rank() in bad_ranks)
@@ -64,7 +67,17 @@ def test_a_bad_batch_on_one_rank_stops_all_ranks(ranks: RankPool, schedule, cp_s
         assert "another plan" in outcomes[-1]
 
 
-@pytest.mark.parametrize("schedule", PACKED)
+@pytest.mark.parametrize("bad_rank", [0, ODD_RANK])
+def test_sync_finds_a_bad_batch_at_once_and_can_go_on(ranks: RankPool, bad_rank):
+    for rank, outcomes in enumerate(run(ranks, skip_a_bad_batch, 4, "sync", (bad_rank,))):
+        error = outcomes.pop(2)
+        assert error.startswith(
+            "ValueError" if rank == bad_rank else f"RuntimeError: overlap_mtp: cp rank {bad_rank}"
+        )
+        assert outcomes == [[]] * 6
+
+
+@pytest.mark.parametrize("schedule", ["sync", *PACKED])
 def test_a_bad_batch_on_all_ranks_leaves_them_in_step(ranks: RankPool, schedule):
     for outcomes in run(ranks, skip_a_bad_batch, 3, schedule, (0, 1, 2)):
         assert outcomes.pop(2).startswith("ValueError")
@@ -88,7 +101,7 @@ def make_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[Outco
 
 
 @pytest.mark.parametrize("body", [start_in_another_order, make_in_another_order])
-@pytest.mark.parametrize("schedule", PACKED)
+@pytest.mark.parametrize("schedule", ["sync", *PACKED])
 def test_rollers_in_another_order_are_found_out(ranks: RankPool, body, schedule):
     for outcomes in run(ranks, body, 3, schedule):
         assert outcomes[:2] == [[], []]
@@ -110,3 +123,41 @@ def ask_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[str]:
 def test_depths_in_another_order_are_found_out(ranks: RankPool, schedule):
     for errors in run(ranks, ask_in_another_order, 3, schedule):
         assert any(error.startswith("RuntimeError: ") for error in errors), errors
+
+
+def refuse_unchecked(group: dist.ProcessGroup) -> list[Outcome]:
+    """On one rank the second of three microbatches is bad; the others do not start it."""
+    roller = make_roller("sync", group, NUM_DEPTHS, check_layouts=False)
+    outcomes = [outcome(Microbatch.of(group), roller)]
+    if group.rank() == ODD_RANK:
+        outcomes += [outcome(Microbatch.of(group, shift=i), roller, is_bad=i == 1) for i in (1, 2)]
+    return outcomes
+
+
+def test_unchecked_sync_exchanges_nothing_after_a_bad_batch(ranks: RankPool):
+    """Its peers may be in the middle of that microbatch: a later one would give them its tokens."""
+    outcomes = run(ranks, refuse_unchecked, 2)[ODD_RANK]
+    assert outcomes[0] == []
+    assert outcomes[1].startswith("ValueError")
+    assert outcomes[2].startswith("RuntimeError")
+    assert "check_layouts=True" in outcomes[2]
+
+
+def name_batches(group: dist.ProcessGroup, schedule: str, names: list[str]) -> list[Outcome]:
+    """Outcomes of batches of one layout: one rank gives them these names, the others "sample 0", "sample 1", ..."""
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    outcomes = []
+    for step, name in enumerate(names):
+        one = Microbatch.of(group, shift=step)
+        layout = one.layout.of_batch(name if group.rank() == ODD_RANK else f"sample {step}")
+        outcomes.append(outcome(replace(one, layout=layout), roller))
+    return outcomes
+
+
+@pytest.mark.parametrize("schedule", ["sync", *PACKED])
+def test_ranks_with_other_samples_are_found_out(ranks: RankPool, schedule):
+    names = ["sample 0", "sample 1", "sample 3"]
+    for outcomes in run(ranks, name_batches, 3, schedule, names):
+        assert outcomes[:2] == [[], []]
+        assert outcomes[2].startswith("RuntimeError: "), outcomes
+        assert "of_batch" in outcomes[2]

@@ -90,12 +90,16 @@ def count_microbatches(
     num_depths: int,
     num_tensors: int = 5,
     max_documents: int = 128,
+    check_layouts: bool = False,
 ) -> list[Sent]:
     """What leaves for each microbatch; the roller must report the same.
 
-    The first one also holds the agreement, which does not count as a message.
+    The first one also holds the agreement, which does not count as a message, as the check of layouts does not.
     """
-    roller = make_roller(schedule, group, num_depths, max_documents=max_documents)
+    roller = make_roller(
+        schedule, group, num_depths, max_documents=max_documents, check_layouts=check_layouts
+    )
+    check = ["all_gather"] * check_layouts
     counts = []
     for layout in microbatches:
         dtypes = dict(list(ALL_DTYPES.items())[:num_tensors])
@@ -108,8 +112,8 @@ def count_microbatches(
         before.add(len(sent.messages), sum(size for _, size in sent.messages))
         assert roller.traffic == before
         counts.append(sent)
-    assert counts[0].others in ([], ["all_gather_object"])
-    assert all(count.others == [] for count in counts[1:])
+    assert counts[0].others in ([], ["all_gather_object", *check])
+    assert all(count.others == check for count in counts[1:])
     roller.close()
     return counts
 
@@ -181,8 +185,9 @@ def test_sync_sends_one_message_per_tensor_depth_and_document_boundary(pool: Ran
         documents(cp_size, 7, kind),
         pad_documents(unpadded, cp_size, kind)[1],
     ):
-        for num_depths, num_tensors in ((1, 1), (3, 5)):
-            results = pool.run(count_microbatches, cp_size, "sync", [layout] * 2, num_depths, num_tensors)
+        for num_depths, num_tensors, check in ((1, 1, True), (3, 5, False)):
+            arguments = ("sync", [layout] * 2, num_depths, num_tensors, 128, check)
+            results = pool.run(count_microbatches, cp_size, *arguments)
             for counts, expected in zip(results, boundaries(layout), strict=True):
                 per_tensor_and_depth = {peer: n * num_depths * num_tensors for peer, n in expected.items()}
                 assert [dict(count.per_peer) for count in counts] == [per_tensor_and_depth] * 2
