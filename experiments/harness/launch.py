@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 from harness.signals import INTERRUPTED, join, listen
+from overlap_mtp.training.access import TOKEN, keep_to_loopback, new_token
 from overlap_mtp.training.rendezvous import PeerError, connect
 from overlap_mtp.training.watchdog import Watchdog, end_process
 
@@ -46,7 +47,8 @@ def run_on_ranks(
         _run_rank(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
     # Only the ranks get these variables: what this process starts later is no rank of this run.
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), TOKEN: new_token(), **sizes}
     context = spawn(  # type: ignore[no-untyped-call]
         _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
     )
@@ -133,15 +135,16 @@ def _run_rank(
     else:
         here = torch.device(device)
         torch.set_num_threads(1)
+    keep_to_loopback()
     backend = "nccl" if device == "cuda" else "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if deadline is None:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=connect(), rank=rank, world_size=world_size)
         try:
             function(here, *arguments)
         finally:
             dist.destroy_process_group()
         return
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+
+from overlap_mtp.training.access import await_listener, listener, set_once
 
 DEADLINE = timedelta(seconds=60)
 
@@ -31,11 +32,13 @@ def connect(deadline: timedelta = DEADLINE) -> Store:
     rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     address, end = os.environ["MASTER_ADDR"], time.monotonic() + deadline.total_seconds()
     holds_store = rank == 0 and store_holder() == "rank 0"
-    where = (address, port, world_size, holds_store)
+    options: dict[str, Any] = {"timeout": deadline, "wait_for_workers": False}
     try:
-        if not holds_store:
-            _await_port(address, port, end)
-        store = _until(end, lambda: TCPStore(*where, timeout=deadline, wait_for_workers=False))
+        if holds_store:
+            options["master_listen_fd"] = listener(address, port)
+        else:
+            await_listener(address, port, end)
+        store = _until(end, lambda: TCPStore(address, port, world_size, holds_store, **options))
     except (RuntimeError, OSError) as error:  # a TimeoutError is an OSError
         if holds_store:  # for example, the port is taken
             raise
@@ -55,21 +58,26 @@ def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = 
     Raises:
         PeerError: a rank did not arrive in time, this rank arrived too late, or the store is gone.
     """
-    names = [f"start/{other}" for other in range(world_size)]
+    names, result, end = [f"start/{other}" for other in range(world_size)], "start/missing", time.monotonic()
+    end += deadline.total_seconds()
 
     def meet() -> Any:
         store.set(names[rank], "")
-        if store.add("start/arrived", 1) < world_size:
-            with contextlib.suppress(DistStoreError):  # a timeout
-                store.wait(["start/missing"], 0.9 * deadline)
-        missing = [] if store.check(names) else [i for i, name in enumerate(names) if not store.check([name])]
-        agreed = json.loads(store.compare_set("start/missing", "", json.dumps(missing)))
+        agreed = None
+        while agreed is None:
+            if not store.check(names):  # otherwise this rank is the last
+                with contextlib.suppress(DistStoreError):  # a timeout
+                    store.wait([result], 0.9 * timedelta(seconds=end - time.monotonic()))
+            missing = (
+                [] if store.check(names) else [i for i, name in enumerate(names) if not store.check([name])]
+            )
+            agreed = set_once(store, result, json.dumps(missing))
         store.set(f"start/told/{rank}", "")
-        return agreed
+        return json.loads(agreed)
 
     this = f"overlap_mtp: rank {rank} of {world_size}"
     try:
-        missing: list[int] = _until(time.monotonic() + deadline.total_seconds(), meet)
+        missing: list[int] = _until(end, meet)
     except (RuntimeError, TimeoutError) as error:
         lost = f"{store_holder()}, which holds the store, was gone ({error!r:.300})"
         raise PeerError(f"{this} waited at the start until {lost}") from error
@@ -87,17 +95,6 @@ def await_ranks(store: Store, rank: int, world_size: int, deadline: timedelta = 
 def store_holder() -> str:
     """Return who holds the store that all ranks use: "the launcher" or "rank 0"."""
     return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-
-
-def _await_port(address: str, port: int, end: float) -> None:
-    """Wait until a process listens on the port: torch's client would try for up to three times its timeout."""
-    while True:
-        try:
-            return socket.create_connection((address, port), max(0.05, end - time.monotonic())).close()
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
 
 
 def _until(end: float, call: Callable[[], Any]) -> Any:

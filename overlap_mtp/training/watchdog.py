@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from overlap_mtp.training.access import read_signed, sign
 from overlap_mtp.training.rendezvous import DEADLINE, PeerError, store_holder
 
 EXIT_CODE = 70  # of a process that ends because of another rank
@@ -157,14 +158,14 @@ class Watchdog:
         """Send a heartbeat and read the others': three requests after all have sent one."""
         number, phase, *_ = self._phase
         own = Heartbeat(beat, [number, self._count[0]], phase, *self._state, self._diagnosis)
-        store.set(str(self.rank), json.dumps(own))
+        store.set(str(self.rank), sign(str(self.rank), json.dumps(own)))
         names = [str(other) for other in self._heard]
         if not store.check(names):
             names = [name for name in names if store.check([name])]
         for name, value in zip(names, store.multi_get(names) if names else [], strict=True):
-            its = Heartbeat(*json.loads(value))
-            self._diagnosis = self._diagnosis or its.diagnosis
-            if its.beat != self._heard[int(name)][0].beat:
+            text, before = read_signed(name, value), self._heard[int(name)][0].beat
+            if text is not None and (its := Heartbeat(*json.loads(text))).beat > before:  # not a stranger's
+                self._diagnosis = self._diagnosis or its.diagnosis
                 self._heard[int(name)] = (its, self._clock)
 
     def _watch(self) -> None:

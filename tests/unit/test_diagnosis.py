@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from overlap_mtp.training import watchdog as module
+from overlap_mtp.training.access import read_signed
 from overlap_mtp.training.checkpoint import CheckpointError
 from overlap_mtp.training.rendezvous import PeerError
 from overlap_mtp.training.watchdog import Watchdog, _is_lost_connection, collectives_begun
@@ -163,7 +164,7 @@ def test_the_others_learn_how_a_rank_ended(error, state):
     watchdog.__enter__()
     wait_for(lambda: store.check(["watchdog/1"]))
     watchdog.__exit__(type(error), error, None)
-    assert state in json.loads(store.get("watchdog/1"))
+    assert state in json.loads(read_signed("1", store.get("watchdog/1")))
 
 
 def test_a_world_of_one_has_nobody_to_watch_and_a_deadline_must_be_positive():
