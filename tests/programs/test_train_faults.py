@@ -47,8 +47,8 @@ def test_a_rank_that_hangs_in_the_middle_of_a_step_is_named(tmp_path, arguments,
 
 @pytest.mark.slow
 def test_a_launcher_that_ignores_sigint_does_not_call_an_interrupted_run_finished(tmp_path):
-    run = start(tmp_path, "--cp", "2", "--steps", "5000", ignoring_sigint=True)
-    ranks = after_steps(run, tmp_path, 3)
+    run = start(tmp_path, "--ranks", "1", "--steps", "5000", ignoring_sigint=True)
+    ranks = after_steps(run, tmp_path, 3, num_ranks=1)
     os.killpg(run.pid, signal.SIGINT)
     output, _ = run.communicate(timeout=30)
     assert run.returncode != 0, output
@@ -57,11 +57,13 @@ def test_a_launcher_that_ignores_sigint_does_not_call_an_interrupted_run_finishe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "whom"), [(signal.SIGTERM, os.kill), (signal.SIGUSR1, os.killpg)])
-def test_a_run_that_is_told_to_end_saves_its_step(tmp_path, number, whom):
+@pytest.mark.parametrize(
+    ("number", "whom", "num_ranks"), [(signal.SIGTERM, os.kill, 1), (signal.SIGUSR1, os.killpg, 2)]
+)
+def test_a_run_that_is_told_to_end_saves_its_step(tmp_path, number, whom, num_ranks):
     """The launcher alone is told, or all processes are, as Slurm does it."""
-    run = start(tmp_path, "--cp", "2", "--steps", "5000", "--save-every", "0")
-    ranks = after_steps(run, tmp_path, 3)
+    run = start(tmp_path, "--ranks", str(num_ranks), "--steps", "5000", "--save-every", "0")
+    ranks = after_steps(run, tmp_path, 3, num_ranks)
     whom(run.pid, number)
     output, _ = run.communicate(timeout=40)
     assert run.returncode == 128 + number, output

@@ -85,14 +85,14 @@ def records(out: Path) -> list[dict]:
     ]
 
 
-def after_steps(run: subprocess.Popen[str], out: Path, steps: int) -> list[int]:
-    """Wait until both ranks run and the log holds `steps` records. Return the ranks' processes."""
+def after_steps(run: subprocess.Popen[str], out: Path, steps: int, num_ranks: int = 2) -> list[int]:
+    """Wait until all ranks run and the log holds `steps` records. Return the ranks' processes."""
     log, deadline = out / "steps.jsonl", time.monotonic() + 90
     while True:
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
         ranks = ranks_of(run.pid)
-        if len(ranks) == 2 and log.exists() and len(log.read_text().splitlines()) >= steps:
+        if len(ranks) == num_ranks and log.exists() and len(log.read_text().splitlines()) >= steps:
             return ranks
         time.sleep(0.005)
 
