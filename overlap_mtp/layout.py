@@ -181,7 +181,8 @@ class SequenceLayout:
     @cached_property
     def num_used_documents(self) -> int:
         """Documents up to the last one that has a length. A `cu_seqlens` of static size repeats its last entry."""
-        return int(self.cu_seqlens.searchsorted(self.cu_seqlens[-1]))
+        bounds = self.cu_seqlens
+        return self.num_documents if bounds[-2] != bounds[-1] else int(bounds.searchsorted(bounds[-1]))
 
     @property
     def num_chunks(self) -> int:

@@ -39,12 +39,13 @@ class HostMetadata:
         self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
         self._words: IntArray = self.tensor.numpy()
         self._checksum: int | None = None
-        self._mark = b""
+        self._mark = 0
 
-    def write(self, layout: SequenceLayout, addresses: list[int], mark: bytes) -> None:
+    def write(self, layout: SequenceLayout, addresses: list[int], mark: int) -> None:
         if layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
-            self._checksum = write_metadata(layout, self._plan, self._words[: self._plan.metadata_len])
-        self._words[FINGERPRINT] = fingerprint_of(self._checksum, mark)
+            self._checksum = write_metadata(layout, self._plan, self._words[: self._plan.metadata_len], mark)
+        else:
+            self._words[FINGERPRINT] = fingerprint_of(self._checksum, layout.batch, mark)
         self._words[self._plan.metadata_len :] = addresses
         self._mark = mark
 
@@ -75,9 +76,7 @@ class ExchangeBuffers:
         self.tensors: list[torch.Tensor] = []  # kept alive until the unroll
         self.outputs: Outputs | None = None
 
-    def load(
-        self, tensors: list[torch.Tensor], layout: SequenceLayout, mark: bytes, outputs: Outputs
-    ) -> None:
+    def load(self, tensors: list[torch.Tensor], layout: SequenceLayout, mark: int, outputs: Outputs) -> None:
         """Say what the next exchange carries, and keep it alive."""
         addresses = [*(tensor.data_ptr() for tensor in tensors), *outputs.addresses]
         self.host_metadata.write(layout, addresses, mark)
@@ -133,7 +132,7 @@ class CudaTransport(Transport):
         self,
         tensors: list[torch.Tensor],
         layout: SequenceLayout,
-        mark: bytes,
+        mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         compute = torch.cuda.current_stream(self.device)

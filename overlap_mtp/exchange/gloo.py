@@ -38,7 +38,7 @@ class GlooTransport(Transport):
         self,
         tensors: list[torch.Tensor],
         layout: SequenceLayout,
-        mark: bytes,
+        mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         plan, words = self.plan, self.spec.words_per_token

@@ -226,7 +226,7 @@ def _fill_routes(plan: ExchangePlan, segments: list[list[Segment]]) -> None:
             row += one.width
 
 
-def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: bytes = b"") -> int:
+def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: int = 0) -> int:
     """Write a batch's part of the plan. It takes a few microseconds and allocates nothing.
 
     Empty documents at the end are left out. They hold no token, and take no part of `max_documents`.
@@ -238,7 +238,7 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
         mark: of the exchange (`overlap_mtp.exchange.transport.Transport.start`).
 
     Returns:
-        The checksum of the bounds. With the mark it makes the fingerprint (`fingerprint_of`).
+        The checksum of the bounds. With the mark and the batch's name it makes the fingerprint (`fingerprint_of`).
 
     Raises:
         ValueError: if the layout has more documents than the plan.
@@ -255,16 +255,25 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     metadata[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
     metadata[ends_at : ends_at + documents] = layout.valid_ends[:documents]
     checksum = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
-    metadata[FINGERPRINT] = fingerprint_of(checksum, mark)
+    metadata[FINGERPRINT] = fingerprint_of(checksum, layout.batch, mark)
     return checksum
 
 
-def fingerprint_of(checksum: int, mark: bytes) -> int:
-    """What the header of a message says: it is equal on two ranks that mean the same exchange of the same layout."""
-    return zlib.crc32(mark, checksum)
+def fingerprint_of(checksum: int, batch: str, mark: int) -> int:
+    """What the header of a message says: it is equal on two ranks that mean the same exchange of the same batch.
+
+    Args:
+        checksum: of the bounds, 32 bits.
+        batch: the name of the batch (`SequenceLayout.of_batch`).
+        mark: of the exchange, 31 bits.
+
+    Returns:
+        A number in [0, 2**63).
+    """
+    return mark << 32 | (zlib.crc32(batch.encode(), checksum) if batch else checksum)
 
 
-def make_metadata(layout: SequenceLayout, plan: ExchangePlan, mark: bytes = b"") -> IntArray:
+def make_metadata(layout: SequenceLayout, plan: ExchangePlan, mark: int = 0) -> IntArray:
     """Make the metadata of a batch, int64 [plan.metadata_len]."""
     metadata = np.zeros(plan.metadata_len, np.int64)
     write_metadata(layout, plan, metadata, mark)

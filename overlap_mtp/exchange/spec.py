@@ -99,14 +99,14 @@ class ExchangeSpec(NamedTuple):
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
             shape, device = shapes[0], devices[0]
-            is_dense = all(tensor.layout is torch.strided for tensor in tensors)
+            are_dense = [tensor.layout for tensor in tensors].count(torch.strided) == len(tensors)
         except Exception:
             check_batch(batch, layout, group, ignore_index)
             raise
-        fits = is_dense and shapes.count(shape) == len(shapes) == devices.count(device)
+        fits = are_dense and shapes.count(shape) == len(shapes) == devices.count(device)
         if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
             check_batch(batch, layout, group, ignore_index)
-        if layout.is_packed and layout.num_used_documents > max_documents:
+        if layout.num_documents > max_documents < layout.num_used_documents:
             raise ValueError(
                 f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
                 "pass a larger max_documents to make_roller"

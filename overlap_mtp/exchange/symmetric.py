@@ -111,7 +111,7 @@ class SymmetricTransport(CudaTransport):
         self,
         tensors: list[torch.Tensor],
         layout: SequenceLayout,
-        mark: bytes,
+        mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         oldest = min(list(self._under_way), default=self.num_started)

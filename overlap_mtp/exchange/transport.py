@@ -95,7 +95,7 @@ class Transport(ABC):
         self,
         tensors: list[torch.Tensor],
         layout: SequenceLayout,
-        mark: bytes,
+        mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         """Pack and send. It never blocks the host on CUDA.
@@ -103,7 +103,7 @@ class Transport(ABC):
         Args:
             tensors: of the batch (`ExchangeSpec.tensors`).
             layout: of the batch.
-            mark: says which exchange this is. A rank whose peer has another mark or layout fails.
+            mark: says which exchange this is, in [0, 2**31). A rank whose peer has another mark or layout fails.
             ready: as in `Roller.start`.
 
         Returns:

@@ -238,7 +238,7 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         labels, derived, ignored = tokens["labels"], self.config.derive_labels, self.config.ignore_index
         with span("loss", depth=depth):
-            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, derived, ignored)
+            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, derived)
             weight: torch.Tensor = self.head.weight
             if depth and self.config.detach_mtp:
                 weight = weight.detach()

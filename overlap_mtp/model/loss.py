@@ -24,29 +24,25 @@ def token_mask(
     depth: int,
     like: torch.Tensor,
     derive_labels: bool = False,
-    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
-    """Return the weight of each token's loss at one depth.
-
-    A token has no weight if its label lies outside of its document or is `ignore_index`.
+    """Return the weight of each token's loss at one depth. Labels that are ignored have none, too (`masked_loss_sum`).
 
     Args:
         mask: the batch's loss mask, already rolled by `depth`, [B, L]; None gives every valid token weight 1.
         layout: the layout of the batch.
         cp_rank: this rank in the cp group.
         depth: 0 for the LM loss, k for MTP depth k.
-        like: the labels, rolled by `depth`, [B, L].
+        like: any tensor on the device of the result.
         derive_labels: a token's label is the id after it. The last token of a document then has no label.
-        ignore_index: the label that does not count.
 
     Returns:
-        [B, L]; of the mask's dtype, or bool if there is none.
+        A tensor that broadcasts to [B, L]. It is 0 for tokens whose label lies outside of their document.
     """
-    ignored = like == ignore_index
     padded = bool((layout.valid_ends < layout.cu_seqlens[1:]).any())
-    if mask is None or derive_labels or (depth == 0 and padded):
-        ignored = ignored | ~upload(layout.valid(cp_rank, depth + derive_labels), like.device)
-    return ~ignored if mask is None else mask.masked_fill(ignored, 0)
+    if mask is not None and not derive_labels and (depth > 0 or not padded):
+        return mask
+    valid = upload(layout.valid(cp_rank, depth + derive_labels), like.device)
+    return valid if mask is None else mask.masked_fill(~valid, 0)
 
 
 def masked_loss_sum(
@@ -72,12 +68,12 @@ def masked_loss_sum(
         ValueError: if a label that counts is outside of the vocabulary. On CUDA the host does not wait for the labels:
             an assertion on the device fails, and the next call that waits for the device raises RuntimeError.
     """
-    target = labels.long().masked_fill(mask == 0, ignore_index)
+    target = torch.where(mask != 0, labels.long(), ignore_index)
     counts = target != ignore_index
     _check_labels(target, counts, logits)
     if isinstance(logits, DTensor):
-        rows: torch.Tensor = DTensor.from_local(
-            _rows_that_count(logits.to_local(), counts),
+        precise: torch.Tensor = DTensor.from_local(
+            _precise(logits.to_local(), counts),
             logits.device_mesh,
             logits.placements,
             run_check=False,
@@ -85,40 +81,40 @@ def masked_loss_sum(
             stride=logits.stride(),
         )
     else:
-        rows = _rows_that_count(logits, counts)
+        precise = _precise(logits, counts)
     losses = F.cross_entropy(
-        rows.flatten(0, 1), target.flatten(), reduction="none", ignore_index=ignore_index
+        precise.flatten(0, 1), target.flatten(), reduction="none", ignore_index=ignore_index
     )
     if isinstance(losses, DTensor):
         losses = losses.to_local()
-    return (losses.view_as(labels) * mask.masked_fill(~counts, 0)).sum()
+    return (losses.view_as(labels) * torch.where(counts, mask, 0)).sum()
 
 
-def _rows_that_count(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Convert logits to fp32 or better, with finite values in the rows that do not count."""
-    rows: torch.Tensor = _RowsThatCount.apply(logits, counts)  # type: ignore[no-untyped-call]
-    return rows
+def _precise(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Convert logits to fp32 or better. Rows that do not count get a gradient of 0."""
+    precise: torch.Tensor = _Precise.apply(logits, counts)  # type: ignore[no-untyped-call]
+    return precise
 
 
-class _RowsThatCount(torch.autograd.Function):
-    """One pass over the logits: a conversion and a masked_fill would take two more.
+class _Precise(torch.autograd.Function):
+    """Cross entropy never reads a row that it ignores, but its gradient there is NaN if the logits are not finite.
 
-    The gradient needs no mask: cross entropy gives 0 for an ignored label if the logits are finite.
+    The pass that converts the gradient sets these to 0.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(counts)
         ctx.dtype = logits.dtype
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        # fmin(x, nan) is x, so that rows that count keep their bits. fmin(x, 0) is -inf at least and no NaN.
-        limit = torch.zeros_like(counts, dtype=precise).masked_fill_(counts, torch.nan)
-        rows = torch.fmin(logits, limit[..., None])
-        rows[..., 0].masked_fill_(~counts, 0)  # if all others are -inf, the softmax is still finite
-        return rows
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.to(ctx.dtype), None
+        (counts,) = ctx.saved_tensors
+        # fmin(x, nan) is x, so that rows that count keep their bits. fmin(nan, 0) is 0.
+        limit = torch.where(counts, torch.nan, 0.0)[..., None]
+        converted = torch.empty_like(gradient, dtype=ctx.dtype)
+        return torch.fmin(gradient, limit, out=converted), None
 
 
 def _check_labels(target: torch.Tensor, counts: torch.Tensor, logits: torch.Tensor) -> None:
@@ -194,8 +190,8 @@ def count_tokens(
 
     Entry k is the sum of the mask over this rank's valid tokens that have at least k tokens before them in their
     document and a label that is not `ignore_index`: such a label is the label of the token k before it at depth k.
-    Added up over all ranks, entry k equals the sum of `token_mask` at depth k. Before `combine`, add it up over the
-    cp and dp ranks and over the microbatches of a step.
+    Added up over all ranks, entry k equals the sum of `token_mask` at depth k over the labels that are not ignored.
+    Before `combine`, add it up over the cp and dp ranks and over the microbatches of a step.
 
     Args:
         batch: `input_ids` and optionally `labels` and `loss_mask`, [B, L] each.

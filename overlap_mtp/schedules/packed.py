@@ -19,10 +19,9 @@ from overlap_mtp.exchange.select import make_transport
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
+from overlap_mtp.schedules.roller import CHANGED, REFUSED, Roller, Rolls, Tokens
 from overlap_mtp.tensors import IGNORE_INDEX
 
-REFUSED = b"refused"  # the mark of an exchange in place of a batch that could not be started
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
 
 
@@ -94,26 +93,26 @@ class PackedRoller(Roller):
 
     def check_open(self) -> None:
         super().check_open()
-        refusal, self._refusal = self._refusal, None
         if self._transport is not None and self._transport.failure:
             self._refuse()  # without waiting for anything: the ranks are no longer in step
             raise RuntimeError(self._transport.failure)
-        if refusal is not None:
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
             refusal.wait()
             self.raise_if_failed()
 
     def _refuse(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self._refusal = self._send_nothing(REFUSED)
+            self._refusal = self._send_nothing(self.mark(REFUSED))
             self._num_started += 1
 
     def _announce_change(self) -> None:
-        self._send_nothing(self.mark("another kind of batch")).wait()
+        self._send_nothing(self.mark(CHANGED)).wait()
         if self._group.device_type == "cuda":
             torch.cuda.synchronize()
         self.raise_if_failed()
 
-    def _send_nothing(self, mark: bytes) -> PendingExchange:
+    def _send_nothing(self, mark: int) -> PendingExchange:
         """Start an exchange of zeros in place of one that the peers may have started."""
         transport, spec = self._transport, self._spec
         assert transport is not None
@@ -149,7 +148,7 @@ class PackedRolls(Rolls):
         self._roller = roller
         self._transport = transport
         self._layout = layout
-        self._microbatch = roller.mark(layout.batch)
+        self._mark = roller.mark()  # of the first exchange; the others count up from it
         self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []
@@ -169,7 +168,7 @@ class PackedRolls(Rolls):
             torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
             ready = None
         tensors = self._transport.spec.tensors(self._newest)
-        mark = self._microbatch + b" %d" % len(self._rolled)
+        mark = self._mark + len(self._rolled) % CHANGED
         self._exchanges.append(self._transport.start(tensors, self._layout, mark, ready))
         self._transport.raise_if_failed()
 

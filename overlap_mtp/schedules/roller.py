@@ -15,6 +15,10 @@ from overlap_mtp.schedules.agreement import agree
 from overlap_mtp.tensors import IGNORE_INDEX
 
 Tokens = dict[str, torch.Tensor]
+CHANGED, REFUSED = (
+    126,
+    127,
+)  # marks of exchanges in place of a microbatch of another kind, or that was refused
 
 
 class Rolls(ABC):
@@ -166,9 +170,13 @@ class Roller(ABC):
         """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
 
-    def mark(self, what: str) -> bytes:
-        """Name the current microbatch, or `what` happens in its place. Ranks whose marks differ are out of step."""
-        return f"{self._number} {self._num_started} {what}".encode()
+    def mark(self, what: int = 0) -> int:
+        """Number the exchanges of the current microbatch, 31 bits. Ranks whose marks differ are out of step.
+
+        Args:
+            what: which exchange of the microbatch, or REFUSED or CHANGED for one in its place.
+        """
+        return (self._number % 2**8 << 16 | self._num_started % 2**16) << 7 | what
 
     def _refuse(self) -> None:  # noqa: B027 - prepared sends nothing
         """Tell the peers, which start this microbatch, that this rank cannot."""

@@ -7,6 +7,7 @@ allows. As there, messages carry no fingerprint: only `check_layouts` detects th
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,15 +17,15 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
+from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch, fill_of
 from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
-from overlap_mtp.schedules.roller import ChainedRolls, Roller, Rolls, Tokens, detached
+from overlap_mtp.schedules.roller import CHANGED, REFUSED, ChainedRolls, Roller, Rolls, Tokens, detached
 from overlap_mtp.tensors import IGNORE_INDEX, sum_dtype, upload
 from overlap_mtp.tracing import span
 
 NO_RANK = -1  # the holder of a token past its document's end
-REFUSED = -1  # what a rank that refuses its batch sends in place of a checksum
 
 
 def next_tokens(layout: SequenceLayout, cp_rank: int) -> tuple[IntArray, IntArray]:
@@ -152,7 +153,8 @@ class SyncRoller(Roller):
             return
         self._num_started += 1
         if self.check_layouts:
-            self._compare(REFUSED)
+            with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
+                self._compare(self.mark(REFUSED))
         else:
             self._failure = (
                 f"overlap_mtp: cp rank {self._group.cp_rank} refused a batch that its peers may have started, and with "
@@ -162,28 +164,28 @@ class SyncRoller(Roller):
 
     def _announce_change(self) -> None:
         if self.check_layouts:
-            self._compare(zlib.crc32(self.mark("another kind of batch")))
+            self._compare(self.mark(CHANGED))
 
-    def _compare(self, checksum: int) -> None:
-        """Raise RuntimeError on every rank unless all ranks have the same checksum. It waits for the device."""
+    def _compare(self, word: int) -> None:
+        """Raise RuntimeError unless all ranks have the same word. It waits for the device."""
         assert self._spec is not None
         device, group = self._spec.device, self._group
         if group.cp_size == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
-        mine = torch.tensor([checksum], device=device)
+        mine = torch.tensor([word], device=device)
         everyone = [torch.empty_like(mine) for _ in range(group.cp_size)]
         with group.named_errors("the check of a microbatch of 'sync'"):
             dist.all_gather(everyone, mine, group=group.process_group)
         found = torch.cat(everyone).tolist()
-        others = [rank for rank, its in enumerate(found) if its != checksum]
-        if others and checksum != REFUSED:
+        others = [rank for rank, its in enumerate(found) if its != word]
+        if others:
             raise RuntimeError(
                 f"overlap_mtp: cp rank {others[0]} started another microbatch than cp rank {group.cp_rank}: {IN_STEP}"
             )
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
         if self.check_layouts:
-            self._compare(zlib.crc32(self.mark(layout.batch), zlib.crc32(layout.key)))
+            self._compare(fingerprint_of(zlib.crc32(layout.key), layout.batch, self.mark()))
         device = next(iter(batch.values())).device
         steps = self._steps_of(layout, self._group.cp_rank, device)
 

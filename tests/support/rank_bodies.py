@@ -68,13 +68,15 @@ def roll_tensor_differs(group: dist.ProcessGroup, dims: int, shifts: int) -> lis
         if dims == 0:
             local = local.T.contiguous()
         rolled, total = roll_tensor(local, shifts=shifts, dims=dims, cp_group=group)
-        rolled = rolled.T if dims == 0 else rolled
-        if not same_bits(rolled.cpu(), expected):
-            wrong.append(f"{dtype}")
         sums = torch.int64
         if dtype.is_floating_point:
             sums = torch.float64 if dtype == torch.float64 else torch.float32
-        same_sum = torch.equal(total.cpu(), rolled.cpu().sum(dtype=sums)) or bool(total.isnan())
+        same_sum = torch.equal(total, rolled.sum(dtype=sums)) or bool(
+            total.isnan()
+        )  # in the order of one device
+        rolled = rolled.T if dims == 0 else rolled
+        if not same_bits(rolled.cpu(), expected):
+            wrong.append(f"{dtype}")
         if total.dtype != sums or not same_sum:
             wrong.append(f"sum of {dtype}: {total}")
     return wrong

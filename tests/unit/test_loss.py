@@ -115,9 +115,9 @@ def test_sums_of_masks_counts_and_acceptance_agree_at_every_depth(layout, ignore
             suffix = f"_depth{depth}" if depth else ""
             own = shard["labels" + suffix]
             given_mask = shard.get("loss_mask" + suffix)
-            weight = token_mask(given_mask, layout, rank, depth, own, ignore_index=ignore_index)
+            weight = token_mask(given_mask, layout, rank, depth, own)
             assert weight.dtype == (torch.bool if given_mask is None else given_mask.dtype)
-            masks[depth] += weight.sum()
+            masks[depth] += (weight * (own != ignore_index)).sum()
             drafts = F.one_hot(own.clamp(0, V - 1), V).float()
             accepted[depth] += accepted_sum(drafts, own, weight, ignore_index)
     assert counts.tolist() == masks.tolist() == accepted.tolist()
