@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -91,15 +92,18 @@ class PackedRoller(Roller):
             rolls.start_next(ready)
         return rolls
 
-    def check_open(self) -> None:
-        super().check_open()
-        if self._transport is not None and self._transport.failure:
-            self._refuse()  # without waiting for anything: the ranks are no longer in step
-            raise RuntimeError(self._transport.failure)
-        if self._refusal is not None:
+    def check_in_step(self) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        if self._refusal is not None and not transport.failure:
             refusal, self._refusal = self._refusal, None
             refusal.wait()
-            self.raise_if_failed()
+            with contextlib.suppress(RuntimeError):
+                transport.raise_if_failed()
+        if transport.failure:
+            self._refuse()  # the peers have started, or will start, as many exchanges
+            raise RuntimeError(transport.failure)
 
     def _refuse(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -158,7 +162,10 @@ class PackedRolls(Rolls):
         while len(self._rolled) < depth:
             self._roller.check_open()
             if not self._exchanges or self._exchanges[-1].is_done:
+                self._roller.check_in_step()
                 self.start_next()
+            elif self._transport.failure:
+                raise RuntimeError(self._transport.failure)
             self._wait()
         return dict(self._rolled[depth - 1])
 

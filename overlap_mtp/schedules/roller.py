@@ -140,6 +140,7 @@ class Roller(ABC):
                 new cp group and new rollers then.
         """
         self.check_open()
+        self.check_in_step()
         try:
             spec = self._spec_of(batch, layout)
             is_new = spec != self._spec
@@ -210,6 +211,9 @@ class Roller(ABC):
     def check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this roller is closed")
+
+    def check_in_step(self) -> None:  # noqa: B027 - prepared exchanges nothing
+        """Raise RuntimeError in place of an exchange if this rank knows that the ranks are not in step."""
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.num_depths:

@@ -143,8 +143,7 @@ class SyncRoller(Roller):
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
         self._failure = ""
 
-    def check_open(self) -> None:
-        super().check_open()
+    def check_in_step(self) -> None:
         if self._failure:
             raise RuntimeError(self._failure)
 

@@ -86,6 +86,7 @@ def use_after_destruction(world: dist.ProcessGroup) -> str:
         return "no member"
     roller = make_roller("prefetch", group, DEPTHS)
     batch = random_microbatch(group, 0)
+    dist.barrier(group)  # a rank that destroys it while another still connects would end that one in an error
     dist.destroy_process_group(group)
     batch.group, group = None, None
     gc.collect()
