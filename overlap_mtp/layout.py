@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,9 +55,7 @@ class SequenceLayout:
     cp_size: int
     kind: Kind
     is_packed: bool
-    batch: str = (
-        ""  # what `of_batch` was given: it says nothing of how the sequence is cut, and is not in `key`
-    )
+    batch: int = 0  # the checksum of the name that `of_batch` was given; it is not in `key`
     _positions: dict[int, IntArray] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -156,7 +155,7 @@ class SequenceLayout:
         """
         if not isinstance(name, str):
             raise TypeError(f"the name of a batch must be a string, got {type(name).__name__}: pass str(...)")
-        return replace(self, batch=name)
+        return replace(self, batch=zlib.crc32(name.encode()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.key == other.key

@@ -259,18 +259,18 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     return checksum
 
 
-def fingerprint_of(checksum: int, batch: str, mark: int) -> int:
+def fingerprint_of(checksum: int, batch: int, mark: int) -> int:
     """What the header of a message says: it is equal on two ranks that mean the same exchange of the same batch.
 
     Args:
         checksum: of the bounds, 32 bits.
-        batch: the name of the batch (`SequenceLayout.of_batch`).
-        mark: of the exchange, 31 bits.
+        batch: the checksum of the batch's name, 32 bits (`SequenceLayout.of_batch`).
+        mark: of the exchange; its lowest 31 bits count.
 
     Returns:
         A number in [0, 2**63).
     """
-    return mark << 32 | (zlib.crc32(batch.encode(), checksum) if batch else checksum)
+    return (mark & 0x7FFFFFFF) << 32 | checksum ^ batch
 
 
 def make_metadata(layout: SequenceLayout, plan: ExchangePlan, mark: int = 0) -> IntArray:

@@ -90,8 +90,6 @@ class ExchangeSpec(NamedTuple):
         Raises:
             ValueError: if the tensors do not fit the layout or one another.
         """
-        if not isinstance(batch, Mapping) or not isinstance(layout, SequenceLayout):
-            check_batch(batch, layout, group, ignore_index)
         try:
             names = tuple(sorted(batch))
             tensors = [batch[name] for name in names]
@@ -100,11 +98,12 @@ class ExchangeSpec(NamedTuple):
             dtypes = tuple([tensor.dtype for tensor in tensors])
             shape, device = shapes[0], devices[0]
             are_dense = [tensor.layout for tensor in tensors].count(torch.strided) == len(tensors)
+            are_alike = shapes.count(shape) == len(shapes) == devices.count(device)
+            fit_layout = shape and shape[-1] == layout.local_len and layout.cp_size == group.cp_size
         except Exception:
             check_batch(batch, layout, group, ignore_index)
             raise
-        fits = are_dense and shapes.count(shape) == len(shapes) == devices.count(device)
-        if not fits or not shape or shape[-1] != layout.local_len or layout.cp_size != group.cp_size:
+        if not (are_dense and are_alike and fit_layout):
             check_batch(batch, layout, group, ignore_index)
         if layout.num_documents > max_documents < layout.num_used_documents:
             raise ValueError(

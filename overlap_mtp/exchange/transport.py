@@ -103,7 +103,7 @@ class Transport(ABC):
         Args:
             tensors: of the batch (`ExchangeSpec.tensors`).
             layout: of the batch.
-            mark: says which exchange this is, in [0, 2**31). A rank whose peer has another mark or layout fails.
+            mark: numbers the exchanges of the cp group. A rank whose peer has another mark or layout fails.
             ready: as in `Roller.start`.
 
         Returns:

@@ -20,7 +20,7 @@ from overlap_mtp.exchange.select import make_transport
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import CHANGED, REFUSED, Roller, Rolls, Tokens
+from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, Rolls, Tokens
 from overlap_mtp.tensors import IGNORE_INDEX
 
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
@@ -59,7 +59,7 @@ class PackedRoller(Roller):
         self._transports: dict[ExchangeSpec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
         self._layout: SequenceLayout  # of the last batch
-        self._refusal: PendingExchange | None = None
+        self.refusal: PendingExchange | None = None  # in place of the last microbatch
 
     @property
     def transport(self) -> str:
@@ -93,11 +93,11 @@ class PackedRoller(Roller):
         return rolls
 
     def check_in_step(self) -> None:
+        """Raise RuntimeError in place of an exchange if this rank knows that the ranks are out of step."""
         transport = self._transport
-        if transport is None:
-            return
-        if self._refusal is not None and not transport.failure:
-            refusal, self._refusal = self._refusal, None
+        assert transport is not None
+        if self.refusal is not None and not transport.failure:
+            refusal, self.refusal = self.refusal, None
             refusal.wait()
             with contextlib.suppress(RuntimeError):
                 transport.raise_if_failed()
@@ -107,11 +107,11 @@ class PackedRoller(Roller):
 
     def _refuse(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self._refusal = self._send_nothing(self.mark(REFUSED))
-            self._num_started += 1
+            self.refusal = self._send_nothing(self.mark + REFUSED)
+            self.mark += MARKS
 
     def _announce_change(self) -> None:
-        self._send_nothing(self.mark(CHANGED)).wait()
+        self._send_nothing(self.mark + CHANGED).wait()
         if self._group.device_type == "cuda":
             torch.cuda.synchronize()
         self.raise_if_failed()
@@ -127,7 +127,7 @@ class PackedRoller(Roller):
 
     def close(self) -> None:
         super().close()
-        self._refusal = None
+        self.refusal = None
         transports, self._transports = self._transports, {}
         errors: list[Exception] = []
         for transport in transports.values():
@@ -152,7 +152,7 @@ class PackedRolls(Rolls):
         self._roller = roller
         self._transport = transport
         self._layout = layout
-        self._mark = roller.mark()  # of the first exchange; the others count up from it
+        self._mark = roller.mark  # of the first exchange; the others count up from it
         self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []
@@ -162,7 +162,6 @@ class PackedRolls(Rolls):
         while len(self._rolled) < depth:
             self._roller.check_open()
             if not self._exchanges or self._exchanges[-1].is_done:
-                self._roller.check_in_step()
                 self.start_next()
             elif self._transport.failure:
                 raise RuntimeError(self._transport.failure)
@@ -171,6 +170,8 @@ class PackedRolls(Rolls):
 
     def start_next(self, ready: torch.cuda.Event | None = None) -> None:
         """Start the next exchange."""
+        if self._roller.refusal is not None or self._transport.failure:
+            self._roller.check_in_step()
         if ready is not None and not all(tensor.is_contiguous() for tensor in self._newest.values()):
             torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
             ready = None

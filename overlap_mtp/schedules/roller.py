@@ -15,10 +15,8 @@ from overlap_mtp.schedules.agreement import agree
 from overlap_mtp.tensors import IGNORE_INDEX
 
 Tokens = dict[str, torch.Tensor]
-CHANGED, REFUSED = (
-    126,
-    127,
-)  # marks of exchanges in place of a microbatch of another kind, or that was refused
+MARKS = 128  # of a microbatch: one for each of its exchanges, and these for one in its place
+CHANGED, REFUSED = 126, 127  # a microbatch of another kind; one that was refused
 
 
 class Rolls(ABC):
@@ -99,7 +97,9 @@ class Roller(ABC):
         self._group = group
         self._number = group.num_rollers  # all ranks make the rollers of a cp group in the same order
         group.num_rollers += 1
-        self._num_started = 0  # microbatches, with those that were refused after the first use
+        # The first mark of the last microbatch, started or refused after the first use. Ranks whose exchanges have
+        # different marks are out of step.
+        self.mark = self._number * MARKS * 2**16
         self._agreed: ExchangeSpec | None = None  # what all ranks agreed on last
         self._spec: ExchangeSpec | None = None  # of the last batch that could be started
         self._spec_of = partial(
@@ -140,7 +140,6 @@ class Roller(ABC):
                 new cp group and new rollers then.
         """
         self.check_open()
-        self.check_in_step()
         try:
             spec = self._spec_of(batch, layout)
             is_new = spec != self._spec
@@ -161,7 +160,7 @@ class Roller(ABC):
                 self._agreed = spec
             self._adopt(spec, layout)
             self._spec = spec
-        self._num_started += 1
+        self.mark += MARKS
         if ready is not None and not self.is_overlapped:
             torch.cuda.current_stream().wait_event(ready)
         return self._start(batch, layout, ready)
@@ -170,14 +169,6 @@ class Roller(ABC):
     def transport(self) -> str:
         """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
-
-    def mark(self, what: int = 0) -> int:
-        """Number the exchanges of the current microbatch, 31 bits. Ranks whose marks differ are out of step.
-
-        Args:
-            what: which exchange of the microbatch, or REFUSED or CHANGED for one in its place.
-        """
-        return (self._number % 2**8 << 16 | self._num_started % 2**16) << 7 | what
 
     def _refuse(self) -> None:  # noqa: B027 - prepared sends nothing
         """Tell the peers, which start this microbatch, that this rank cannot."""
@@ -211,9 +202,6 @@ class Roller(ABC):
     def check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this roller is closed")
-
-    def check_in_step(self) -> None:  # noqa: B027 - prepared exchanges nothing
-        """Raise RuntimeError in place of an exchange if this rank knows that the ranks are not in step."""
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.num_depths:

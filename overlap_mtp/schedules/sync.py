@@ -21,7 +21,16 @@ from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch, fill_of
 from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
-from overlap_mtp.schedules.roller import CHANGED, REFUSED, ChainedRolls, Roller, Rolls, Tokens, detached
+from overlap_mtp.schedules.roller import (
+    CHANGED,
+    MARKS,
+    REFUSED,
+    ChainedRolls,
+    Roller,
+    Rolls,
+    Tokens,
+    detached,
+)
 from overlap_mtp.tensors import IGNORE_INDEX, sum_dtype, upload
 from overlap_mtp.tracing import span
 
@@ -143,17 +152,13 @@ class SyncRoller(Roller):
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
         self._failure = ""
 
-    def check_in_step(self) -> None:
-        if self._failure:
-            raise RuntimeError(self._failure)
-
     def _refuse(self) -> None:
         if self._group.cp_size == 1:
             return
-        self._num_started += 1
+        self.mark += MARKS
         if self.check_layouts:
             with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
-                self._compare(self.mark(REFUSED))
+                self._compare(self.mark + REFUSED)
         else:
             self._failure = (
                 f"overlap_mtp: cp rank {self._group.cp_rank} refused a batch that its peers may have started, and with "
@@ -163,7 +168,7 @@ class SyncRoller(Roller):
 
     def _announce_change(self) -> None:
         if self.check_layouts:
-            self._compare(self.mark(CHANGED))
+            self._compare(self.mark + CHANGED)
 
     def _compare(self, word: int) -> None:
         """Raise RuntimeError unless all ranks have the same word. It waits for the device."""
@@ -183,8 +188,10 @@ class SyncRoller(Roller):
             )
 
     def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+        if self._failure:
+            raise RuntimeError(self._failure)
         if self.check_layouts:
-            self._compare(fingerprint_of(zlib.crc32(layout.key), layout.batch, self.mark()))
+            self._compare(fingerprint_of(zlib.crc32(layout.key), layout.batch, self.mark))
         device = next(iter(batch.values())).device
         steps = self._steps_of(layout, self._group.cp_rank, device)
 

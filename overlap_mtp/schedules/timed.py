@@ -60,6 +60,10 @@ class TimedRoller:
         self._leave(before)
         return _TimedRolls(self.rolls, self)
 
+    def raise_if_failed(self) -> None:
+        """As Roller.raise_if_failed."""
+        self.roller.raise_if_failed()
+
     def read(self) -> Cost:
         """Return the cost since the last `read`. On CUDA, synchronise before: the device must have finished."""
         stall = None

@@ -136,6 +136,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: on all ranks, naming the step, the loss and the batch.
+            RuntimeError: if an exchange of this step failed (`Roller.raise_if_failed`). No weight has changed.
             ValueError: if there are not `config.accumulate` microbatches, or a layout does not suit the mesh.
         """
         if len(microbatches) != self.config.accumulate:
@@ -166,6 +167,7 @@ class Trainer:
         self._on_phase(f"{where}: losses and update")  # the host waits for the device here for the first time
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table.tensor_split([counts.shape[-1]], -1)
+        (roller or self.model.mtp.roller).raise_if_failed()  # no wrong token may change a weight
         self._check_finite(totals, where, first_batch)
         norms = self._clip(where)
         self.optimizer.step()
