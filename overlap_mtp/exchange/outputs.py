@@ -29,7 +29,7 @@ def allocate_outputs(
 
     Args:
         spec: of the batch.
-        tensors: of the batch (`ExchangeSpec.tensors`).
+        tensors: of the batch, in the order of the spec's names.
         num_depths: how many depths an exchange carries.
         microbatches: how many.
 

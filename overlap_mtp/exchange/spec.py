@@ -154,11 +154,6 @@ class ExchangeSpec(NamedTuple):
         """What the kernels have to know, int64 [2, tensors]: widths and fills."""
         return np.array([self.widths, self.fills])
 
-    def tensors(self, batch: Batch) -> list[torch.Tensor]:
-        """The batch's tensors in the order of `names`, contiguous."""
-        tensors = [batch[name] for name in self.names]
-        return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-
     def as_integers(self, tensor: torch.Tensor) -> torch.Tensor:
         """A [B, L] view as integers of the same width."""
         return tensor.view(INTEGER_VIEW[tensor.dtype]).view(self.batch_rows, -1)

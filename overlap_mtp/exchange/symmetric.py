@@ -102,6 +102,9 @@ class SymmetricTransport(CudaTransport):
         timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
         self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
         self._under_way: dict[int, None] = {}  # numbers of exchanges, oldest first
+        row_bytes, sent_to = WORD_BYTES * self.spec.words_per_token, self.plan.destinations
+        strides = sum(self.plan.send_stride[peer] for peer in sent_to)
+        self._sent_bytes = row_bytes * len(sent_to), row_bytes * strides  # for the headers; for each sequence
         self._make_buffers()
 
     def _constants(self, is_replayable: bool) -> ExchangeConstants:
@@ -114,7 +117,7 @@ class SymmetricTransport(CudaTransport):
         mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
-        oldest = min(list(self._under_way), default=self.num_started)
+        oldest = next(iter(self._under_way), self.num_started)
         if oldest <= self.num_started - NUM_BUFFERS:
             raise RuntimeError(
                 f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.num_started} can start: at "
@@ -144,9 +147,10 @@ class SymmetricTransport(CudaTransport):
             self._launch(buffers.send, buffers)
 
     def _count(self, layout: SequenceLayout) -> None:
-        sequences = self.plan.num_sequences(layout)
-        rows = sum(1 + sequences * self.plan.send_stride[peer] for peer in self.plan.destinations)
-        self.traffic.add(len(self.plan.destinations), WORD_BYTES * self.spec.words_per_token * rows)
+        header_bytes, sequence_bytes = self._sent_bytes
+        self.traffic.add(
+            len(self.plan.destinations), header_bytes + self.plan.num_sequences(layout) * sequence_bytes
+        )
 
     def _recover(self, buffers: ExchangeBuffers) -> None:
         with torch.cuda.stream(self._side if self._is_overlapped else None):

@@ -101,7 +101,7 @@ class Transport(ABC):
         """Pack and send. It never blocks the host on CUDA.
 
         Args:
-            tensors: of the batch (`ExchangeSpec.tensors`).
+            tensors: of the batch in the order of the spec's names, contiguous.
             layout: of the batch.
             mark: numbers the exchanges of the cp group. A rank whose peer has another mark or layout fails.
             ready: as in `Roller.start`.

@@ -172,10 +172,12 @@ class PackedRolls(Rolls):
         """Start the next exchange."""
         if self._roller.refusal is not None or self._transport.failure:
             self._roller.check_in_step()
-        if ready is not None and not all(tensor.is_contiguous() for tensor in self._newest.values()):
-            torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
-            ready = None
-        tensors = self._transport.spec.tensors(self._newest)
+        tensors = [self._newest[name] for name in self._transport.spec.names]
+        if not all(map(torch.Tensor.is_contiguous, tensors)):
+            if ready is not None:
+                torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
+                ready = None
+            tensors = [tensor.contiguous() for tensor in tensors]
         mark = self._mark + len(self._rolled) % CHANGED
         self._exchanges.append(self._transport.start(tensors, self._layout, mark, ready))
         self._transport.raise_if_failed()
