@@ -208,5 +208,10 @@ def check_batch(
                 f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
                 f"on {tensor.device}: move it there"
             )
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"the batch must be on the current device cuda:{torch.cuda.current_device()}, got {first.device}: call "
+            "torch.cuda.set_device"
+        )
     if first.numel() == 0:
         raise ValueError(f"the batch must have at least one row, got shape {list(first.shape)}")

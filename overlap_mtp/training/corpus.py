@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch.distributed as dist
 
 Tokens = npt.NDArray[np.integer]
 TOKEN_DTYPES = ("uint16", "uint32")  # of a .bin
@@ -142,7 +143,7 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
     kept = [path for path in files if path not in {*empty}]
     programs = [path for path in kept if _is_binary(path)]
     for what, some in (("empty", empty), ("not text", programs)):
-        if some:
+        if some and not (dist.is_initialized() and dist.get_rank()):  # one rank's word is enough
             logger.warning(
                 "%s: %d files are %s and left out, the first is %s", data, len(some), what, some[0]
             )

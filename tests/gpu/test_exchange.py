@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlap_mtp import SCHEDULES
+from overlap_mtp import SCHEDULES, make_roller
 
 import rank_bodies
-from cases import PACKED, TRANSPORTS
+from cases import PACKED, TRANSPORTS, Microbatch, error_of
 from rank_bodies import LAYOUTS, LIFETIMES, OWNERSHIP, with_delays
 from rank_pool import RankPool
 from strategies import ALL_DTYPES, KINDS, dtype_choices, layouts
@@ -65,3 +66,16 @@ def test_two_rollers_share_a_cp_group_on_gpus(gpu_pool: RankPool, transport, fir
 @pytest.mark.parametrize("body", OWNERSHIP)
 def test_tensors_are_the_callers_on_gpus(gpu_pool: RankPool, body, schedule):
     gpu_pool.check(body, gpu_pool.world_size, schedule)
+
+
+def start_on_another_gpu(group: dist.ProcessGroup) -> str:
+    """The error of a first batch that all ranks have on rank 0's GPU."""
+    roller, batch = make_roller("prefetch", dist.new_group(), 1), Microbatch.of(group)
+    elsewhere = {name: tensor.to("cuda:0") for name, tensor in batch.shards().items()}
+    return error_of(roller.start, elsewhere, batch.layout)
+
+
+def test_a_batch_on_another_gpu_is_refused(gpu_pool: RankPool):
+    """Its kernels would run on the current GPU."""
+    for error in gpu_pool.run(start_on_another_gpu, gpu_pool.world_size):
+        assert error.startswith("ValueError: cp rank 1: the batch must be on the current device cuda:1")
