@@ -11,7 +11,7 @@ from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.schedules.packed import TIMINGS, PackedRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
-from overlap_mtp.schedules.roller import Roller, Rolls
+from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls
 from overlap_mtp.schedules.sync import SyncRoller
 from overlap_mtp.tensors import IGNORE_INDEX
 
@@ -67,10 +67,15 @@ def make_roller(
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
-    sent_by = transport if schedule in TIMINGS else ""
-    sizes = (num_depths, max_documents)
-    roller = _ROLLERS[schedule](schedule, exchange_group_of(cp_group), *sizes, sent_by, ignore_index)
-    roller.check_layouts = (
-        os.environ.get("OVERLAP_MTP_CHECK_LAYOUTS") == "1" if check_layouts is None else check_layouts
+    if check_layouts is None:
+        check_layouts = os.environ.get("OVERLAP_MTP_CHECK_LAYOUTS") == "1"
+    config = RollerConfig(
+        schedule,
+        exchange_group_of(cp_group),
+        num_depths,
+        max_documents,
+        transport if schedule in TIMINGS else "",
+        ignore_index,
+        check_layouts,
     )
-    return roller
+    return _ROLLERS[schedule](config)

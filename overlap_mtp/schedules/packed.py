@@ -14,14 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import make_plans
 from overlap_mtp.exchange.select import make_transport
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, Rolls, Tokens
-from overlap_mtp.tensors import IGNORE_INDEX
+from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Tokens
 
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
 
@@ -43,19 +41,11 @@ TIMINGS = {
 class PackedRoller(Roller):
     """A roller whose exchanges carry all tensors and documents at once."""
 
-    def __init__(
-        self,
-        name: str,
-        group: ExchangeGroup,
-        num_depths: int,
-        max_documents: int,
-        transport: str,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        super().__init__(name, group, num_depths, max_documents, transport, ignore_index)
-        self.is_overlapped, all_depths = TIMINGS[name]
-        self._depths_per_exchange = num_depths if all_depths else 1
-        self._asked_transport = transport
+    def __init__(self, config: RollerConfig) -> None:
+        super().__init__(config)
+        self.is_overlapped, all_depths = TIMINGS[self.name]
+        self._depths_per_exchange = self.num_depths if all_depths else 1
+        self._asked_transport = config.transport
         self._transports: dict[ExchangeSpec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
         self._layout: SequenceLayout  # of the last batch

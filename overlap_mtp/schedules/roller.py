@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,6 @@ from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_batch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.agreement import agree
-from overlap_mtp.tensors import IGNORE_INDEX
 
 Tokens = dict[str, torch.Tensor]
 MARKS = 128  # of a microbatch: one for each of its exchanges, and these for one in its place
@@ -74,29 +74,32 @@ class ChainedRolls(Rolls):
         return dict(self._rolled[depth])
 
 
+@dataclass(frozen=True)
+class RollerConfig:
+    """What `make_roller` was asked for."""
+
+    schedule: str
+    group: ExchangeGroup
+    num_depths: int
+    max_documents: int
+    transport: str  # "" if the schedule has none
+    ignore_index: int
+    check_layouts: bool
+
+
 class Roller(ABC):
     """Rolls the tensors of one microbatch after the other by one schedule. `make_roller` makes one."""
 
     is_overlapped = False  # whether its exchanges run beside the current stream
 
-    def __init__(
-        self,
-        name: str,
-        group: ExchangeGroup,
-        num_depths: int,
-        max_documents: int,
-        transport: str,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        self.name = name
-        self.num_depths = num_depths
-        self.max_documents = max_documents
-        self.ignore_index = ignore_index
-        self.check_layouts = False  # as in `make_roller`
+    def __init__(self, config: RollerConfig) -> None:
+        self.name, self.num_depths = config.schedule, config.num_depths
+        self.max_documents = config.max_documents
+        self.ignore_index, self.check_layouts = config.ignore_index, config.check_layouts
         self.traffic = Traffic()
-        self._group = group
-        self._number = group.num_rollers  # all ranks make the rollers of a cp group in the same order
-        group.num_rollers += 1
+        self._group = config.group
+        self._number = self._group.num_rollers  # all ranks make the rollers of a cp group in the same order
+        self._group.num_rollers += 1
         # The first mark of the last microbatch, started or refused after the first use. Ranks whose exchanges have
         # different marks are out of step.
         self.mark = self._number * MARKS * 2**16
@@ -104,12 +107,12 @@ class Roller(ABC):
         self._spec: ExchangeSpec | None = None  # of the last batch that could be started
         self._spec_of = partial(
             ExchangeSpec.of,
-            group=group,
-            schedule=name,
-            transport=transport,
-            num_depths=num_depths,
-            max_documents=max_documents,
-            ignore_index=ignore_index,
+            group=self._group,
+            schedule=self.name,
+            transport=config.transport,
+            num_depths=self.num_depths,
+            max_documents=self.max_documents,
+            ignore_index=self.ignore_index,
         )
         self._is_closed = False
 

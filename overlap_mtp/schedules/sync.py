@@ -27,11 +27,12 @@ from overlap_mtp.schedules.roller import (
     REFUSED,
     ChainedRolls,
     Roller,
+    RollerConfig,
     Rolls,
     Tokens,
     detached,
 )
-from overlap_mtp.tensors import IGNORE_INDEX, sum_dtype, upload
+from overlap_mtp.tensors import sum_dtype, upload
 from overlap_mtp.tracing import span
 
 NO_RANK = -1  # the holder of a token past its document's end
@@ -139,16 +140,8 @@ def _exchange(
 
 
 class SyncRoller(Roller):
-    def __init__(
-        self,
-        name: str,
-        group: ExchangeGroup,
-        num_depths: int,
-        max_documents: int,
-        transport: str,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        super().__init__(name, group, num_depths, max_documents, transport, ignore_index)
+    def __init__(self, config: RollerConfig) -> None:
+        super().__init__(config)
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
         self._failure = ""
 
