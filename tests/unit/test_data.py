@@ -12,7 +12,7 @@ import torch
 
 from overlap_mtp.layout import pad_documents
 from overlap_mtp.training.corpus import DataChangedError
-from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, TokenError, fill, open_corpus
+from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, Document, TokenError, fill, open_corpus
 
 
 def stream_of(corpus, num_documents=None, **options) -> BatchStream:
@@ -231,10 +231,17 @@ def test_uint32_ids_are_not_read_as_uint16(tmp_path, most):
     assert np.array_equal(open_corpus(tmp_path, "uint32").read(0, 5000), ids)
 
 
+@pytest.mark.parametrize("ids", [[0] * 100, [5, 0, 7, 0], [5, 0] * 9 + [5, 16], [5, 300] * 9], ids=str)
+def test_uint16_ids_are_not_taken_for_uint32(tmp_path, ids):
+    np.array(ids, np.uint16).tofile(tmp_path / "ids.bin")
+    assert open_corpus(tmp_path / "ids.bin").read(0, len(ids)).tolist() == ids
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda at: (at / "x.npz").write_bytes(b"PK"), r"x\.npz is not read"),
+        (lambda at: (at / "x.gz").write_bytes(b"\x1f\x8b\0\0"), r"x\.gz is not read"),
         (lambda at: (at / "x.parquet").write_bytes(b"PAR1"), r"x\.parquet is not read"),
         (
             lambda at: np.save(at / "x.npy", IDS.reshape(2, -1)),
@@ -242,6 +249,7 @@ def test_uint32_ids_are_not_read_as_uint16(tmp_path, most):
         ),
         (lambda at: np.save(at / "x.npy", IDS * 0.5), r"x\.npy must hold integers"),
         (lambda at: (at / "x.npy").write_bytes(b"text"), r"x\.npy is not a readable \.npy"),
+        (lambda at: np.save(at / "x.npy", IDS[:0]), r"x\.npy holds no token id"),
         (
             lambda at: write_ids(at / "x.bin", "uint16", (20240520, 1, 9001)),
             r"x\.bin should have 19026 bytes",
@@ -296,17 +304,25 @@ def test_links_are_followed_and_what_is_skipped_is_noted(tmp_path, caplog):
         lambda path: path.write_text("0" * 101),
         lambda path: path.unlink(),
         lambda path: os.utime(path, ns=(1, 1)),
+        lambda path: (path.write_text("0" * 101), os.utime(path, ns=(7, 7))),  # as `rsync --times` does
     ],
 )
 def test_a_file_that_has_changed_is_named(tmp_path, change):
     path = tmp_path / "a.txt"
     path.write_text("0" * 100)
+    os.utime(path, ns=(7, 7))
     corpus = open_corpus(tmp_path)
     change(path)
     with pytest.raises(
         DataChangedError, match=r"a\.txt (has changed since it was opened|cannot be read any more)"
     ):
         corpus.read(50, 50)
+
+
+def test_a_part_of_a_file_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("0" * 99)
+    with pytest.raises(DataChangedError, match=r"a\.txt has changed"):
+        Document(tmp_path / "a.txt", 100).read(50, 100)
 
 
 def test_a_negative_id_is_outside_of_the_vocabulary(tmp_path):
@@ -321,6 +337,29 @@ def test_packing_fills_the_sequence(seq_len, num_documents):
         open_corpus().shuffled(0), num_documents, seq_len=seq_len, batch_size=1, multiple_of=16
     )
     assert stream.filled(20) > 0.98
+
+
+def test_the_fill_that_is_reported_counts_no_padding(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("ten bytes.")
+    corpus = open_corpus(tmp_path)
+    assert stream_of(corpus, 2, seq_len=64).filled() == 20 / 64
+    assert stream_of(corpus, seq_len=64).filled() == 1
+
+
+@pytest.mark.parametrize("num_documents", [None, 2])
+def test_the_layout_of_a_batch_names_its_tokens(num_documents):
+    """So that ranks with other samples find out, although their bounds are equal."""
+    stream = stream_of(open_corpus(), num_documents)
+    names = [stream.batch(step)[1].batch for step in (0, 1, 2, 1)]
+    assert all(names)
+    assert names[1] == names[3]
+    assert len(set(names)) == 3
+
+
+def test_a_long_document_takes_the_units_that_short_ones_cannot_fill():
+    sizes = np.array([31] * 40 + [176])
+    assert fill(sizes, 65 * 16, 16).tolist() == [31] * 14 + [16] * 26 + [176]
 
 
 def test_fill_is_the_best_that_these_documents_allow():
