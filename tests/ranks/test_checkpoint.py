@@ -176,3 +176,13 @@ def test_weights_that_are_not_finite_are_never_saved(ranks, tmp_path, value):
     errors = ranks.run(save_ruined, 4, tmp_path, value)
     assert_all_say(errors, ["saving step 1", "up.weight is not finite: go on from an earlier checkpoint"])
     assert kept(tmp_path) == ["step-00000000"]
+
+
+def test_a_buffer_may_be_infinite(tmp_path):
+    """As a mask of attention is."""
+    run = Run()
+    run.model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    run.save(tmp_path)
+    run.model.mask.zero_()
+    run.load(tmp_path)
+    assert run.model.mask.tolist() == [0.0, float("-inf")]

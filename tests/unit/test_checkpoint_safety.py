@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints, _marks
-from overlap_mtp.training.safe_reader import MetadataUnpickler
+from overlap_mtp.training.safe_reader import ALLOWED, MetadataUnpickler
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
@@ -148,9 +148,17 @@ def test_a_run_json_of_another_form_is_refused(saved, change):
 
 
 def test_metadata_of_another_kind_is_refused(saved):
-    (saved / ".metadata").write_bytes(pickle.dumps({"state": 1}))
-    mend(saved)
-    assert "does not describe a checkpoint" in refusal(saved, parts())
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    for other in ({"state": 1}, replace(metadata, storage_data=None)):
+        (saved / ".metadata").write_bytes(pickle.dumps(other))
+        mend(saved)
+        assert "does not describe a checkpoint" in refusal(saved, parts())
+
+
+def test_the_unpickler_gives_nothing_that_does_anything():
+    """Classes of plain values, and one function that looks up a layout by its name."""
+    assert {module.partition(".")[0] for module, _ in ALLOWED} == {"torch", "collections", "pathlib"}
+    assert [name for (_, name), one in ALLOWED.items() if not isinstance(one, type)] == ["_get_layout"]
 
 
 def test_the_unpickler_knows_dtypes_and_nothing_else_of_torch():

@@ -211,7 +211,7 @@ def test_what_is_not_finite_stops_the_run_and_changes_no_weight(spoil, words):
     good, bad = batch_of(layout, SMALL), batch_of(layout, SMALL)
     before = [p.detach().clone() for p in model.parameters()]
     spoil(model, bad)
-    with pytest.raises(NonFiniteLossError, match=words):
+    with pytest.raises(NonFiniteLossError, match=f"{words}.*; the weights are those of the step before"):
         train(model, [(good, layout), (bad, layout)], where="step 3", first_batch=4)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -230,8 +230,10 @@ def test_a_step_takes_as_many_microbatches_as_its_config_says():
         ({"learning_rate": 1e30}, r"learning_rate must be in \(0, 1\], got 1e\+30"),
         ({"learning_rate": math.nan}, "learning_rate must be in"),
         ({"learning_rate": 0.0}, "learning_rate must be in"),
+        ({"learning_rate": -1e-3}, "learning_rate must be in"),
         ({"clip_norm": math.inf}, "clip_norm must be finite and > 0, got inf"),
         ({"clip_norm": math.nan}, "clip_norm must be finite"),
+        ({"clip_norm": 0.0}, "clip_norm must be finite and > 0, got 0"),
         ({"final_fraction": math.nan}, "final_fraction must be in"),
     ],
 )
