@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -10,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from overlap_mtp.training import watchdog as module
-from overlap_mtp.training.access import TOKEN, read_signed, sign
+from overlap_mtp.training.access import TOKEN, keep_to_loopback, listener, read_signed, sign
 from overlap_mtp.training.rendezvous import await_ranks
 from overlap_mtp.training.watchdog import Heartbeat, Watchdog
 
@@ -25,6 +27,7 @@ def test_only_what_a_rank_of_this_run_has_signed_for_a_key_counts(monkeypatch):
     assert read_signed("1", word) == "text"
     assert read_signed("2", word) is None
     assert read_signed("1", word + b"!") is None
+    assert read_signed("1t", word.replace(b"text", b"ext")) is None
     for nonsense in (b"", b"text", b"[]", b"\xff\xfe", b"0" * 64 + b"text"):
         assert read_signed("1", nonsense) is None
     with monkeypatch.context() as other:
@@ -32,6 +35,24 @@ def test_only_what_a_rank_of_this_run_has_signed_for_a_key_counts(monkeypatch):
         assert read_signed("1", word) is None
     monkeypatch.setenv(TOKEN, "another secret")
     assert read_signed("1", word) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls the loopback interface by Linux's name")
+@pytest.mark.parametrize(
+    ("ranks_here", "given", "expected"),
+    [("2", None, "lo"), ("2", "eth9", "eth9"), ("1", None, None), (None, None, None)],
+)
+def test_gloo_and_nccl_keep_to_loopback_if_all_ranks_are_here(monkeypatch, ranks_here, given, expected):
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": ranks_here, **dict.fromkeys(variables, given)}
+    with monkeypatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value or "")
+            if value is None:
+                environment.delenv(name)
+        keep_to_loopback()
+        assert [os.environ.pop(name, None) for name in variables] == [expected] * 2
+        assert ranks_here == "2" or listener("127.0.0.1", 0) is None
 
 
 @pytest.mark.parametrize("word", ["[0, 1]", sign("another key", "[0, 1]")])
@@ -56,7 +77,7 @@ def test_a_watchdog_takes_no_word_from_a_stranger(monkeypatch):
     monkeypatch.setattr(module, "end_process", said.append)
     store, key = dist.HashStore(), "watchdog/1"
     lie = Heartbeat(10**6, [0, 0], "start", "failed", "a lie", "a lie")
-    words = ["nonsense", str(list(lie)), sign("2", str(list(lie)))]
+    words = ["nonsense", module.json.dumps(lie), sign("2", module.json.dumps(lie))]
     with Watchdog(store, 0, 2, timedelta(seconds=2)) as watchdog:
         for beat in range(1, 15):
             own = Heartbeat(beat, [0, 0], "start", "done" if beat == 14 else "working")

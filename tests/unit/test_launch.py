@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness import launch
+from overlap_mtp.training.access import TOKEN
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +44,14 @@ def test_ranks_that_share_a_gpu_are_on_different_hosts_to_nccl(monkeypatch):
     assert [index for index, _ in seen] == [0, 1, 0, 1, 0, 1]
     assert len(set(seen)) == 6  # no GPU twice on a host
     assert seen[0][1] == seen[1][1] == "this host"
+
+
+def test_each_run_has_a_token_of_its_own(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "spawn", lambda _, arguments, **__: started.append(arguments[0]))
+    monkeypatch.setattr(launch, "join", lambda *_: None)
+    for _ in range(2):
+        launch.run_on_ranks(pytest.fail, 2, "cpu")
+    first, second = (environment[TOKEN] for environment in started)
+    assert first != second
+    assert min(len(first), len(second)) >= 32
