@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from overlap_mtp.training.same_settings import SettingsDifferError, check_same_on_all_ranks
+from training.run import train_on_rank
 from training.settings import RunSettings
 
 from rank_pool import RankPool
+from training_runs import NoWatchdog
 
 
 def error_of_odd_rank(group: dist.ProcessGroup, common: RunSettings, changes: dict) -> str:
@@ -47,3 +50,22 @@ def test_all_ranks_name_the_setting_and_both_values(ranks: RankPool, tmp_path, c
     assert len(set(errors)) == 1
     assert words in errors[0]
     assert bool(errors[0]) == bool(words)
+
+
+def error_of_training(group: dist.ProcessGroup, common: RunSettings) -> str:
+    settings = replace(common, seed=7) if group.rank() == 2 else common
+    try:
+        train_on_rank(torch.device("cpu"), settings, NoWatchdog())
+    except SettingsDifferError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_compares_settings_before_its_first_step(ranks: RankPool, tmp_path):
+    (tmp_path / "data.txt").write_text(999 * "a")
+    common = RunSettings(
+        tmp_path / "run", data=tmp_path / "data.txt", device="cpu", cp=4, documents=0, steps=1
+    )
+    for error in ranks.run(error_of_training, 4, common):
+        assert "seed is 0 on rank 0, 7 on rank 2" in error
+    assert not (tmp_path / "run").exists()
