@@ -74,6 +74,27 @@ def test_names(kind, names):
     assert {name: kind_of_name(name) for name in names} == dict.fromkeys(names, kind)
 
 
+EACH = {  # a name for each library, and for each word that sounds like one
+    NameKind.COMMUNICATION: """ncclKernel rcclKernel onecclKernel xcclKernel hcclKernel nvshmem_put rocshmem_put
+        msccl_run multimem_kernel one_shot_all_reduce_kernel oneShotAllReduceKernel cross_device_reduce_1stage<4>
+        custom_all_reduce_kernel f(vllm::RankSignals) f(vllm::Signal*) quick_reduce::twoshot push_pull_halos_1d
+        flashinfer::allgather trtllm::reduce_scatter_kernel mnnvl::all_to_all allreduce_fusion_kernel
+        ar_fusion_kernel lamport_kernel user_buffers_sum""",
+    NameKind.EXPERTS: """deepep::dispatch hybrid_ep::combine pplx_a2a mooncake_ep_dispatch uccl::dispatch
+        mori::EpDispatch moe_a2a_kernel moeAlltoAllKernel moe_comm_kernel""",
+    NameKind.SUSPECT: """ring_all_reduce reduce_scatter_2d all_to_all_v sendrecv_kernel a2a_kernel twoShot multicast
+        p2p_copy nvlink_copy nvls_sum rdma_read ibgda_poll inter_node_sum intranode_sum cross_gpu_sum peer_copy
+        symm_mem_copy halo_exchange put_signal signal_pad x_recv ipc_open barrier put_it broadcast
+        x::broadcast_kernel cached_notify_combine SendKernel all_gather<decltype(a->b),4>(int)""",
+    NameKind.COMPUTE: "broadcast_add_kernel sender_kernel output_kernel combine_heads input_dispatch_table",
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in EACH for name in EACH[kind].split()])
+def test_each_library_and_each_suspicious_word_is_known(kind, name):
+    assert kind_of_name(name) == kind
+
+
 def test_what_only_sounds_like_communication_hides_nothing_and_is_listed(tmp_path):
     path = trace(tmp_path / "a.json", event("mylib::all_gather<4>(int)", 0, 10), event(NCCL, 3, 3, 8))
     found = report(path)
@@ -90,8 +111,12 @@ def test_kernels_without_names_are_not_no_communication(tmp_path):
     assert "No communication" not in " ".join(found.notes)
 
 
-def grouped(folder, rank, times, ranks="[0, 1]", name="1", collective="allreduce", world=4):
-    more = {"Process Group Name": name, "Process Group Ranks": ranks, "Collective name": collective}
+def group_of(ranks="[0, 1]", name="1", collective="allreduce"):
+    return {"Process Group Name": name, "Process Group Ranks": ranks, "Collective name": collective}
+
+
+def grouped(folder, rank, times, *group, world=4, **more_of_group):
+    more = group_of(*group, **more_of_group)
     kernels = [event(NCCL, ts, dur, 8, rank, **more) for ts, dur in times]
     return trace(folder / f"rank{rank}.json", event(GEMM, 0, 1000, 7, rank), *kernels, rank=rank, world=world)
 
@@ -126,6 +151,82 @@ def test_waits_of_more_than_two_ranks_need_groups(tmp_path):
     ]
     assert waits(report(write_nsys(tmp_path / "a", processes))) == [None] * 4
     assert waits(report(write_nsys(tmp_path / "b", processes[:2]))) == [0, 1]
+
+
+ALL = "[0, 1, 2, 3]"
+
+
+def test_waits_need_all_ranks_of_the_group_once(tmp_path):
+    files = [grouped(tmp_path, rank, [(10, 50 - rank)], ALL) for rank in range(4)]
+    assert waits(report(*files)) == [3, 2, 1, 0]
+    assert waits(report(*files[:3])) == [None] * 3
+    twice = [event(NCCL, 10, 50, 8, device, **group_of()) for device in (0, 1)]
+    files = [grouped(tmp_path, 1, [(10, 50)]), trace(tmp_path / "rank0.json", *twice, world=4)]
+    assert waits(report(*files)) == [None] * 3
+
+
+def exchanging(folder, rank):
+    """A kernel of the exchange, with a group of four ranks."""
+    events = [
+        event(f"send-recv r{rank}", 0, 5, category="user_annotation"),
+        event("launch", 1, 1, category="cuda_runtime", correlation=9),
+        event(NCCL, 10, 50 - rank, 8, rank, correlation=9, **group_of(ALL, collective="all_to_all")),
+    ]
+    return trace(folder / f"rank{rank}.json", *events, rank=rank, world=4)
+
+
+def test_neighbours_in_a_group_of_more_wait_for_each_other_alone(tmp_path):
+    """An exchange, a send or a receive has other participants than the group has ranks."""
+    files = [grouped(tmp_path, rank, [(10, 50 - rank)], ALL, collective="send") for rank in range(4)]
+    assert waits(report(*files)) == [None] * 4
+    assert waits(report(*(exchanging(tmp_path, rank) for rank in range(4)))) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("step", "late", "expected"),
+    [("step prefetch", 0, 0), ("step prefetch", 500, None), ("other", 0, None)],
+)
+def test_kernels_of_one_step_that_ran_apart_waited_for_nothing(tmp_path, step, late, expected):
+    processes = []
+    for rank, at in ((0, 0), (1, late)):
+        spans = [Span(f"{step} r{rank}", at, at + 100), Span(f"send-recv r{rank}", at, at + 5)]
+        work = [Work("put", at + 1, at + 10 + 30 * rank, at + 20 + 30 * rank)]
+        processes.append(Process(rank, spans, work, device=rank))
+    assert waits(report(write_nsys(tmp_path / "a", processes))) == [expected] * 2
+
+
+def reducing(rank, *spans, name=NCCL):
+    spans = spans or [Span(f"trunk r{rank}", 0, 5)]
+    return Process(rank, spans, [Work(name, 1, 10, 20 + rank)], device=rank)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        reducing(1, Span("depth 1 r1", 0, 5)),
+        reducing(1, Span("step sync r1", 0, 9), Span("trunk r1", 0, 5)),
+        reducing(1, name="ncclDevKernel_Broadcast"),
+    ],
+    ids=["range", "step", "kernel"],
+)
+def test_without_groups_waits_are_of_one_kernel_in_one_range_and_step(tmp_path, other):
+    assert waits(report(write_nsys(tmp_path / "a", [reducing(0), other]))) == [None, None]
+
+
+def test_two_ranks_without_groups_must_be_each_others_only_peers(tmp_path):
+    third = reducing(2, name="ncclDevKernel_Broadcast")
+    assert waits(report(write_nsys(tmp_path / "a", [reducing(0), reducing(1), third]))) == [None] * 3
+    for world, expected in ((2, 0), (4, None)):
+        files = [
+            trace(tmp_path / f"{rank}.json", event(NCCL, 5, 9, 8, rank), rank=rank, world=world)
+            for rank in (0, 1)
+        ]
+        assert waits(report(*files)) == [expected] * 2
+
+
+def test_times_on_different_clocks_tell_no_wait(tmp_path):
+    files = [write_nsys(tmp_path / str(rank), [reducing(rank)]) for rank in (0, 1)]
+    assert waits(report(*files)) == [None, None]
 
 
 def test_two_ranks_in_one_file_are_refused(tmp_path):
