@@ -172,7 +172,7 @@ def end_of(program, arguments: list[str], monkeypatch, capsys) -> str:
 def test_an_out_that_is_no_folder_is_said_before_any_work(program, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(golden, "FOLDER", tmp_path / "file")
-    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/out")):
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/out"), Path("/proc/self")):
         arguments = [] if program is golden else ["--out", str(out)]
         if program is compare_modes or program is sweep:
             arguments += ["--presets" if program is sweep else "--preset", "tiny"]
@@ -226,3 +226,7 @@ def test_records_that_are_none_are_said_before_any_work(tmp_path, monkeypatch, c
     (tmp_path / "results.json").mkdir()
     said = end_of(compare_modes, ["--device", "cpu", "--out", str(tmp_path)], monkeypatch, capsys)
     assert "results.json must be a file that can be written to" in said
+    (tmp_path / "results.json").rmdir()
+    (tmp_path / "results.json").touch()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind root
+    assert said == end_of(compare_modes, ["--device", "cpu", "--out", str(tmp_path)], monkeypatch, capsys)
