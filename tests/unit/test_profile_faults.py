@@ -4,17 +4,19 @@ import gzip
 import json
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from time import process_time
 
 import numpy as np
 import pytest
 
-from overlap_mtp.profiling import ProfileError, json_stream, read, read_profile, report_on
+from overlap_mtp.profiling import ProfileError, json_stream, kineto, read, read_profile, report_on
 from overlap_mtp.profiling.intervals import Nesting, covered, length, merge, merge_each, sum_each
 from overlap_mtp.profiling.names import NameKind, kind_of_name
 from overlap_mtp.profiling.shrink import main
+from overlap_mtp.profiling.trace import UNKNOWN, Kind
 
-from handmade import Process, Span, Work, write_nsys
+from handmade import Process, Span, Work, write_kineto, write_nsys
 
 GEMM, NCCL = "gemm", "ncclDevKernel_AllReduce_Sum_f32_RING_LL"
 
@@ -85,7 +87,7 @@ EACH = {  # a name for each library, and for each word that sounds like one
     NameKind.SUSPECT: """ring_all_reduce reduce_scatter_2d all_to_all_v sendrecv_kernel a2a_kernel twoShot multicast
         p2p_copy nvlink_copy nvls_sum rdma_read ibgda_poll inter_node_sum intranode_sum cross_gpu_sum peer_copy
         symm_mem_copy halo_exchange put_signal signal_pad x_recv ipc_open barrier put_it broadcast
-        x::broadcast_kernel cached_notify_combine SendKernel all_gather<decltype(a->b),4>(int)""",
+        x::broadcast_kernel cached_notify_combine SendKernel dispatch<decltype(a->b)>(int)""",
     NameKind.COMPUTE: "broadcast_add_kernel sender_kernel output_kernel combine_heads input_dispatch_table",
 }
 
@@ -119,6 +121,36 @@ def grouped(folder, rank, times, *group, world=4, **more_of_group):
     more = group_of(*group, **more_of_group)
     kernels = [event(NCCL, ts, dur, 8, rank, **more) for ts, dur in times]
     return trace(folder / f"rank{rank}.json", event(GEMM, 0, 1000, 7, rank), *kernels, rank=rank, world=world)
+
+
+def test_a_kernel_that_torch_calls_a_collective_is_communication(tmp_path):
+    found = report(trace(tmp_path / "a.json", event(GEMM, 0, 10), event("mine", 3, 3, 8, **group_of())))
+    assert [(row.kind, row.hidden_us) for row in found.rows] == [("model", 3)]
+
+
+@pytest.mark.parametrize("form", ["nsys", "kineto"])
+@pytest.mark.parametrize(
+    ("name", "times"),  # µs of communication, and how much of it is hidden
+    {
+        "Memset": (10, 4),
+        "Memcpy DtoD": (10, 4),
+        "Memcpy HtoD": (10, 0),
+        "Memcpy DtoH": (10, 0),
+        "Memcpy PtoP": (14, 0),
+    }.items(),
+)
+def test_what_copies_and_memsets_hide(tmp_path, form, name, times):
+    """What writes on the device alone is compute, what crosses to another device is communication."""
+    process = Process(7, work=[Work(NCCL, 1, 10, 20, 8), Work(name, 2, 16, 20), Work(name, 3, 20, 24)])
+    write = write_nsys if form == "nsys" else write_kineto
+    (total,) = report(write(tmp_path / "a", process if form == "kineto" else [process])).totals
+    assert (total.communication_us, total.hidden_us) == times
+
+
+def test_copies_between_host_and_device_are_no_exchange(tmp_path):
+    spans, work = [Span("send-recv r0", 0, 5)], [Work("put", 1, 10, 20), Work("Memcpy HtoD", 2, 20, 30)]
+    (row,) = report(write_nsys(tmp_path / "a", [Process(7, spans, work)])).rows
+    assert (row.time_us, row.launches) == (10, 1)
 
 
 def test_waits_are_of_one_process_group(tmp_path):
@@ -237,6 +269,93 @@ def test_two_ranks_in_one_file_are_refused(tmp_path):
             read_profile(trace(tmp_path / "a.json", *events))
 
 
+def test_kernels_of_one_graph_share_a_correlation_number(tmp_path):
+    kernels = [
+        event(GEMM, 3, 3, 7, device, correlation=1, **{"graph node id": 5 + device}) for device in (0, 1)
+    ]
+    assert [one.device for one in report(trace(tmp_path / "a.json", *kernels)).timelines] == [0, 1]
+
+
+def test_events_of_unknown_devices_are_said(tmp_path):
+    kernel, other = event(NCCL, 3, 3), event("k", 1, 2, category="mtia_ccp_events")
+    python = event("f", 1, 2, category="python_function")
+    said = "events of these categories are not known, and left out: mtia_ccp_events."
+    assert said in " ".join(report(trace(tmp_path / "a.json", kernel, other, python)).notes)
+    assert "categories" not in " ".join(report(trace(tmp_path / "b.json", kernel, python)).notes)
+    with pytest.raises(ProfileError, match="not known: mtia_ccp_events"):
+        read_profile(trace(tmp_path / "c.json", other))
+
+
+RANGE = event("send-recv r0", 0, 5, category="user_annotation")
+
+
+@pytest.mark.parametrize("calls", sorted(kineto.CALLS))
+def test_launches_of_every_kind_of_device_are_found(tmp_path, calls):
+    """Of two calls with one number, as of a runtime and its driver, the first counts."""
+    launches = [event("launch", at, 1, category=calls, correlation=9) for at in (7, 1, 8)]
+    found = report(trace(tmp_path / "a.json", RANGE, *launches, event("put", 9, 3, correlation=9)))
+    assert [(row.range, row.kind) for row in found.rows] == [("send-recv", "exchange")]
+
+
+def test_all_times_count_from_the_base_of_the_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "CHUNK", 1)  # the number spans several pieces
+    base = 1661938466274408123
+    launch = event("launch", 1, 1, category="cuda_runtime", correlation=9)
+    path = trace(
+        tmp_path / "a.json", RANGE, launch, event(NCCL, 2, 3, correlation=9), baseTimeNanoseconds=base
+    )
+    profile = read_profile(path)
+    columns = (profile.activities, ("start", "end", "launched")), (profile.ranges, ("start", "end"))
+    times = [int(getattr(table, name)[0]) - base for table, names in columns for name in names]
+    assert times == [2000, 5000, 1000, 0, 5000]
+
+
+def test_abbreviated_ranks_of_a_group_are_not_known(tmp_path):
+    """torch shortens the list of a large group."""
+    path = trace(tmp_path / "a.json", event(NCCL, 2, 3, **group_of("[0, 1, 2, ..., 63]")))
+    assert read_profile(path).groups[0].ranks == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "kind"),
+    [
+        ("Memcpy DtoD", (0, 1), Kind.PEER_COPY),
+        ("Memcpy DtoD", (0, 0), Kind.LOCAL_COPY),
+        ("Memcpy DtoD", (None, None), Kind.LOCAL_COPY),
+        ("Memcpy AtoD", (0, 0), Kind.LOCAL_COPY),
+        ("Memcpy DtoA", (0, 0), Kind.LOCAL_COPY),
+        ("Memcpy HtoD", (None, 1), Kind.HOST_COPY),
+    ],
+)
+def test_where_a_copy_goes(tmp_path, name, ends, kind):
+    known = {side: end for side, end in zip(("fromDevice", "toDevice"), ends, strict=True) if end is not None}
+    path = trace(tmp_path / "a.json", event(name, 1, 2, category="gpu_memcpy", **known))
+    assert read_profile(path).activities.kind.tolist() == [kind]
+    number = {"DtoD": 8, "HtoD": 1, "AtoD": 6, "DtoA": 7}[name.split()[1]]
+    path = write_nsys(tmp_path / "a.sqlite", [Process(7, work=[Work("Memcpy DtoD", 1, 3, 6)])])
+    with closing(sqlite3.connect(path)) as db:
+        table = "CUPTI_ACTIVITY_KIND_MEMCPY"
+        for column, end in zip(("srcDeviceId", "dstDeviceId"), ends, strict=True):
+            db.execute(f"ALTER TABLE {table} ADD {column} DEFAULT {'NULL' if end is None else end}")
+        db.execute(f"UPDATE {table} SET copyKind = {number}")
+        db.commit()
+    assert read_profile(path).activities.kind.tolist() == [kind]
+
+
+def test_names_that_torch_counts_up_are_one_range(tmp_path):
+    texts = ["ProfilerStep#1", "ProfilerStep#2", "aten::add, seq = 3, op_id = 7", "aten::add, op_id = 8"]
+    events = []
+    for number, text in enumerate(texts):
+        at = 100 * number
+        events += [
+            event(text, at, 50, category="user_annotation"),
+            event(NCCL, at + 9, 3, correlation=number),
+        ]
+        events.append(event("launch", at + 1, 1, category="cuda_runtime", correlation=number))
+    found = report(trace(tmp_path / "a.json", *events))
+    assert [(row.range, row.launches) for row in found.rows] == [("ProfilerStep", 2), ("aten::add", 2)]
+
+
 def test_files_of_one_name_and_missing_ranks_are_told_apart(tmp_path):
     files = [trace(tmp_path / folder / "a.json", event(NCCL, 3, 3 + i)) for i, folder in enumerate("xy")]
     assert [one.label for one in report(*files).timelines] == ["x/a.json: rank 0", "y/a.json: rank 0"]
@@ -260,10 +379,13 @@ ODD = {"args": [None, [], 5], "name": [None, 5, [1]], "tid": [None], "dur": [Non
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in ODD for value in ODD[field]])
 def test_odd_values_are_read(tmp_path, field, value):
-    path = trace(
-        tmp_path / "a.json", {"name": "no phase"}, event(GEMM, 1, 10), {**event(NCCL, 3, 3, 8), field: value}
-    )
-    found = report(path)
+    odd = [{"name": "no phase"}, {**event("no time", 0, 1), "dur": 1}, {**RANGE, "cat": None}]
+    del odd[1]["ts"]
+    events = [*odd, event(GEMM, 1, 10, bytes=1 << 60), {**event(NCCL, 3, 3, 8), field: value}]
+    found = report(trace(tmp_path / "a.json", *events))
+    activities = found.timelines[0].profile.activities
+    assert (activities.end >= activities.start).all()
+    assert (activities.num_bytes == UNKNOWN).all()
     assert sum(total.communication_us for total in found.totals) == (0 if field in ("name", "dur") else 3)
     assert field != "dur" or "as no time" in " ".join(found.notes)
 
@@ -274,11 +396,13 @@ def test_odd_values_are_read(tmp_path, field, value):
         '[{"ph":"X","cat":"kernel","name":"k","ts":' + "9" * 5000 + "}]",
         '[{"ph":"X","cat":"kernel","name":"k","ts":NaN}]',
         '[{"ph":"X","cat":"kernel","name":"k","ts":1e400}]',
+        '[{"ph":"X","cat":"kernel","name":"k","ts":true}]',
+        '{"traceEvents":[{"ph":"X","cat":"kernel","name":"k","ts":1}],"baseTimeNanoseconds":"soon"}',
         '[{"ph":"X","cat":"mtia_ccp_events","name":"k","ts":1,"dur":2}]',
         '{"schemaVersion":1,"distributedInfo":[1],"traceEvents":[]}',
         "[" * 100_000,
     ],
-    ids=["digits", "nan", "infinite", "mtia", "info", "deep"],
+    ids=["digits", "nan", "infinite", "bool", "base", "mtia", "info", "deep"],
 )
 def test_what_cannot_be_read_is_an_error(tmp_path, text, monkeypatch, capsys):
     (tmp_path / "a.json").write_text(text)
@@ -298,6 +422,32 @@ def test_encodings_blanks_and_control_characters(tmp_path, encoding, monkeypatch
     text = json.dumps([event(NCCL + "\t\x1b", 1.5, 3)]).replace("\\t", "\t")
     (tmp_path / "a.json").write_bytes((" " * 300 + text).encode(encoding))
     assert report(tmp_path / "a.json").rows[0].time_us == 3
+
+
+def test_text_that_goes_on_is_an_error(tmp_path, monkeypatch):
+    path = trace(tmp_path / "a.json", event(NCCL, 1, 2), event("x" * 999, 3, 1))
+    monkeypatch.setattr(json_stream, "CHUNK", 100)
+    monkeypatch.setattr(json_stream, "LONGEST_VALUE", 500)
+    with pytest.raises(ProfileError, match="one of its values is longer than 500 characters"):
+        read_profile(path)
+    path.write_text(json.dumps([event(NCCL, 1, 2)]) + "]")
+    with pytest.raises(ProfileError, match="something follows its end"):
+        read_profile(path)
+
+
+def test_a_device_is_no_profile():
+    with pytest.raises(ProfileError, match="not a file on a disk"):
+        read_profile(Path("/dev/null"))
+
+
+def test_a_gzip_may_expand_as_profiles_do(tmp_path, monkeypatch):
+    """A small one by any factor, and a large one by a factor that profiles do not reach."""
+    path, text = tmp_path / "a.json", json.dumps([event(NCCL, 1, 2)] * 99)
+    for least, data in ((read.LEAST_LIMIT_BYTES, text + " " * (1 << 22)), (1, text)):
+        monkeypatch.setattr(read, "LEAST_LIMIT_BYTES", least)
+        path.write_bytes(gzip.compress(data.encode()))
+        assert len(data) < 100 * path.stat().st_size or least > 1
+        assert read_profile(path).activities.start.size == 99
 
 
 def test_a_gzip_that_expands_without_end(tmp_path, monkeypatch):
