@@ -60,6 +60,7 @@ FAILURES = {
     "half a gzip": ("a.sqlite.gz", gzip.compress(EXPORT)[: len(EXPORT) // 40], "ended before"),
     "gzipped words": ("words.gz", gzip.compress(b"words"), "not a profile"),
     "broken gzip": ("a.sqlite.gz", BROKEN_GZIP, ""),
+    "no deflate": ("a.sqlite.gz", gzip.compress(EXPORT)[:10] + b"\xff" * 99, "Error -3 while decompressing"),
     "half a trace": ("a.json", trace()[:-200], "not complete JSON"),
     "any JSON": ("a.json", b'{"rows": []}', "not a trace of torch.profiler"),
     "a list": ("a.json", b"[1, 2]", "not a trace of torch.profiler"),

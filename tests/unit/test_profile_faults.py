@@ -10,7 +10,8 @@ from time import process_time
 import numpy as np
 import pytest
 
-from overlap_mtp.profiling import ProfileError, json_stream, kineto, read, read_profile, report_on
+from overlap_mtp.profiling import ProfileError, json_stream, kineto, nsys, read, read_profile, report_on
+from overlap_mtp.profiling import trace as profile_columns
 from overlap_mtp.profiling.intervals import Nesting, covered, length, merge, merge_each, sum_each
 from overlap_mtp.profiling.names import NameKind, kind_of_name
 from overlap_mtp.profiling.shrink import main
@@ -364,6 +365,20 @@ def test_files_of_one_name_and_missing_ranks_are_told_apart(tmp_path):
     assert "3 of 4 ranks are there" in " ".join(report(*files).notes)
 
 
+def test_files_of_different_jobs_are_said(tmp_path):
+    files = [grouped(tmp_path, rank, [(10, 50)], world=world) for rank, world in ((0, 2), (1, 4))]
+    assert "The files are of different jobs: of 2 and 4 ranks." in report(*files).notes
+
+
+def test_other_processes_on_a_device_are_said_and_hide_nothing(tmp_path):
+    processes = [Process(5, work=[Work(NCCL, 1, 3, 6)]), Process(6, work=[Work(GEMM, 1, 2, 9)])]
+    found = report(write_nsys(tmp_path / "a", processes))
+    assert [total.hidden_us for total in found.totals] == [0, 0]
+    assert "2 processes use device 0 (process 5 device 0, process 6 device 0)" in " ".join(found.notes)
+    processes[1] = Process(6, work=[Work(GEMM, 1, 2, 9)], device=1)
+    assert "processes use device" not in " ".join(report(write_nsys(tmp_path / "b", processes)).notes)
+
+
 def test_absolute_times_keep_nanoseconds(tmp_path):
     start = "1661938466274408"
     text = json.dumps([event(GEMM, 1, 3), event(NCCL, 2, 4, 8)])
@@ -421,7 +436,9 @@ def test_encodings_blanks_and_control_characters(tmp_path, encoding, monkeypatch
     monkeypatch.setattr(json_stream, "CHUNK", 7)  # every value spans several pieces
     text = json.dumps([event(NCCL + "\t\x1b", 1.5, 3)]).replace("\\t", "\t")
     (tmp_path / "a.json").write_bytes((" " * 300 + text).encode(encoding))
-    assert report(tmp_path / "a.json").rows[0].time_us == 3
+    found = report(tmp_path / "a.json")
+    assert found.rows[0].time_us == 3
+    assert [*found.timelines[0].profile.names] == [NCCL + "\ufffd" * 2]
 
 
 def test_text_that_goes_on_is_an_error(tmp_path, monkeypatch):
@@ -456,6 +473,111 @@ def test_a_gzip_that_expands_without_end(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(head + b" " * (1 << 22)))
         with pytest.raises(ProfileError, match="expands more than"):
             read_profile(tmp_path / name)
+
+
+KERNELS = "CUPTI_ACTIVITY_KIND_KERNEL"
+
+
+def export(path, change="", *more, **fields):
+    """An export of two kernels, changed by SQL."""
+    work = [Work(GEMM, 1, 2, 9), Work(NCCL, 1, 3, 6, 8), *more]
+    write_nsys(path, [Process(7, work=work, **fields)])
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(change)
+    return path
+
+
+def test_a_database_that_yields_more_rows_than_it_has_room_for(tmp_path, monkeypatch):
+    """As a crafted one does whose pages lead to one another."""
+    path = export(tmp_path / "a.sqlite")
+    assert read_profile(path).activities.start.size == 2
+    monkeypatch.setattr(nsys, "LEAST_ROW_BYTES", path.stat().st_size)
+    with pytest.raises(ProfileError, match="yields more rows than it has room for"):
+        read_profile(path)
+
+
+def test_more_devices_than_can_be_real(tmp_path, monkeypatch):
+    path = export(tmp_path / "a.sqlite", f"UPDATE {KERNELS} SET deviceId = rowid")
+    assert len(report(path).timelines) == 2
+    monkeypatch.setattr(profile_columns, "MOST_DEVICES", 1)
+    with pytest.raises(ProfileError, match="2 devices: at most 1 are read"):
+        read_profile(path)
+
+
+@pytest.mark.parametrize("column", ["start", "streamId", "demangledName"])
+@pytest.mark.parametrize("value", ["'soon'", "1e300", "x'00ff'"])
+def test_values_of_odd_types_are_an_error(tmp_path, column, value):
+    path = export(tmp_path / "a.sqlite", f"UPDATE {KERNELS} SET {column} = {value}")
+    with pytest.raises(ProfileError, match=r"a\.sqlite: the SQLite file is damaged"):
+        read_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (f"UPDATE {KERNELS} SET start = NULL", "2 activities have no start"),
+        (f"UPDATE {KERNELS} SET start = {1 << 61}, end = {(1 << 61) + 1}", "a time lies more than"),
+        (f"UPDATE {KERNELS} SET start = -{1 << 62}", "a time lies more than"),
+    ],
+)
+def test_times_that_are_none_are_an_error(tmp_path, change, words):
+    with pytest.raises(ProfileError, match=words):
+        read_profile(export(tmp_path / "a.sqlite", change))
+
+
+def test_activities_that_end_before_they_begin_count_as_no_time(tmp_path):
+    found = report(export(tmp_path / "a.sqlite", f"UPDATE {KERNELS} SET end = start - 1"))
+    activities = found.timelines[0].profile.activities
+    assert (activities.end == activities.start).all()
+    assert "2 activities end before they begin, or have no end, and count as no time" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(("rank", "label"), [("9" * 9, "rank " + "9" * 9), ("9" * 10, "process 7 device 0")])
+def test_a_rank_of_ten_digits_is_none(tmp_path, rank, label):
+    path = export(tmp_path / "a.sqlite", spans=[Span(f"trunk r{rank}", 0, 5)])
+    assert [one.label for one in report(path).timelines] == [label]
+
+
+def test_names_that_are_no_text_are_read(tmp_path):
+    """Bytes that are no UTF-8, in a text and as a blob."""
+    for kind in ("TEXT", "BLOB"):
+        path = export(tmp_path / kind, f"UPDATE StringIds SET value = CAST(x'6e63636cff' AS {kind})")
+        assert set(read_profile(path).names) == {"nccl\ufffd"}
+
+
+@pytest.mark.parametrize("known", ["demangledName", "shortName", "mangledName"])
+def test_a_kernel_has_the_best_name_that_is_known(tmp_path, known):
+    """The demangled one, else the short one, else the mangled one."""
+    order = ["demangledName", "shortName", "mangledName"]
+    change = f"ALTER TABLE {KERNELS} ADD mangledName;"
+    for number, name in enumerate(order, 900):
+        value = number if order.index(name) >= order.index(known) else "NULL"
+        change += f"INSERT INTO StringIds VALUES ({number}, '{name}'); UPDATE {KERNELS} SET {name} = {value};"
+    assert set(read_profile(export(tmp_path / "a.sqlite", change)).names) == {known}
+
+
+def test_bytes_that_no_copy_has_are_not_believed(tmp_path):
+    copies = [Work("Memcpy PtoP", 1, 3, 6, num_bytes=size) for size in (64, 1 << 60, -5)]
+    path = export(tmp_path / "a.sqlite", "", *copies)
+    assert read_profile(path).activities.num_bytes.tolist() == [UNKNOWN, UNKNOWN, 64, UNKNOWN, UNKNOWN]
+
+
+def test_graph_nodes_that_are_copies_of_each_other(tmp_path):
+    node = Work(NCCL, 1, 10, 20, graph_node=1)
+    path = export(tmp_path / "a.sqlite", "", node, nodes=[(1, 2, 0.5), (2, 3, 0.6), (3, 1, 0.7)])
+    assert report(path).totals[0].communication_us == 13
+
+
+def test_virtual_tables_are_not_read(tmp_path):
+    columns = "start, end, deviceId, streamId, correlationId"
+    path = export(
+        tmp_path / "a", f"DROP TABLE {KERNELS}; CREATE VIRTUAL TABLE {KERNELS} USING fts5({columns});"
+    )
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"INSERT INTO {KERNELS} VALUES (1, 2, 0, 7, 1)")
+        db.commit()
+    with pytest.raises(ProfileError, match="was the GPU traced"):
+        read_profile(path)
 
 
 def test_views_are_not_read(tmp_path):
