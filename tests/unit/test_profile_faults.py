@@ -10,7 +10,7 @@ from time import process_time
 import numpy as np
 import pytest
 
-from overlap_mtp.profiling import ProfileError, json_stream, kineto, nsys, read, read_profile, report_on
+from overlap_mtp.profiling import ProfileError, json_stream, nsys, read, read_profile, report_on
 from overlap_mtp.profiling import trace as profile_columns
 from overlap_mtp.profiling.intervals import Nesting, covered, length, merge, merge_each, sum_each
 from overlap_mtp.profiling.names import NameKind, kind_of_name
@@ -103,6 +103,8 @@ def test_what_only_sounds_like_communication_hides_nothing_and_is_listed(tmp_pat
     found = report(path)
     assert [row.hidden_us for row in found.rows] == [0]
     assert "mylib::all_gather" in found.notes[0]
+    alone = report(trace(tmp_path / "b.json", event("mylib::all_gather<4>(int)", 0, 10)))
+    assert alone.notes[0] == "No kernel is known to be communication, but some cannot be told:"
 
 
 def test_kernels_without_names_are_not_no_communication(tmp_path):
@@ -122,6 +124,13 @@ def grouped(folder, rank, times, *group, world=4, **more_of_group):
     more = group_of(*group, **more_of_group)
     kernels = [event(NCCL, ts, dur, 8, rank, **more) for ts, dur in times]
     return trace(folder / f"rank{rank}.json", event(GEMM, 0, 1000, 7, rank), *kernels, rank=rank, world=world)
+
+
+def test_messages_of_experts_are_communication_of_their_own_kind(tmp_path):
+    kernel = event("void deep_ep::intranode::combine<8>()", 3, 6, 8)
+    found = report(trace(tmp_path / "a.json", event(GEMM, 0, 5), kernel))
+    assert [(row.kind, row.hidden_us, row.exposed_us) for row in found.rows] == [("experts", 2, 4)]
+    assert found.totals[0].communication_us == 6
 
 
 def test_a_kernel_that_torch_calls_a_collective_is_communication(tmp_path):
@@ -290,7 +299,13 @@ def test_events_of_unknown_devices_are_said(tmp_path):
 RANGE = event("send-recv r0", 0, 5, category="user_annotation")
 
 
-@pytest.mark.parametrize("calls", sorted(kineto.CALLS))
+@pytest.mark.parametrize(
+    "calls",
+    [
+        *("cuda_runtime", "cuda_driver", "hip_runtime", "xpu_runtime", "xpu_driver"),
+        *("privateuse1_runtime", "privateuse1_driver", "runtime"),
+    ],
+)
 def test_launches_of_every_kind_of_device_are_found(tmp_path, calls):
     """Of two calls with one number, as of a runtime and its driver, the first counts."""
     launches = [event("launch", at, 1, category=calls, correlation=9) for at in (7, 1, 8)]
@@ -360,7 +375,10 @@ def test_names_that_torch_counts_up_are_one_range(tmp_path):
 def test_files_of_one_name_and_missing_ranks_are_told_apart(tmp_path):
     files = [trace(tmp_path / folder / "a.json", event(NCCL, 3, 3 + i)) for i, folder in enumerate("xy")]
     assert [one.label for one in report(*files).timelines] == ["x/a.json: rank 0", "y/a.json: rank 0"]
-    assert "given twice" in " ".join(report(files[0], files[0]).notes)
+    assert "given twice" not in " ".join(report(*files).notes)
+    twice = report(files[0], files[0])
+    assert twice.sources == ("a.json (1)", "a.json (2)")
+    assert "given twice" in " ".join(twice.notes)
     files = [grouped(tmp_path, rank, [(10, 50)]) for rank in (0, 1, 3)]
     assert "3 of 4 ranks are there" in " ".join(report(*files).notes)
 
