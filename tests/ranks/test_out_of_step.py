@@ -106,6 +106,8 @@ def test_rollers_in_another_order_are_found_out(ranks: RankPool, body, schedule)
     for outcomes in run(ranks, body, 3, schedule):
         assert outcomes[:2] == [[], []]
         assert all("Error: " in one for one in outcomes[2:]), outcomes
+        if body is make_in_another_order:  # before any message of tokens
+            assert "number of the roller: cp rank 0 has" in outcomes[2]
 
 
 def ask_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[str]:
