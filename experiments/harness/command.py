@@ -41,14 +41,17 @@ def parse_options(kind: type[T], description: str) -> T:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, description=description, config=flags)
     except SystemExit as end:
-        if end.code == 2:  # tyro draws a box of many lines
-            words = (
-                re.sub(r"[^\w\s!-~]|\x1b\[[0-9;]*m", " ", said.getvalue())
-                .replace("Parsing error", "")
-                .split()
-            )
-            print("error: " + " ".join(word for word in words if set(word) != {"-"}), file=sys.stderr)
+        if end.code == 2:
+            print(f"error: {_what_is_wrong(said.getvalue())} (--help lists the options)", file=sys.stderr)
         raise
+
+
+def _what_is_wrong(box: str) -> str:
+    """Return in one line what tyro says in a box: a title, the error, and under a rule the nearest option."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|[^\w\s!-~]", "", line).strip() for line in box.splitlines()]
+    text = " ".join(lines[1:]).strip().partition("  ")[0]
+    nearest = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
+    return f"{text}; perhaps {nearest[1]} is meant" if nearest else text
 
 
 @contextlib.contextmanager

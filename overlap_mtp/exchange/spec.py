@@ -196,7 +196,7 @@ def check_batch(
         if tensor.ndim < 1 or tensor.shape[-1] != layout.local_len:
             raise ValueError(
                 f"{name} must have the layout's local length {layout.local_len} as its last dimension, got shape "
-                f"{list(tensor.shape)}: pass this rank's shard, layout.shard(tensor, cp_rank)"
+                f"{list(tensor.shape)}: pass this rank's shard, layout.shard(tensor, cp_rank), and this batch's layout"
             )
         if tensor.shape != first.shape:
             raise ValueError(

@@ -231,8 +231,10 @@ def _npy_header(path: Path) -> tuple[int, str]:
     """Return the bytes before the array and its dtype."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable .npy: {error}") from None
+    except (OSError, ValueError, EOFError):  # numpy's own words advise to unpickle it
+        raise ValueError(
+            f"{path} is not a readable .npy of integers: write it again with numpy.save"
+        ) from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path} must hold integers in 1-D, holds {array.dtype} of shape {array.shape}")
     return int(array.offset), array.dtype.str
