@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +37,16 @@ def many_documents(layout: SequenceLayout) -> SequenceLayout:
     return SequenceLayout.packed(range(0, layout.seq_len + 1, layout.num_chunks), layout.cp_size)
 
 
+class BrokenBatch(dict):
+    """A batch whose tensors cannot be had."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise RuntimeError(f"no {name} in this file")
+
+    def items(self) -> NoReturn:
+        raise RuntimeError("no items in this file")
+
+
 # What one rank starts instead of (batch, layout), and what the error says on all ranks.
 DIFFERENT = {
     "dtype": (lambda b, at: (replace_labels(b, torch.Tensor.long), at), ["labels int32", "labels int64"]),
@@ -48,6 +60,7 @@ WRONG = {
     "documents": (lambda b, at: (b, many_documents(at)), ["max_documents", "12", "8"]),
     "cp_size": (lambda b, at: (b, packed(5)), ["cp_size", "5"]),
     "no layout": (lambda b, at: (b, None), ["SequenceLayout", "NoneType"]),
+    "broken batch": (lambda b, at: (BrokenBatch(b), at), ["in this file"]),
     **{case: (lambda b, at, make=make: (make(b), at), words) for case, (make, words) in ILLEGAL.items()},
 }
 

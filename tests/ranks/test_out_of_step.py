@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from overlap_mtp import Roller, make_roller
+from overlap_mtp import Roller, SequenceLayout, make_roller
 
 from cases import NUM_DEPTHS, ODD_RANK, PACKED, Microbatch, error_of, replace_labels
 from rank_pool import RankPool
@@ -143,6 +144,24 @@ def test_unchecked_sync_exchanges_nothing_after_a_bad_batch(ranks: RankPool):
     assert outcomes[1].startswith("ValueError")
     assert outcomes[2].startswith("RuntimeError")
     assert "check_layouts=True" in outcomes[2]
+
+
+def start_another_kind(group: dist.ProcessGroup, what: str) -> list[Outcome]:
+    """Outcomes of two microbatches of `sync`; in the second one rank has other documents or another dtype."""
+    roller, chunks = make_roller("sync", group, NUM_DEPTHS, check_layouts=True), 2 * group.size()
+    usual, odd = (SequenceLayout.packed([0, n * chunks, 6 * chunks], group.size()) for n in (2, 3))
+    good, other = (Microbatch.of(group, layout=one) for one in (usual, odd if what == "layout" else usual))
+    if what == "dtype":
+        other.full = replace_labels(other.full, torch.Tensor.long)
+    return [outcome(one, roller) for one in (good, other if group.rank() == ODD_RANK else good)]
+
+
+@pytest.mark.parametrize("what", ["layout", "dtype"])
+def test_sync_finds_another_kind_of_batch(ranks: RankPool, what):
+    for first, second in run(ranks, start_another_kind, 3, what):
+        assert first == []
+        assert second.startswith("RuntimeError: overlap_mtp: cp rank "), second
+        assert "started another microbatch" in second
 
 
 def name_batches(group: dist.ProcessGroup, schedule: str, names: list[str]) -> list[Outcome]:

@@ -288,3 +288,12 @@ def test_tensors_of_another_length_than_the_layouts_are_refused(make):
     assert_names(error_of(LAYOUT.shard, make((12, 2)), 0, 0), "16", "12")
     assert_names(error_of(LAYOUT.unshard, [make((2, 8)), make((2, 10))]), "8", "10")
     assert_names(error_of(LAYOUT.unshard, [make((2, 8))]), "2", "1")
+
+
+def test_the_name_of_a_batch_is_a_string_and_no_part_of_a_layout():
+    layout = SequenceLayout.packed([0, 4, 8], 1)
+    named = layout.of_batch("samples 3 and 4")
+    assert (named.batch, layout.batch) == ("samples 3 and 4", "")
+    assert named == layout
+    with pytest.raises(TypeError, match=r"must be a string, got int: pass str\(\.\.\.\)"):
+        layout.of_batch(3)
