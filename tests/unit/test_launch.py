@@ -55,3 +55,29 @@ def test_each_run_has_a_token_of_its_own(monkeypatch):
     first, second = (environment[TOKEN] for environment in started)
     assert first != second
     assert min(len(first), len(second)) >= 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"RANK": "abc"}, "the variable RANK must be a whole number, got 'abc'"),
+        ({"RANK": "-1"}, "the variable RANK must be a whole number, got '-1'"),
+        ({"WORLD_SIZE": "\u0664"}, "the variable WORLD_SIZE must be a whole number"),  # int() takes this 4
+        ({"MASTER_PORT": ""}, "the variable MASTER_PORT must be a whole number, got ''"),
+        ({"RANK": "2"}, "RANK must be below WORLD_SIZE = 2, got 2"),
+        ({"MASTER_ADDR": None}, "RANK is set but MASTER_ADDR is not"),
+    ],
+)
+def test_variables_of_a_launcher_make_sense_or_are_named(monkeypatch, change, words):
+    good = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in {**good, **change}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    if not words:
+        launch.check_environment()
+        return
+    with pytest.raises(ValueError, match=words):
+        launch.check_environment()
