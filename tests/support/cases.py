@@ -131,6 +131,12 @@ ILLEGAL: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
         lambda b: replace_labels(b, torch.Tensor.to_sparse),
         ["labels", "dense", "torch.sparse_coo"],
     ),
+    "a nested tensor": (
+        lambda b: replace_labels(b, lambda t: torch.nested.nested_tensor([t[0], t[1]])),
+        ["labels", "dense", "a nested tensor"],
+    ),
+    "a list": (lambda b: replace_labels(b, torch.Tensor.tolist), ["labels", "a dense tensor, got list"]),
+    "no rows": (lambda b: {name: t[:0] for name, t in b.items()}, ["at least one row"]),
     "names of other types": (lambda b: {**b, 7: b["labels"]}, ["names", "7", "int"]),
     "no batch": (lambda b: object(), ["dict", "object"]),
 }

@@ -57,6 +57,20 @@ def test_what_is_under_way_outlives_its_transport_in_the_roller(schedule):
     roller.close()
 
 
+@pytest.mark.parametrize("schedule", PACKED)
+def test_rolls_that_are_complete_keep_no_batch(schedule):
+    roller, batch = make_roller(schedule, None, 2), dense(8)
+    tensors = batch.shards(schedule, 2)
+    rolls = roller.start(tensors, batch.layout)
+    rolls.at(2)
+    alive = [weakref.ref(one) for one in tensors.values()]
+    del tensors
+    gc.collect()
+    assert [one() for one in alive if one() is not None] == []
+    assert batch.wrong(rolls) == []
+    roller.close()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_batch_is_free_when_its_user_lets_go_of_it(schedule):
     roller, batch = make_roller(schedule, None, 2), dense(8)

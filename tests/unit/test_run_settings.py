@@ -161,3 +161,10 @@ def test_a_run_that_took_no_step_begins_again_and_another_needs_resume(invoke, t
     checkpoint.mkdir(parents=True)  # the log was deleted
     assert invoke("--out", str(tmp_path))[0] == 2
     assert invoke("--out", str(tmp_path), "--resume")[0] == 0
+
+
+def test_checkpoints_must_be_a_folder(invoke, tmp_path):
+    (tmp_path / "checkpoints").touch()
+    status, message, started = invoke("--out", str(tmp_path))
+    assert (status, started) == (2, [])
+    assert "checkpoints must be a folder: take it away, or give another --out" in message
