@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +129,13 @@ class RunSettings:
                 f"--compile and tp > 1 do not go together, got tp {self.tp}: leave out one of them"
             )
         check_least(self, keep=1, save_every=0, deadline=SHORTEST_DEADLINE_S)
-        # These raise if an option is illegal.
-        _ = self.train_config, timedelta(seconds=self.deadline), timedelta(seconds=self.save_deadline)
-        if not self.deadline <= LONGEST_DEADLINE_S:
-            raise ValueError(f"--deadline must be at most {LONGEST_DEADLINE_S:.0f}, got {self.deadline}")
+        _ = self.train_config  # raises if an option is illegal
+        for name in ("deadline", "save_deadline"):
+            seconds = getattr(self, name)
+            if not 0 <= seconds <= LONGEST_DEADLINE_S:  # nor NaN
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be in [0, {LONGEST_DEADLINE_S:.0f}], got {seconds}"
+                )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be in [0, 2^63 - 1], got {self.seed}")
         self.stream(self.corpus())

@@ -21,7 +21,7 @@ LIBRARIES = re.compile(
     r"|multimem|(one|two)_shot_all_reduce|symmetric_memory::|nvshmem_extension"  # torch
     r"|cross_device_reduce|custom_?all_?reduce|vllm::(RankData|RankSignals|Signal)"  # vLLM and its descendants
     r"|quick_?reduce|user_?buffers|push_pull_halos"  # AITER, Transformer Engine, Apex
-    r"|(trtllm|mnnvl|flashinfer)\w*::?\w*(all_?reduce|all_?to_?all|all_?gather|reduce_?scatter|moe_comm)"
+    r"|(trtllm|mnnvl|flashinfer)\w*(::)?\w*(all_?reduce|all_?to_?all|all_?gather|reduce_?scatter)"
     r"|(one|two)_?shot_?all_?reduce|allreduce_fusion|ar_fusion|lamport",
     re.IGNORECASE,
 )

@@ -247,6 +247,8 @@ def _bin_header(path: Path, head: bytes, token_dtype: str) -> tuple[int, str]:
     magic, version, count = np.frombuffer(head, "<i4", 3).tolist()
     dtype = LLM_C.get((magic, version))
     if dtype is None:
+        if magic in {one for one, _ in LLM_C}:
+            raise ValueError(f"{path} has a header of llm.c, of version {version}, which is not read here")
         return 0, token_dtype
     expected = HEADER_BYTES + count * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:

@@ -254,6 +254,10 @@ def test_uint16_ids_are_not_taken_for_uint32(tmp_path, ids):
             lambda at: write_ids(at / "x.bin", "uint16", (20240520, 1, 9001)),
             r"x\.bin should have 19026 bytes",
         ),
+        (
+            lambda at: write_ids(at / "x.bin", "uint16", (20240520, 9, 9000)),
+            r"x\.bin has a header of llm\.c, of version 9",
+        ),
         (lambda at: write_ids(at / "x.bin", "uint16"), r"holds token ids \(.*x\.bin\) and text \(.*a\.txt\)"),
         (lambda at: (at / "broken").symlink_to("/nowhere"), "broken is neither a file nor a link to one"),
         (lambda at: os.mkfifo(at / "pipe"), "pipe is neither a file"),

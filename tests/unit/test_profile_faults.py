@@ -81,8 +81,8 @@ EACH = {  # a name for each library, and for each word that sounds like one
     NameKind.COMMUNICATION: """ncclKernel rcclKernel onecclKernel xcclKernel hcclKernel nvshmem_put rocshmem_put
         msccl_run multimem_kernel one_shot_all_reduce_kernel oneShotAllReduceKernel cross_device_reduce_1stage<4>
         custom_all_reduce_kernel f(vllm::RankSignals) f(vllm::Signal*) quick_reduce::twoshot push_pull_halos_1d
-        flashinfer::allgather trtllm::reduce_scatter_kernel mnnvl::all_to_all allreduce_fusion_kernel
-        ar_fusion_kernel lamport_kernel user_buffers_sum""",
+        flashinfer::allgather trtllm_allreduce_kernel trtllm::reduce_scatter_kernel
+        mnnvl::all_to_all allreduce_fusion_kernel ar_fusion_kernel lamport_kernel user_buffers_sum""",
     NameKind.EXPERTS: """deepep::dispatch hybrid_ep::combine pplx_a2a mooncake_ep_dispatch uccl::dispatch
         mori::EpDispatch moe_a2a_kernel moeAlltoAllKernel moe_comm_kernel""",
     NameKind.SUSPECT: """ring_all_reduce reduce_scatter_2d all_to_all_v sendrecv_kernel a2a_kernel twoShot multicast
