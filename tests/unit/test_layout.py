@@ -293,7 +293,8 @@ def test_tensors_of_another_length_than_the_layouts_are_refused(make):
 def test_the_name_of_a_batch_is_a_string_and_no_part_of_a_layout():
     layout = SequenceLayout.packed([0, 4, 8], 1)
     named = layout.of_batch("samples 3 and 4")
-    assert (named.batch, layout.batch) == ("samples 3 and 4", "")
+    assert layout.batch == 0 != named.batch == layout.of_batch("samples 3 and 4").batch
+    assert named.batch != layout.of_batch("samples 4 and 3").batch
     assert named == layout
     with pytest.raises(TypeError, match=r"must be a string, got int: pass str\(\.\.\.\)"):
         layout.of_batch(3)
