@@ -203,9 +203,8 @@ class Comparison:
 
     def _step(self, mode: str, inputs: RoundInputs, named: bool) -> Step:
         step = self.steps[mode]
-        step.timed.roller.check_layouts = (
-            not named
-        )  # rounds that are not timed verify that the ranks are in step
+        # Rounds that are not timed verify that the ranks are in step.
+        step.timed.roller.check_layouts = not named
         traffic = step.timed.roller.traffic
         before = replace(traffic)
         self.optimizer.zero_grad()

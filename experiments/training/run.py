@@ -23,6 +23,7 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
+from overlap_mtp.training.corpus import Corpus
 from overlap_mtp.training.parallel import ParallelMesh, parallelize
 from overlap_mtp.training.same_settings import check_same_on_all_ranks
 from overlap_mtp.training.step_log import StepLog
@@ -41,6 +42,7 @@ class Run:
     def __init__(
         self,
         settings: RunSettings,
+        corpus: Corpus,
         device: torch.device,
         parallel: ParallelMesh,
         save_group: dist.ProcessGroup | None,
@@ -64,7 +66,6 @@ class Run:
         )
         self.trainer = Trainer(self.model, optimizer, config, parallel, on_phase)
         self.saved = self.model, optimizer, self.trainer.scheduler  # in checkpoints
-        corpus = settings.corpus()
         self.stream, self.identity = settings.stream(corpus), settings.identity(corpus)
         self.checkpoints = Checkpoints(
             settings.folder / "checkpoints", settings.keep, sizes=asdict(settings.dims), group=save_group
@@ -161,7 +162,8 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     """
     deadline, save_deadline = (timedelta(seconds=s) for s in (settings.deadline, settings.save_deadline))
     watchdog.phase("comparing the ranks' settings")
-    check_same_on_all_ranks(settings.shared())
+    corpus = settings.corpus()
+    check_same_on_all_ranks(settings.shared(corpus))
     # All ranks wait while a group is made, and the watchdog does not count that: each group has its own phase.
     watchdog.phase("making the mesh")
     parallel = ParallelMesh.make(settings.dims, device.type, timeout_of_groups(deadline))
@@ -170,7 +172,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     save_group = dist.new_group(timeout=timeout_of_groups(max(deadline, save_deadline)))
     watchdog.phase("setting up")
     watchdog.follow(collectives_begun(save_group))
-    run = Run(settings, device, parallel, save_group, watchdog.phase)
+    run = Run(settings, corpus, device, parallel, save_group, watchdog.phase)
     # No group counts the messages of rolls in the same way on all ranks.
     watchdog.follow(lambda: run.timed.begun)
     if settings.resume:

@@ -159,10 +159,10 @@ class RunSettings:
     def _multiple_of(self) -> int:
         return length_unit(math.lcm(SHARED_BY, self.dims.cp), "zigzag")
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self, corpus: Corpus) -> dict[str, Any]:
         """Return what all ranks of a run must share: the options, and what the data is in place of where it is."""
         options = {name: value for name, value in asdict(self).items() if name not in ("data", "curves")}
-        return {**options, "data": self.corpus().fingerprint}
+        return {**options, "data": corpus.fingerprint}
 
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """Return what a run must share with a checkpoint to go on from it: model, training and order of the data."""

@@ -43,7 +43,7 @@ def merge_each(group: Ints, start: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
     keep = end > start
     order = np.lexsort((start[keep], group[keep]))
     group, start, end = group[keep][order], start[keep][order], end[keep][order]
-    # The running maximum of ends must begin anew in each group: the ranks of ends leave room for the group's number.
+    # The running maximum of ends must begin again in each group: the ranks of ends leave room for the group's number.
     ends, rank = np.unique(end, return_inverse=True)
     reach = np.maximum.accumulate(group * ends.size + rank)
     is_first = np.ones(group.size, bool)
@@ -108,9 +108,8 @@ class Nesting:
     def innermost(self, thread: Ints, time: Ints) -> Ints:
         """Return the index of the innermost range that is open at each time on each thread, or NONE."""
         found = self._last_begun(thread, time)
-        for parents, reach in reversed(
-            self._ancestors
-        ):  # the furthest jump first: over ranges that have all ended
+        # The furthest jump first: over ranges that have all ended.
+        for parents, reach in reversed(self._ancestors):
             ended = reach[found] < time
             found = np.where(ended, parents[found], found)
         return found

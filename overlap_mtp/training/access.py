@@ -1,8 +1,8 @@
 """Who may talk to a run: what it listens on, and whose words in its store count.
 
 Torch's store asks nobody for a password, and gloo's and NCCL's sockets do not either. So a run on one host listens on
-the loopback interface alone. What the ranks tell each other of the dead is signed with the run's token: whoever else
-reaches the store can disturb a run, but cannot make its ranks blame one another or say what he likes.
+the loopback interface alone. What the ranks tell each other of the dead is signed with the run's token: a
+stranger who reaches the store can disturb a run, but cannot make its ranks blame one another or say what he likes.
 """
 
 from __future__ import annotations

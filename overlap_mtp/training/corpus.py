@@ -22,9 +22,8 @@ Tokens = npt.NDArray[np.integer]
 TOKEN_DTYPES = ("uint16", "uint32")  # of a .bin
 PIECE_TOKENS = 4096  # a file of ids and a single file are cut into documents of this length
 SAMPLES = 1024  # documents that a fingerprint reads
-HEADER_BYTES = (
-    1024  # of a .bin that llm.c writes: it begins with a magic number, a version and the number of ids
-)
+# Of a .bin that llm.c writes: it begins with a magic number, a version and the number of ids.
+HEADER_BYTES = 1024
 LLM_C = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # dtype by magic number and version
 # Files that hold tokens or text in a form that is not read here.
 CONTAINERS = (

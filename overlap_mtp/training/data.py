@@ -18,9 +18,7 @@ from overlap_mtp.training.corpus import PIECE_TOKENS, Corpus, Document, TokenErr
 
 __all__ = ["PACKING", "PIECE_TOKENS", "BatchStream", "Corpus", "Document", "TokenError", "open_corpus"]
 Batch = tuple[dict[str, torch.Tensor], SequenceLayout]
-PACKING = (
-    "documents fill the sequence"  # how documents are packed, for what must be the same in a run that resumes
-)
+PACKING = "documents fill the sequence"  # a run that resumes must pack documents in the same way
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,10 @@ class BatchStream:
 
     def filled(self, batches: int = 8) -> float:
         """Return the share of the tokens that are of documents and not padding, in the first batches."""
-        layouts = [self.batch(step)[1] for step in range(batches if self.num_documents else 0)]
-        return (
-            sum(int(one.valid_lengths.sum()) for one in layouts) / (len(layouts) * self.seq_len)
-            if layouts
-            else 1.0
-        )
+        if self.num_documents is None:
+            return 1.0
+        tokens = sum(int(self._documents(step, self.num_documents)[1].sum()) for step in range(batches))
+        return tokens / (batches * self.seq_len)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, and its layout.
@@ -97,15 +93,19 @@ class BatchStream:
             "loss_mask": torch.ones(self.batch_size, self.seq_len),
         }, layout.of_batch(_name(rows))
 
-    def _packed(self, step: int, num_documents: int) -> Batch:
+    def _documents(self, step: int, num_documents: int) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """Return which documents a batch packs, row by row, and how much of each document of a row."""
         first = step * self.batch_size * num_documents
         count = len(self.corpus.documents)
         lap = first // count  # each pass over the corpus begins one document later, so that packings differ
         chosen = [(first + lap + i) % count for i in range(self.batch_size * num_documents)]
         sizes = [self.corpus.documents[at].num_tokens for at in chosen]
         rows = np.array(sizes).reshape(self.batch_size, num_documents)
-        lengths = fill(rows.min(0), self.seq_len, self._unit).tolist()
-        streams = []
+        return chosen, fill(rows.min(0), self.seq_len, self._unit)
+
+    def _packed(self, step: int, num_documents: int) -> Batch:
+        chosen, of_each = self._documents(step, num_documents)
+        lengths, streams = of_each.tolist(), []
         for row in range(self.batch_size):  # all rows have the bounds of the first
             starts = self.corpus.bounds[chosen[row * num_documents : (row + 1) * num_documents]].tolist()
             documents = [
@@ -157,9 +157,8 @@ def fill(sizes: npt.NDArray[np.int64], seq_len: int, unit: int) -> npt.NDArray[n
     share = min(1.0, left * unit / max(1, int(rest.sum())))
     units += np.minimum(rest, (rest * share).astype(np.int64)) // unit
     left = seq_len // unit - int(units.sum())
-    while (
-        left and (open_to := np.flatnonzero(sizes >= (units + 1) * unit)).size
-    ):  # a whole unit more, the first first
+    # A whole unit more, the first documents first.
+    while left and (open_to := np.flatnonzero(sizes >= (units + 1) * unit)).size:
         units[open_to[:left]] += 1
         left -= len(open_to[:left])
     partly = np.argsort(units * unit - sizes, kind="stable")  # the most tokens beyond its units first

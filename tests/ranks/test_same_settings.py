@@ -20,7 +20,7 @@ from training_runs import NoWatchdog
 def error_of_odd_rank(group: dist.ProcessGroup, common: RunSettings, changes: dict) -> str:
     settings = replace(common, **changes) if group.rank() == 2 else common
     try:
-        check_same_on_all_ranks(settings.shared(), group)
+        check_same_on_all_ranks(settings.shared(settings.corpus()), group)
     except SettingsDifferError as error:
         return str(error)
     return ""

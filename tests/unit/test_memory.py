@@ -14,6 +14,11 @@ from overlap_mtp.schedules.packed import MAX_TRANSPORTS
 from cases import PACKED, Microbatch
 
 
+def still_alive(references: list[weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:
+    gc.collect()
+    return [one for reference in references if (one := reference()) is not None]
+
+
 def dense(chunks: int) -> Microbatch:
     return Microbatch.of(None, layout=SequenceLayout.dense(2 * chunks, 1))
 
@@ -65,8 +70,7 @@ def test_rolls_that_are_complete_keep_no_batch(schedule):
     rolls.at(2)
     alive = [weakref.ref(one) for one in tensors.values()]
     del tensors
-    gc.collect()
-    assert [one() for one in alive if one() is not None] == []
+    assert still_alive(alive) == []
     assert batch.wrong(rolls) == []
     roller.close()
 
@@ -79,7 +83,6 @@ def test_a_batch_is_free_when_its_user_lets_go_of_it(schedule):
     rolled = [rolls.at(depth) for depth in (1, 2)]
     alive = [weakref.ref(one) for some in (tensors, *rolled) for one in some.values()]
     del tensors, rolls, rolled
-    gc.collect()
-    assert [one() for one in alive if one() is not None] == []
+    assert still_alive(alive) == []
     assert isinstance(batch.full["labels"], torch.Tensor)
     roller.close()
