@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from overlap_mtp.exchange.plan import CU_SEQLENS, FINGERPRINT, HEADER, NUM_DOCUMENTS, SEQ_LEN, ExchangePlan
+from overlap_mtp.layout import TAIL
 
 if TYPE_CHECKING:  # triton is not needed here
     from overlap_mtp.kernels.common import ExchangeConstants
@@ -163,7 +164,8 @@ def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Te
     code, stride = routes[held, chunk_distance].unbind(-1)
     here = start // plan.cp_size + (-1 - code) * chunk_len + beyond
     there = length + code + sequence * stride + beyond
-    return torch.where(position + depth < valid_end, torch.where(code < 0, here, there), -1)
+    source = torch.where(position + depth < valid_end, torch.where(code < 0, here, there), -1)
+    return torch.where(valid_end == TAIL, local_index, source)
 
 
 def _bounds(

@@ -50,6 +50,7 @@ def find_sources(metadata, plan_table, C: tl.constexpr, BLOCK: tl.constexpr):
         document = last_at_or_below(metadata + CU_AT, position, C.max_documents, C.search_steps)
     valid_end = tl.load(metadata + CU_AT + (C.max_documents + 1) + document)
     wanted = inside & (position + depth < valid_end)
+    in_tail = inside & (valid_end < 0)  # stays as it is
 
     chunk_distance = (offset + depth) // chunk_len
     beyond = offset + depth - chunk_distance * chunk_len
@@ -57,7 +58,8 @@ def find_sources(metadata, plan_table, C: tl.constexpr, BLOCK: tl.constexpr):
     code = tl.load(route, mask=wanted, other=0)
     stride = tl.load(route + 1, mask=wanted, other=0)
     source = tl.where(code < 0, first + (-1 - code) * chunk_len, code + sequence * stride) + beyond
-    return source.to(tl.int64), wanted & (code < 0), wanted & (code >= 0)
+    source = tl.where(in_tail, local_index, source)
+    return source.to(tl.int64), in_tail | wanted & (code < 0), wanted & (code >= 0)
 
 
 @triton.jit

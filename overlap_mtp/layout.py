@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Kind = Literal["zigzag", "contiguous"]
+Kind = Literal["zigzag", "contiguous", "zigzag_stream"]
 KINDS: tuple[str, ...] = get_args(Kind)
+TAIL = -1  # in place of the valid length of a tail
 IntArray = npt.NDArray[np.int64]
 ArrayOrTensor = TypeVar("ArrayOrTensor", torch.Tensor, npt.NDArray[Any])
 
@@ -47,11 +48,15 @@ class SequenceLayout:
 
     - zigzag (also called head-tail load balancing): each document is cut into 2 * cp_size chunks of
       equal length and rank r holds chunks r and 2 * cp_size - 1 - r of it; documents stay in order.
+    - zigzag_stream: the same cut, of the whole stream in place of each document. Documents may have any length.
     - contiguous: rank r holds the r-th of cp_size equal pieces of the whole stream.
+
+    A packed stream may have a tail after its last document. Its tokens belong to no document: a roll leaves them as
+    they are, as Megatron-LM does. It counts as a last document, of valid length TAIL.
     """
 
     cu_seqlens: IntArray  # [num_documents + 1], of the padded stream
-    valid_lengths: IntArray  # [num_documents], tokens of each document that are not padding
+    valid_lengths: IntArray  # [num_documents], tokens of each document that are not padding; TAIL
     cp_size: int
     kind: Kind
     is_packed: bool
@@ -63,9 +68,10 @@ class SequenceLayout:
         """Lay out one document of `seq_len` tokens in each row of the batch.
 
         Args:
-            seq_len: tokens of the whole sequence: a multiple of 2 * cp_size (zigzag) or of cp_size (contiguous).
+            seq_len: tokens of the whole sequence: a multiple of 2 * cp_size (both zigzags) or of cp_size
+                (contiguous).
             cp_size: how many ranks share the sequence.
-            kind: "zigzag" or "contiguous".
+            kind: "zigzag", "contiguous" or "zigzag_stream", which is "zigzag" here.
 
         Returns:
             The layout.
@@ -84,19 +90,24 @@ class SequenceLayout:
         cp_size: int,
         kind: Kind = "zigzag",
         valid_lengths: Sequence[int] | npt.NDArray[Any] | torch.Tensor | None = None,
+        seq_len: int | None = None,
     ) -> SequenceLayout:
         """Lay out documents end to end, the same ones in every row of the batch.
 
-        Keep the arguments on the host: a tensor on a GPU is copied, which waits for the device.
+        Keep the arguments on the host: a tensor on a GPU is copied, which waits for the device. If the bounds are on a
+        GPU, use `DeviceLayout`.
 
         Args:
             cu_seqlens: integers [num_documents + 1], the bounds of the documents in the padded stream. It starts
                 at 0, and may repeat its last entry to keep one size. Zigzag needs each document's padded length to be
-                a multiple of 2 * cp_size; contiguous needs the stream's length to be a multiple of cp_size.
+                a multiple of 2 * cp_size; zigzag_stream and contiguous need the stream's length to be a multiple of
+                2 * cp_size and cp_size.
             cp_size: how many ranks share the stream.
-            kind: "zigzag" or "contiguous".
+            kind: "zigzag", "contiguous" or "zigzag_stream".
             valid_lengths: integers [num_documents], how many tokens of each document are not padding. Default:
                 all of them.
+            seq_len: the stream's length, if a tail follows the last document. Zigzag needs a tail of a multiple of
+                cp_size tokens; each rank holds an equal piece of it, after its documents.
 
         Returns:
             The layout.
@@ -122,7 +133,8 @@ class SequenceLayout:
         if kind == "zigzag" and (lengths % multiple).any():
             at = int(np.flatnonzero(lengths % multiple)[0])
             _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind, least=0)
-        _check_length("the stream's length (the last entry of cu_seqlens)", int(bounds[-1]), cp_size, kind)
+        seq_len = int(bounds[-1]) if seq_len is None else operator.index(seq_len)
+        _check_stream(seq_len, int(bounds[-1]), cp_size, kind)
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
             raise ValueError(
@@ -134,6 +146,9 @@ class SequenceLayout:
                 f"valid_lengths[{at}] must be in [0, {lengths[at]}], the padded length of that document, "
                 f"got {valid[at]}"
             )
+        if seq_len > bounds[-1]:
+            used = int(bounds.searchsorted(bounds[-1]))  # empty documents at the end are of no use before a tail
+            bounds, valid = np.append(bounds[: used + 1], seq_len), np.append(valid[:used], TAIL)
         return cls(bounds, valid, cp_size, kind, is_packed=True)
 
     def of_batch(self, name: str) -> SequenceLayout:
@@ -184,18 +199,29 @@ class SequenceLayout:
         return self.num_documents if bounds[-2] != bounds[-1] else int(bounds.searchsorted(bounds[-1]))
 
     @property
+    def by_document(self) -> bool:
+        """Whether each document is cut into chunks; otherwise the whole stream is."""
+        return self.kind == "zigzag"
+
+    @property
+    def tail_len(self) -> int:
+        """Tokens of the whole stream that belong to no document."""
+        return int(self.cu_seqlens[-1] - self.cu_seqlens[-2]) if self.valid_lengths[-1] == TAIL else 0
+
+    @property
     def num_chunks(self) -> int:
-        """How many equal chunks a document (zigzag) or the whole stream (contiguous) is cut into."""
+        """How many equal chunks a document (zigzag) or the whole stream (others) is cut into."""
         return length_unit(self.cp_size, self.kind)
 
     def held_chunks(self, cp_rank: int) -> tuple[int, ...]:
-        """The chunks that a rank holds of each document (zigzag) or of the stream (contiguous), in local order."""
-        return (cp_rank, self.num_chunks - 1 - cp_rank) if self.kind == "zigzag" else (cp_rank,)
+        """The chunks that a rank holds of each document (zigzag) or of the stream (others), in local order."""
+        return (cp_rank,) if self.kind == "contiguous" else (cp_rank, self.num_chunks - 1 - cp_rank)
 
     @cached_property
     def valid_ends(self) -> IntArray:
-        """The global position after each document's last valid token, [num_documents]."""
-        return self.cu_seqlens[:-1] + self.valid_lengths
+        """The global position after each document's last valid token, [num_documents]. TAIL for a tail."""
+        ends = self.cu_seqlens[:-1] + self.valid_lengths
+        return np.where(self.valid_lengths == TAIL, TAIL, ends) if self.tail_len else ends
 
     @cached_property
     def key(self) -> bytes:
@@ -207,28 +233,43 @@ class SequenceLayout:
         return digest.digest()
 
     def runs(self, cp_rank: int) -> Runs:
-        """The runs of a rank: two for each document (zigzag), or one for each document that it touches (contiguous)."""
-        if self.kind == "contiguous":
-            first, last = cp_rank * self.local_len, (cp_rank + 1) * self.local_len
-            begin = np.maximum(self.cu_seqlens[:-1], first)
-            end = np.minimum(self.cu_seqlens[1:], last)
-            document = np.flatnonzero(begin < end)
-            return Runs(document, begin[document], end[document], begin[document] - first)
-        start = self.cu_seqlens[:-1, None]  # [num_documents, 1]
-        size = np.diff(self.cu_seqlens)[:, None] // (2 * self.cp_size)  # of a chunk
-        begin = start + size * np.array([cp_rank, 2 * self.cp_size - 1 - cp_rank])  # [num_documents, 2]
+        """The runs of a rank: two for each document (zigzag), or one for each document and chunk that meet (others).
+
+        A tail is one run.
+        """
+        cu = self.cu_seqlens
+        if not self.by_document:
+            size = self.seq_len // self.num_chunks
+            first = np.array(self.held_chunks(cp_rank))[:, None] * size
+            begin, end = np.maximum(cu[:-1], first), np.minimum(cu[1:], first + size)
+            held, document = np.nonzero(begin < end)
+            begin, end = begin[held, document], end[held, document]
+            return Runs(document, begin, end, begin - first[held, 0] + held * size)
+        tail = self.tail_len // self.cp_size
+        num_documents = self.num_documents - bool(tail)
+        start = cu[:num_documents, None]  # [num_documents, 1]
+        size = np.diff(cu)[:num_documents, None] // (2 * self.cp_size)  # of a chunk
+        begin = start + size * np.array(self.held_chunks(cp_rank))  # [num_documents, 2]
         local_index = start // self.cp_size + size * np.array([0, 1])
-        document = np.arange(self.num_documents).repeat(2)
-        return Runs(document, begin.ravel(), (begin + size).ravel(), local_index.ravel())
+        document = np.arange(num_documents).repeat(2)
+        runs = (document, begin.ravel(), (begin + size).ravel(), local_index.ravel())
+        if tail:
+            begin_tail = int(cu[-2]) + cp_rank * tail
+            last = (num_documents, begin_tail, begin_tail + tail, self.local_len - tail)
+            runs = tuple(np.append(array, value) for array, value in zip(runs, last, strict=True))
+        return Runs(*runs)
 
     def locate(self, position: IntArray, document: IntArray) -> tuple[IntArray, IntArray]:
-        """(cp_rank, local_index) of global positions, given the document of each."""
-        if self.kind == "contiguous":
-            return position // self.local_len, position % self.local_len
-        start = self.cu_seqlens[document]
-        size = np.maximum((self.cu_seqlens[document + 1] - start) // (2 * self.cp_size), 1)
+        """(cp_rank, local_index) of global positions, given the document of each, which is not a tail."""
+        start: IntArray | int = 0
+        size: IntArray | int = self.seq_len // self.num_chunks
+        if self.by_document:
+            start = self.cu_seqlens[document]
+            size = np.maximum((self.cu_seqlens[document + 1] - start) // self.num_chunks, 1)
         chunk, within = np.divmod(position - start, size)
-        mirrored = 2 * self.cp_size - 1 - chunk
+        if self.kind == "contiguous":
+            return chunk, within
+        mirrored = self.num_chunks - 1 - chunk
         rank = np.minimum(chunk, mirrored)
         return rank, start // self.cp_size + np.where(chunk > mirrored, size, 0) + within
 
@@ -248,10 +289,17 @@ class SequenceLayout:
         return self.positions(cp_rank) - starts
 
     def valid(self, cp_rank: int, depth: int = 0) -> npt.NDArray[np.bool_]:
-        """Whether the token `depth` after each local token is a valid token of the same document, [local_len]."""
+        """Whether the token `depth` after each local token is a valid token of the same document, [local_len].
+
+        Tokens of a tail are not valid.
+        """
         runs = self.runs(cp_rank)
         ends = np.repeat(self.valid_ends[runs.document], runs.end - runs.begin)
         return self.positions(cp_rank) + depth < ends
+
+    def in_tail(self, cp_rank: int) -> npt.NDArray[np.bool_]:
+        """Whether each local token belongs to the tail, [local_len]."""
+        return self.positions(cp_rank) >= self.seq_len - self.tail_len
 
     def shard(self, tensor: ArrayOrTensor, cp_rank: int, dim: int = -1) -> ArrayOrTensor:
         """Take the part of a full-length tensor or array that a rank holds.
@@ -312,8 +360,8 @@ class SequenceLayout:
 
 
 def length_unit(cp_size: int, kind: Kind) -> int:
-    """What a document's length (zigzag) or the stream's length (contiguous) must be a multiple of."""
-    return 2 * cp_size if kind == "zigzag" else cp_size
+    """What a document's length (zigzag) or the stream's length (others) must be a multiple of."""
+    return cp_size if kind == "contiguous" else 2 * cp_size
 
 
 def pad_documents(
@@ -330,7 +378,7 @@ def pad_documents(
         documents: 1-D tensors, arrays or lists of numbers, of one dtype. Empty ones are legal. A list becomes a
             tensor: int64, bool or the default float dtype.
         cp_size: how many ranks share the stream.
-        kind: "zigzag" or "contiguous".
+        kind: "zigzag", "contiguous" or "zigzag_stream".
         pad_value: what padding holds.
         seq_len: the length S to reach; the last document gets the padding. Default: the shortest legal length.
         multiple_of: pad lengths to multiples of this, too. It makes streams for several `cp_size` the same.
@@ -402,6 +450,18 @@ def _check_length(what: str, length: int, cp_size: int, kind: Kind, least: int =
             f"got {length}: the next legal length is {max(multiple, -(-length // multiple) * multiple)}; "
             "pad_documents(...) pads documents to legal lengths"
         )
+
+
+def _check_stream(seq_len: int, covered: int, cp_size: int, kind: Kind) -> None:
+    """Check the length of a stream whose documents end at `covered`."""
+    if seq_len < covered:
+        raise ValueError(f"seq_len must be at least the last entry of cu_seqlens, {covered}, got {seq_len}")
+    if seq_len == covered:
+        _check_length("the stream's length (the last entry of cu_seqlens)", seq_len, cp_size, kind)
+    elif kind != "zigzag":
+        _check_length("the stream's length seq_len", seq_len, cp_size, kind)
+    elif seq_len % cp_size:
+        raise ValueError(f"seq_len must be a multiple of cp_size {cp_size}, got {seq_len}")
 
 
 def _host_int64(values: Sequence[int] | npt.NDArray[Any] | torch.Tensor, name: str) -> IntArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.layout import TAIL, SequenceLayout
 
 
 def roll_reference(
@@ -22,7 +22,7 @@ def roll_reference(
 
     Returns:
         [..., S] of the same dtype. Entry i is entry i + depth if that is a valid token of the same document, otherwise
-        `fill`.
+        `fill`. A tail, which belongs to no document, is left as it is.
 
     Raises:
         ValueError: if the depth is below 1 or the length is not the layout's.
@@ -35,6 +35,8 @@ def roll_reference(
         )
     rolled = torch.full_like(tensor, fill)
     for start, length in zip(layout.cu_seqlens[:-1].tolist(), layout.valid_lengths.tolist(), strict=True):
-        if length > depth:
+        if length == TAIL:
+            rolled[..., start:] = tensor[..., start:]
+        elif length > depth:
             rolled[..., start : start + length - depth] = tensor[..., start + depth : start + length]
     return rolled

@@ -1,7 +1,7 @@
 """What a rank sends to whom, and where each rolled token comes from.
 
 **Geometry.** A layout cuts sequences into equal chunks. A sequence is a document (zigzag) or the whole stream
-(contiguous). A rank holds the same chunks of every sequence, one sequence after the other. So the token `depth` after
+(others). A rank holds the same chunks of every sequence, one sequence after the other. So the token `depth` after
 a local token lies a known number of chunks further on (its `chunk_distance`, at most num_depths), at a known offset.
 Who holds it, and where, depends only on the bounds of its sequence.
 
@@ -137,7 +137,7 @@ def make_plan(layout: SequenceLayout, cp_rank: int, num_depths: int, max_documen
     """
     layout.check_rank(cp_rank)
     ranks = range(layout.cp_size)
-    by_document = layout.kind == "zigzag"
+    by_document = layout.by_document
     documents = max_documents if layout.is_packed else 1
     sequences = documents if by_document else 1
     chunk_len = None if layout.is_packed else layout.seq_len // layout.num_chunks

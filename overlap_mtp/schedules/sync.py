@@ -67,6 +67,7 @@ class RollByOne:
     received: torch.Tensor  # where tokens arrive, in the rolled tensor
     moved: torch.Tensor  # [2, n]: from and to, if a run takes the first token of another run of this rank
     empty: torch.Tensor  # document ends and padding, where no token comes
+    kept: torch.Tensor  # the tail, which stays as it is
 
     @classmethod
     def of(cls, layout: SequenceLayout, cp_rank: int, device: torch.device) -> RollByOne:
@@ -92,8 +93,9 @@ class RollByOne:
         ]
         own = holder == cp_rank
         indices = (np.array(sent, np.int64), last[wanted], np.stack([next_index[own], last[own]]))
-        empty = np.flatnonzero(~layout.valid(cp_rank, depth=1))
-        return cls(boundaries, *(upload(one, device) for one in (*indices, empty)))
+        in_tail = layout.in_tail(cp_rank)
+        ends = (np.flatnonzero(~layout.valid(cp_rank, depth=1) & ~in_tail), np.flatnonzero(in_tail))
+        return cls(boundaries, *(upload(one, device) for one in (*indices, *ends)))
 
 
 def roll_by_one(
@@ -112,6 +114,8 @@ def roll_by_one(
                 with group.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
                     _exchange(sent, received, boundary, group, traffic)
         rolled[..., steps.received] = received.movedim(0, -1)
+    if steps.kept.numel():
+        rolled[..., steps.kept] = tensor[..., steps.kept]
     return rolled.index_fill_(-1, steps.empty, fill)
 
 

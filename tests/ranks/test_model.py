@@ -107,7 +107,7 @@ def wrong_gradients(
     return wrong
 
 
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "zigzag_stream"])
 @pytest.mark.parametrize("documents", ["dense", "packed"])
 @pytest.mark.parametrize("cp_size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

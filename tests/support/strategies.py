@@ -19,7 +19,7 @@ ALL_DTYPES = dict(
 NO_LABELS = (torch.bool, torch.uint8)  # they cannot hold -100
 FILLS = {"labels": -100, "padding_mask": 1}
 CP_SIZES = (1, 2, 3, 4, 8)
-KINDS = ("zigzag", "contiguous")
+KINDS = ("zigzag", "contiguous", "zigzag_stream")
 
 dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES), min_size=1).filter(
     lambda dtypes: dtypes.get("labels") not in NO_LABELS
@@ -28,7 +28,7 @@ dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES),
 
 @st.composite
 def layouts(draw: st.DrawFn, cp_sizes: tuple[int, ...] = CP_SIZES, max_documents: int = 5) -> SequenceLayout:
-    """Zigzag and contiguous; dense and packed; padded or not; chunks down to one token, empty documents."""
+    """All kinds; dense and packed; padded or not; with and without a tail; short chunks, empty documents."""
     cp_size, kind = draw(st.sampled_from(cp_sizes)), draw(st.sampled_from(KINDS))
     multiple = length_unit(cp_size, kind)
     if draw(st.booleans()):
@@ -36,11 +36,15 @@ def layouts(draw: st.DrawFn, cp_sizes: tuple[int, ...] = CP_SIZES, max_documents
     lengths = draw(st.lists(st.integers(0, 3 * multiple + 5), min_size=1, max_size=max_documents))
     if draw(st.booleans()):
         return pad_documents([torch.zeros(n) for n in lengths], cp_size, kind)[1]
-    padded = [n // multiple * multiple for n in lengths]
-    padded[-1] += multiple  # the stream is not empty
+    own = multiple if kind == "zigzag" else 1
+    padded = [n // own * own for n in lengths]
     bounds = [sum(padded[:i]) for i in range(len(padded) + 1)]
     valid = [draw(st.integers(0, n)) for n in padded] if draw(st.booleans()) else None
-    return SequenceLayout.packed(bounds, cp_size, kind, valid)
+    if draw(st.booleans()) and bounds[-1] % multiple == 0 < bounds[-1]:
+        return SequenceLayout.packed(bounds, cp_size, kind, valid)
+    cut = cp_size if kind == "zigzag" else multiple  # what the tail leads up to
+    seq_len = (bounds[-1] // cut + draw(st.integers(1, 5))) * cut
+    return SequenceLayout.packed(bounds, cp_size, kind, valid, seq_len)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, num_documents):
         replace(stream, num_documents=None, batch_size=1).batch(16)
 
 
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "zigzag_stream"])
 def test_dense_batches_are_the_text_and_its_successors(kind):
     corpus = open_corpus()
     stream = stream_of(corpus, kind=kind)
@@ -117,7 +117,7 @@ def test_dense_batches_are_the_text_and_its_successors(kind):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "zigzag_stream"])
 @pytest.mark.parametrize("num_documents", [1, 5, 20])
 def test_packed_batches_hold_each_document_by_itself(kind, num_documents, batch_size):
     corpus = open_corpus()
@@ -177,7 +177,7 @@ def test_batches_are_the_same_at_every_cp_size():
         assert all(torch.equal(batch[name], batches[0][0][name]) for name in batch)
 
 
-@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "zigzag_stream"])
 def test_documents_are_padded_to_a_multiple(kind):
     documents = [torch.arange(length) for length in (5, 0, 16, 17)]
     _, layout = pad_documents(documents, 2, kind, multiple_of=16)

@@ -28,6 +28,8 @@ SHARDS = [
     ([0, 2, 6], 1, "zigzag", [[0, 1, 2, 3, 4, 5]]),
     ([0, 12], 3, "contiguous", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
     ([0, 1, 1, 7, 8], 2, "contiguous", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ([0, 1, 1, 7, 8], 2, "zigzag_stream", [[0, 1, 6, 7], [2, 3, 4, 5]]),
+    ([0, 5, 12], 3, "zigzag_stream", [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]),
 ]
 
 
@@ -37,11 +39,45 @@ def shards_of(layout: SequenceLayout) -> list[list[int]]:
 
 @pytest.mark.parametrize(("cu_seqlens", "cp_size", "kind", "expected"), SHARDS)
 def test_shards_follow_the_public_convention(cu_seqlens, cp_size, kind, expected):
-    """Zigzag cuts each packed document by itself; contiguous cuts the stream wherever documents end."""
+    """Zigzag cuts each packed document by itself; the others cut the stream wherever documents end."""
     for given_as in (cu_seqlens, np.array(cu_seqlens, np.int32), torch.tensor(cu_seqlens, dtype=torch.int32)):
         assert shards_of(SequenceLayout.packed(given_as, cp_size, kind)) == expected
-    if kind == "contiguous" or len(cu_seqlens) == 2:
+    if kind != "zigzag" or len(cu_seqlens) == 2:
         assert shards_of(SequenceLayout.dense(cu_seqlens[-1], cp_size, kind)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "seq_len", "shards"),
+    [
+        ("zigzag", 10, [[0, 3, 4, 5, 6], [1, 2, 7, 8, 9]]),  # a tail of 6 tokens, no multiple of 4
+        ("zigzag_stream", 8, [[0, 1, 6, 7], [2, 3, 4, 5]]),
+        ("contiguous", 6, [[0, 1, 2], [3, 4, 5]]),
+    ],
+)
+def test_a_tail_belongs_to_no_document(kind, seq_len, shards):
+    layout = SequenceLayout.packed([0, 4], 2, kind, [3], seq_len)
+    assert shards_of(layout) == shards
+    assert (layout.seq_len, layout.tail_len, layout.num_documents) == (seq_len, seq_len - 4, 2)
+    stream = torch.arange(1, seq_len + 1)
+    assert roll_reference(stream, layout, 1).tolist() == [2, 3, 0, 0, *range(5, seq_len + 1)]
+    assert roll_reference(stream, layout, 2).tolist() == [3, 0, 0, 0, *range(5, seq_len + 1)]
+    valid = torch.from_numpy(layout.unshard([layout.valid(rank) for rank in range(2)]))
+    assert valid.tolist() == [True] * 3 + [False] * (seq_len - 3)
+    assert layout.key != SequenceLayout.packed([0, 4, seq_len], 2, "contiguous", [3, 0]).key
+
+
+@pytest.mark.parametrize(
+    ("kind", "seq_len", "message"),
+    [
+        ("zigzag", 3, "seq_len must be at least the last entry of cu_seqlens, 4, got 3"),
+        ("zigzag", 7, "seq_len must be a multiple of cp_size 2, got 7"),
+        ("zigzag_stream", 6, "the stream's length seq_len must be a positive multiple of 4"),
+        ("contiguous", 7, "the stream's length seq_len must be a positive multiple of 2"),
+    ],
+)
+def test_a_tail_must_be_shared_equally(kind, seq_len, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout.packed([0, 4], 2, kind, seq_len=seq_len)
 
 
 def test_padding_does_not_change_who_holds_what():
@@ -106,7 +142,7 @@ def documents_of(lengths: list[int], as_torch: bool) -> list:
 )
 def test_pad_documents_makes_any_documents_legal(lengths, cp_size, kind, as_torch, spare):
     documents = documents_of(lengths, as_torch)
-    multiple = 2 * cp_size if kind == "zigzag" else cp_size
+    multiple = cp_size if kind == "contiguous" else 2 * cp_size
     seq_len = None
     if spare is not None:
         seq_len = (sum(-(-n // multiple) for n in lengths) + 1 + spare) * multiple
@@ -168,6 +204,8 @@ def roll_by_definition(tensor: torch.Tensor, layout: SequenceLayout, depth: int,
         for i in range(bounds[document], bounds[document + 1]):
             inside = i + depth < bounds[document] + length
             rolled[..., i] = tensor[..., i + depth] if inside else fill
+            if length == -1:  # a tail
+                rolled[..., i] = tensor[..., i]
     return rolled
 
 

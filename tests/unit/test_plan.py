@@ -87,11 +87,14 @@ def test_empty_documents_at_the_end_take_no_room_and_change_no_word(layout, num_
     assume(layout.is_packed)
     bounds, used = layout.cu_seqlens.tolist(), layout.num_used_documents
     assert bounds[used] == layout.seq_len > bounds[used - 1]
+    has_tail = layout.tail_len > 0
+    documents = layout.num_documents - has_tail
     static = SequenceLayout.packed(
-        bounds + [bounds[-1]] * spare,
+        bounds[: documents + 1] + [bounds[documents]] * spare,
         layout.cp_size,
         layout.kind,
-        layout.valid_lengths.tolist() + [0] * spare,
+        layout.valid_lengths.tolist()[:documents] + [0] * spare,
+        layout.seq_len,
     )
     assert static.num_used_documents == used
     for one, other in zip(*(make_plans(each, num_depths, used) for each in (layout, static)), strict=True):
