@@ -30,9 +30,9 @@ class ExchangeConstants(NamedTuple):
 
     widths: tuple[int, ...]  # the distinct sizes of an element, in bytes
     num_widths: int
-    num_tensors: int
+    num_tensors: int  # columns of the spec: views [batch_rows, L] of tensors
     padded_tensors: int  # the next power of two
-    batch_rows: int  # B
+    batch_rows: int
     num_depths: int
     cp_size: int
     cp_rank: int
@@ -81,7 +81,7 @@ class ExchangeConstants(NamedTuple):
             The constants.
         """
         widths = tuple(sorted(set(spec.widths)))
-        tensors = len(spec.names)
+        tensors = spec.num_columns
         addresses_end = plan.metadata_len + tensors * (1 + plan.num_depths)
         return cls(
             widths,

@@ -48,11 +48,11 @@ def unroll(
     recv_buffer: torch.Tensor,
     error_flags: torch.Tensor,
 ) -> None:
-    """Write the rolls of every tensor, depths 1 .. num_depths.
+    """Write the rolls of every tensor, at depths 1 .. num_depths or as many as it has outputs.
 
     Args:
         tensors: as for `pack`.
-        outputs: one [B, L] for each tensor and depth, viewed as integers of their own width.
+        outputs: for each tensor, one [B, L] for each depth, viewed as integers of their own width.
         fills: for each tensor, what a token past its document's end becomes, as such an integer.
         metadata: as for `pack`.
         plan: of this rank.
@@ -64,8 +64,8 @@ def unroll(
     for index, (tensor, fill) in enumerate(zip(tensors, fills, strict=True)):
         received = recv_buffer[:, index * rows : (index + 1) * rows].T.to(tensor.dtype)
         known = torch.cat([tensor, received, tensor.new_full((rows, 1), fill)], dim=1)
-        for depth in range(plan.num_depths):
-            outputs[index][depth].copy_(known[:, source[depth]])  # -1: the last column
+        for depth, output in enumerate(outputs[index]):
+            output.copy_(known[:, source[depth]])  # -1: the last column
     headers = torch.from_numpy(plan.table[plan.headers_at :]).long()
     wrong = torch.nonzero(recv_buffer[headers, 0] != metadata[FINGERPRINT])
     if wrong.numel():
@@ -158,7 +158,7 @@ def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Te
 
     depth = torch.arange(1, plan.num_depths + 1)[:, None]
     ahead = offset + depth  # [num_depths, L]
-    chunk_distance = ahead // chunk_len
+    chunk_distance = (ahead // chunk_len).clamp(max=plan.num_depths)  # more only in a tail
     beyond = ahead - chunk_distance * chunk_len
     routes = torch.from_numpy(plan.table[plan.routes_at : plan.headers_at]).view(plan.num_held, -1, 2).long()
     code, stride = routes[held, chunk_distance].unbind(-1)

@@ -85,7 +85,7 @@ def store_rolls(
             held = tl.load(pointer, mask=is_held, other=0)
             rolled = tl.where(is_received, word, tl.where(is_held, held.to(tl.int64), fill))
             to = as_pointer(output, C.widths[w]) + b * local_len + local_index
-            tl.store(to, rolled.to(held.dtype), mask=local_index < local_len)
+            tl.store(to, rolled.to(held.dtype), mask=(local_index < local_len) & (output != 0))
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The boundary exchange of multi-token prediction under context parallelism, hidden under compute."""
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.layout import SequenceLayout, pad_documents
 from overlap_mtp.model.mtp import MultiTokenPrediction
 from overlap_mtp.reference import roll_reference
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCHEDULES",
+    "DeviceLayout",
     "MultiTokenPrediction",
     "Roller",
     "Rolls",

@@ -134,7 +134,7 @@ class SequenceLayout:
             at = int(np.flatnonzero(lengths % multiple)[0])
             _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind, least=0)
         seq_len = int(bounds[-1]) if seq_len is None else operator.index(seq_len)
-        _check_stream(seq_len, int(bounds[-1]), cp_size, kind)
+        check_stream(seq_len, int(bounds[-1]), cp_size, kind)
         valid = lengths if valid_lengths is None else _host_int64(valid_lengths, "valid_lengths")
         if valid.shape != lengths.shape:
             raise ValueError(
@@ -147,7 +147,9 @@ class SequenceLayout:
                 f"got {valid[at]}"
             )
         if seq_len > bounds[-1]:
-            used = int(bounds.searchsorted(bounds[-1]))  # empty documents at the end are of no use before a tail
+            used = int(
+                bounds.searchsorted(bounds[-1])
+            )  # empty documents at the end are of no use before a tail
             bounds, valid = np.append(bounds[: used + 1], seq_len), np.append(valid[:used], TAIL)
         return cls(bounds, valid, cp_size, kind, is_packed=True)
 
@@ -168,9 +170,7 @@ class SequenceLayout:
         Raises:
             TypeError: if `name` is not a string.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a batch must be a string, got {type(name).__name__}: pass str(...)")
-        return replace(self, batch=zlib.crc32(name.encode()))
+        return replace(self, batch=batch_checksum(name))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceLayout) and self.key == other.key
@@ -239,12 +239,12 @@ class SequenceLayout:
         """
         cu = self.cu_seqlens
         if not self.by_document:
-            size = self.seq_len // self.num_chunks
-            first = np.array(self.held_chunks(cp_rank))[:, None] * size
-            begin, end = np.maximum(cu[:-1], first), np.minimum(cu[1:], first + size)
+            chunk_len = self.seq_len // self.num_chunks
+            first = np.array(self.held_chunks(cp_rank))[:, None] * chunk_len
+            begin, end = np.maximum(cu[:-1], first), np.minimum(cu[1:], first + chunk_len)
             held, document = np.nonzero(begin < end)
             begin, end = begin[held, document], end[held, document]
-            return Runs(document, begin, end, begin - first[held, 0] + held * size)
+            return Runs(document, begin, end, begin - first[held, 0] + held * chunk_len)
         tail = self.tail_len // self.cp_size
         num_documents = self.num_documents - bool(tail)
         start = cu[:num_documents, None]  # [num_documents, 1]
@@ -252,11 +252,11 @@ class SequenceLayout:
         begin = start + size * np.array(self.held_chunks(cp_rank))  # [num_documents, 2]
         local_index = start // self.cp_size + size * np.array([0, 1])
         document = np.arange(num_documents).repeat(2)
-        runs = (document, begin.ravel(), (begin + size).ravel(), local_index.ravel())
+        runs = [document, begin.ravel(), (begin + size).ravel(), local_index.ravel()]
         if tail:
             begin_tail = int(cu[-2]) + cp_rank * tail
             last = (num_documents, begin_tail, begin_tail + tail, self.local_len - tail)
-            runs = tuple(np.append(array, value) for array, value in zip(runs, last, strict=True))
+            runs = [np.append(array, value) for array, value in zip(runs, last, strict=True)]
         return Runs(*runs)
 
     def locate(self, position: IntArray, document: IntArray) -> tuple[IntArray, IntArray]:
@@ -359,6 +359,13 @@ class SequenceLayout:
             raise ValueError(f"cp_rank must be in [0, {self.cp_size - 1}], got {cp_rank}")
 
 
+def batch_checksum(name: str) -> int:
+    """The checksum of a batch's name (`SequenceLayout.of_batch`), 32 bits."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a batch must be a string, got {type(name).__name__}: pass str(...)")
+    return zlib.crc32(name.encode())
+
+
 def length_unit(cp_size: int, kind: Kind) -> int:
     """What a document's length (zigzag) or the stream's length (others) must be a multiple of."""
     return cp_size if kind == "contiguous" else 2 * cp_size
@@ -452,8 +459,9 @@ def _check_length(what: str, length: int, cp_size: int, kind: Kind, least: int =
         )
 
 
-def _check_stream(seq_len: int, covered: int, cp_size: int, kind: Kind) -> None:
+def check_stream(seq_len: int, covered: int, cp_size: int, kind: Kind) -> None:
     """Check the length of a stream whose documents end at `covered`."""
+    _check_cp(cp_size, kind)
     if seq_len < covered:
         raise ValueError(f"seq_len must be at least the last entry of cu_seqlens, {covered}, got {seq_len}")
     if seq_len == covered:

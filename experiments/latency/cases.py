@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, prepare, roll_reference
-from overlap_mtp.exchange.spec import fill_of
+from overlap_mtp.exchange.spec import fills_of
 from overlap_mtp.schedules.roller import Rolls
 
 TENSORS = ("input_ids", "labels", "position_ids", "loss_mask")
@@ -83,7 +83,7 @@ class Case:
                 expected = self.layout.shard(roll_reference(tensor, self.layout, depth), self.group.rank())
                 found = rolled[name].cpu()
                 # Past the end Megatron-LM's labels are 0, and ours are the index that the loss ignores.
-                found = found.masked_fill(~valid & (found == fill_of(name)), 0)
+                found = found.masked_fill(~valid & (found == fills_of().get(name, 0)), 0)
                 differs = found != expected
                 anywhere += int(differs.sum())
                 at_valid += int((differs & valid).sum())

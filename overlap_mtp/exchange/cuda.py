@@ -11,10 +11,18 @@ from collections import deque
 import numpy as np
 import torch
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.exchange.outputs import OutputPool, Outputs, allocate_outputs
-from overlap_mtp.exchange.plan import FINGERPRINT, ExchangePlan, fingerprint_of, write_metadata
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.plan import (
+    FINGERPRINT,
+    ExchangePlan,
+    fingerprint_of,
+    write_metadata,
+    write_references,
+)
+from overlap_mtp.exchange.spec import ExchangeSpec, Layout, column_addresses
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
+from overlap_mtp.kernels.bounds import write_bounds
 from overlap_mtp.kernels.common import ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.unroll import unroll_grid
@@ -35,14 +43,17 @@ class HostMetadata:
     """
 
     def __init__(self, plan: ExchangePlan, num_addresses: int) -> None:
+        """`num_addresses` are those of a batch's tensors and of their rolls."""
         self._plan = plan
         self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
         self._words: IntArray = self.tensor.numpy()
         self._checksum: int | None = None
         self._mark = 0
 
-    def write(self, layout: SequenceLayout, addresses: list[int], mark: int) -> None:
-        if layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
+    def write(self, layout: Layout, addresses: list[int], mark: int) -> None:
+        if isinstance(layout, DeviceLayout):
+            write_references(layout, self._words, mark)
+        elif layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
             self._checksum = write_metadata(layout, self._plan, self._words[: self._plan.metadata_len], mark)
         else:
             self._words[FINGERPRINT] = fingerprint_of(self._checksum, layout.batch, mark)
@@ -61,6 +72,7 @@ class ExchangeBuffers:
 
     send_buffer: torch.Tensor  # of the transports that have them
     recv_buffer: torch.Tensor
+    write_bounds: Launch | None = None  # of a DeviceLayout
     send: Launch  # pack or put_pack
     unroll: Launch  # unroll or wait_unroll
     constants: ExchangeConstants
@@ -69,23 +81,32 @@ class ExchangeBuffers:
     is_captured = False  # a CUDA graph uses them: no other exchange may
 
     def __init__(self, plan: ExchangePlan, spec: ExchangeSpec) -> None:
-        self.host_metadata = HostMetadata(plan, len(spec.names) * (1 + plan.num_depths))
+        self.host_metadata = HostMetadata(plan, spec.num_columns * (1 + plan.num_depths))
         self.metadata = torch.zeros_like(self.host_metadata.tensor, device=spec.device)
         self.replay_metadata = torch.full_like(self.metadata, -1)
+        # What pack and put_pack read.
+        self.source = self.metadata if spec.bounds_on_device else self.host_metadata.tensor
         self.forked, self.sent, self.unrolled = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
-        self.tensors: list[torch.Tensor] = []  # kept alive until the unroll
+        self.tensors: list[torch.Tensor] = []  # kept alive until the unroll, with a DeviceLayout's
         self.outputs: Outputs | None = None
 
-    def load(self, tensors: list[torch.Tensor], layout: SequenceLayout, mark: int, outputs: Outputs) -> None:
+    def load(
+        self, tensors: list[torch.Tensor], addresses: list[int], layout: Layout, mark: int, outputs: Outputs
+    ) -> None:
         """Say what the next exchange carries, and keep it alive."""
-        addresses = [*(tensor.data_ptr() for tensor in tensors), *outputs.addresses]
-        self.host_metadata.write(layout, addresses, mark)
+        self.host_metadata.write(layout, [*addresses, *outputs.addresses], mark)
         self.tensors, self.outputs = tensors, outputs
+        if isinstance(layout, DeviceLayout):
+            self.tensors = [
+                *tensors,
+                layout.cu_seqlens,
+                *([] if layout.cu_valid is None else [layout.cu_valid]),
+            ]
 
     def free(self) -> None:
         """Free the kernels' graphs and the shared memory. It must not run during a capture."""
         del self.send, self.unroll
-        self.retired, self.shared = (), None
+        self.write_bounds, self.retired, self.shared = None, (), None
 
 
 class CudaTransport(Transport):
@@ -102,6 +123,7 @@ class CudaTransport(Transport):
         self._is_overlapped, self._local_len = config.is_overlapped, config.local_len
         self._side = self.group.side_stream(self.device)
         self._outputs = OutputPool(self.spec, self.plan.num_depths)
+        self._parts = self.spec.parts
         self._all: list[ExchangeBuffers] = []
         self._free: deque[ExchangeBuffers] = deque()  # in the order in which they became free
         self._dropped: deque[ExchangeBuffers] = deque()
@@ -118,20 +140,30 @@ class CudaTransport(Transport):
 
     @abstractmethod
     def _bind(self, buffers: ExchangeBuffers) -> None:
-        """Bind the kernels to buffers, with `buffers.constants`."""
+        """Bind the kernels that send and unroll to buffers, with `buffers.constants`."""
+
+    def _bind_all(self, buffers: ExchangeBuffers, is_replayable: bool) -> None:
+        # Replays with a DeviceLayout read its bounds again.
+        buffers.constants = self._constants(is_replayable and not self.spec.bounds_on_device)
+        if self.spec.bounds_on_device:
+            host_metadata = buffers.host_metadata.tensor
+            buffers.write_bounds = write_bounds(
+                host_metadata, buffers.metadata, self.error_flags, buffers.constants
+            )
+        self._bind(buffers)
 
     @abstractmethod
     def _send(self, buffers: ExchangeBuffers, number: int) -> None:
         """Launch pack and send/recv on the current stream."""
 
     @abstractmethod
-    def _count(self, layout: SequenceLayout) -> None:
+    def _count(self, layout: Layout) -> None:
         """Add an exchange to `traffic`."""
 
     def start(
         self,
         tensors: list[torch.Tensor],
-        layout: SequenceLayout,
+        layout: Layout,
         mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
@@ -143,7 +175,7 @@ class CudaTransport(Transport):
         else:
             outputs = self._outputs.take(tensors, compute)
             buffers = self._take()
-        buffers.load(tensors, layout, mark, outputs)
+        buffers.load(tensors, column_addresses(tensors, self._parts), layout, mark, outputs)
         exchange = PendingExchange(
             self, self.num_started, tensors[0].shape[-1], outputs.depths, buffers, compute
         )
@@ -153,7 +185,7 @@ class CudaTransport(Transport):
             if self._is_overlapped:
                 self._send_aside(exchange, ready, is_capturing)
             else:
-                self._send(buffers, exchange.number)
+                self._write_and_send(buffers, exchange.number)
         except Exception:
             exchange.is_done = True
             self._release(buffers)
@@ -175,12 +207,17 @@ class CudaTransport(Transport):
         try:
             if is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
-            self._send(buffers, exchange.number)
+            self._write_and_send(buffers, exchange.number)
         finally:
             torch.cuda.set_stream(compute)
         buffers.sent.record(side)
         if self.has_captures and not is_capturing:
             compute.wait_event(buffers.sent)
+
+    def _write_and_send(self, buffers: ExchangeBuffers, number: int) -> None:
+        if buffers.write_bounds is not None:
+            self._launch(buffers.write_bounds, buffers)
+        self._send(buffers, number)
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         compute, buffers = torch.cuda.current_stream(self.device), exchange.buffers
@@ -226,6 +263,10 @@ class CudaTransport(Transport):
         buffers = exchange.buffers
         if not buffers.is_captured:
             super().set_replay_layout(exchange, layout)
+        if self.spec.bounds_on_device:
+            raise RuntimeError(
+                "replays read the bounds of a DeviceLayout in its tensors: write new ones there"
+            )
         if layout.local_len != exchange.local_len:
             raise ValueError(
                 f"a captured exchange keeps its length: it has {exchange.local_len} tokens a rank, the new layout has "
@@ -261,8 +302,9 @@ class CudaTransport(Transport):
             # Their memory belongs to the stream that writes it first, which may not wait for the other.
             with torch.cuda.stream(self._side if self._is_overlapped else None):
                 buffers = ExchangeBuffers(self.plan, self.spec)
-                buffers.constants = self._constants(is_replayable=False)
-                self._bind(buffers)
+                self._bind_all(buffers, is_replayable=False)
+            if buffers.write_bounds is not None:
+                buffers.write_bounds.capture()
             buffers.send.capture()
             buffers.unroll.capture(unroll_grid(self._local_len, buffers.constants))
             self._all.append(buffers)
@@ -279,9 +321,9 @@ class CudaTransport(Transport):
             )
         buffers = self._free.popleft()
         # No graph may be freed while another is being captured.
-        buffers.retired = buffers.send, buffers.unroll
-        buffers.constants = self._constants(is_replayable=True)
-        self._bind(buffers)
+        bounds = () if buffers.write_bounds is None else (buffers.write_bounds,)
+        buffers.retired = buffers.send, buffers.unroll, *bounds
+        self._bind_all(buffers, is_replayable=True)
         buffers.is_captured = self.has_captures = True
         return buffers
 

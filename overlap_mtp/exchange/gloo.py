@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from overlap_mtp.exchange.outputs import allocate_outputs
 from overlap_mtp.exchange.plan import make_metadata
+from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport
 from overlap_mtp.kernels import reference
 from overlap_mtp.layout import SequenceLayout
@@ -37,18 +38,19 @@ class GlooTransport(Transport):
     def start(
         self,
         tensors: list[torch.Tensor],
-        layout: SequenceLayout,
+        layout: Layout,
         mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         plan, words = self.plan, self.spec.words_per_token
+        assert isinstance(layout, SequenceLayout)  # a roller reads a DeviceLayout on the CPU
         metadata = torch.from_numpy(make_metadata(layout, plan, mark))
         send_buffer = torch.empty(plan.num_send_rows, words, dtype=torch.int64)
         recv_buffer = torch.empty(plan.num_recv_rows, words, dtype=torch.int64)
         (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)
         work = None
         if self.has_peers:
-            reference.pack([self.spec.as_integers(one) for one in tensors], metadata, plan, send_buffer)
+            reference.pack(self.spec.columns(tensors), metadata, plan, send_buffer)
             with self.group.named_errors(self.describe(self.num_started)):
                 work = dist.all_to_all_single(
                     recv_buffer,
@@ -65,14 +67,18 @@ class GlooTransport(Transport):
         return exchange
 
     def finish(self, exchange: PendingExchange) -> Rolled:
-        buffers, as_integers = exchange.buffers, self.spec.as_integers
+        buffers, spec = exchange.buffers, self.spec
         if buffers.work is not None:
             with self.group.named_errors(self.describe(exchange.number)):
                 buffers.work.wait()
+        outputs = [
+            [spec.columns([rolled[name]]) for rolled in exchange.depths if name in rolled]
+            for name in spec.names
+        ]
         reference.unroll(
-            [as_integers(tensor) for tensor in buffers.tensors],
-            [[as_integers(rolled[name]) for rolled in exchange.depths] for name in self.spec.names],
-            self.spec.fills,
+            spec.columns(buffers.tensors),
+            [list(column) for rolls in outputs for column in zip(*rolls, strict=True)],
+            spec.fill_bits,
             buffers.metadata,
             self.plan,
             buffers.recv_buffer,

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
+from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import TransportConfig
 from overlap_mtp.kernels.pack import pack
 from overlap_mtp.kernels.unroll import unroll
-from overlap_mtp.layout import SequenceLayout
 
 
 class NcclTransport(CudaTransport):
@@ -50,18 +50,17 @@ class NcclTransport(CudaTransport):
             group=self.group.process_group,
         )
 
-    def _count(self, layout: SequenceLayout) -> None:
+    def _count(self, layout: Layout) -> None:
         self.traffic.add(len(self.plan.destinations), self._message_bytes)
 
     def _bind(self, buffers: ExchangeBuffers) -> None:
-        if not buffers.constants.is_replayable:
+        if not hasattr(buffers, "send_buffer"):  # a capture binds buffers again
             buffers.send_buffer, buffers.recv_buffer = (
                 torch.zeros(rows, self.spec.words_per_token, dtype=torch.int64, device=self.device)
                 for rows in (self.plan.num_send_rows, self.plan.num_recv_rows)
             )
-        host_metadata = buffers.host_metadata.tensor
         metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
-        packed = (host_metadata, replay_metadata, metadata, *self._tables, buffers.send_buffer)
+        packed = (buffers.source, replay_metadata, metadata, *self._tables, buffers.send_buffer)
         buffers.send = pack(packed, buffers.constants)
         unrolled = (metadata, replay_metadata, *self._tables, buffers.recv_buffer, self.error_flags)
         buffers.unroll = unroll(unrolled, buffers.constants)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.spec import ExchangeSpec, column_addresses
 
 # One allocation holds the rolls of 8 microbatches, or of fewer if 8 take more than MAX_BYTES.
 MICROBATCHES = 8
@@ -19,7 +19,9 @@ class Outputs:
     """The rolls of one microbatch, to be written."""
 
     depths: list[dict[str, torch.Tensor]]  # [num_depths], each tensor of the batch's shape
-    addresses: list[int]  # of all tensors of depth 1 in the order of the names, then of depth 2, ...
+    addresses: list[
+        int
+    ]  # of all columns of depth 1 in the order of the names, then of depth 2, ...; 0 for none
 
 
 def allocate_outputs(
@@ -36,19 +38,24 @@ def allocate_outputs(
     Returns:
         The outputs of each microbatch.
     """
+    parts = spec.parts
+    own_depths = [min(depths, num_depths) for depths in spec.depths]
     with torch.inference_mode(False):
         # `.data` gives each tensor a version counter of its own: a write to one must not count as a write to others.
         rolls = [
-            [roll.data for roll in tensor.new_empty((microbatches * num_depths, *tensor.shape)).unbind(0)]
-            for tensor in tensors
+            iter([roll.data for roll in tensor.new_empty((microbatches * own, *tensor.shape)).unbind(0)])
+            for tensor, own in zip(tensors, own_depths, strict=True)
         ]
     made = []
-    for first in range(0, microbatches * num_depths, num_depths):
+    for _ in range(microbatches):
         depths = [
-            {name: rolls[n][at] for n, name in enumerate(spec.names)}
-            for at in range(first, first + num_depths)
+            {name: next(rolls[n]) for n, name in enumerate(spec.names) if depth < own_depths[n]}
+            for depth in range(num_depths)
         ]
-        made.append(Outputs(depths, [roll.data_ptr() for rolled in depths for roll in rolled.values()]))
+        addresses = []
+        for rolled in depths:
+            addresses += column_addresses([rolled.get(name) for name in spec.names], parts)
+        made.append(Outputs(depths, addresses))
     return made
 
 

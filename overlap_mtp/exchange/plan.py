@@ -27,6 +27,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.layout import IntArray, SequenceLayout
 
 HEADER = -1  # in place of a row's sequence: the row carries the fingerprint
@@ -96,8 +97,8 @@ class ExchangePlan:
     def first_recv_row(self, peer: int) -> int:
         return sum(self.recv_rows[:peer])
 
-    def num_sequences(self, layout: SequenceLayout) -> int:
-        """How many sequences a batch has: its documents in use, or the one stream."""
+    def num_sequences(self, layout: SequenceLayout | DeviceLayout) -> int:
+        """How many sequences a batch has: its documents in use, or the one stream. A DeviceLayout may have fewer."""
         return layout.num_used_documents if self.by_document else 1
 
     # Where the sections of the table begin.
@@ -257,6 +258,25 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     checksum = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
     metadata[FINGERPRINT] = fingerprint_of(checksum, layout.batch, mark)
     return checksum
+
+
+def write_references(layout: DeviceLayout, metadata: IntArray, mark: int) -> None:
+    """Write where the bounds of a batch are, in place of them.
+
+    `overlap_mtp.kernels.bounds` makes the metadata from it on the device.
+
+    Args:
+        layout: of the batch.
+        metadata: as for `write_metadata`. From the word CU_SEQLENS on it gets the addresses of `cu_seqlens` and
+            `cu_valid` (0 if there is none), and the bytes of an entry.
+        mark: of the exchange.
+    """
+    metadata[FINGERPRINT] = fingerprint_of(0, layout.batch, mark)
+    metadata[NUM_DOCUMENTS] = layout.num_documents - 1
+    metadata[SEQ_LEN] = layout.seq_len
+    metadata[CU_SEQLENS] = layout.cu_seqlens.data_ptr()
+    metadata[CU_SEQLENS + 1] = 0 if layout.cu_valid is None else layout.cu_valid.data_ptr()
+    metadata[CU_SEQLENS + 2] = layout.cu_seqlens.itemsize
 
 
 def fingerprint_of(checksum: int, batch: int, mark: int) -> int:

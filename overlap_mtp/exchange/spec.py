@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.layout import IntArray, SequenceLayout
 from overlap_mtp.tensors import IGNORE_INDEX, INTEGER_VIEW
 
 Batch = Mapping[str, torch.Tensor]
+Layout = SequenceLayout | DeviceLayout
 
 
-def fill_of(name: str, ignore_index: int = IGNORE_INDEX) -> int:
-    """What a rolled tensor holds past the end of a document.
+def fills_of(ignore_index: int = IGNORE_INDEX, fills: Mapping[str, float] | None = None) -> dict[str, float]:
+    """What rolled tensors hold past the end of a document, by name. A tensor without an entry holds 0.
 
-    It is `ignore_index` for `labels` (no label), 1 (True) for `padding_mask` (padding), and 0 for all others.
+    By default it is `ignore_index` for `labels` (no label) and 1 (True) for `padding_mask` (padding).
     """
-    return {"labels": ignore_index, "padding_mask": 1}.get(name, 0)
+    return {"labels": ignore_index, "padding_mask": 1, **(fills or {})}
 
 
-def check_fill(name: str, dtype: torch.dtype, ignore_index: int) -> None:
+def check_fill(name: str, dtype: torch.dtype, fill: float) -> None:
     """Raise ValueError unless the fill of a tensor is a value of its dtype."""
-    fill = fill_of(name, ignore_index)
     if torch.tensor(fill).to(dtype).item() != fill:
+        advice = "convert labels to int64, or choose another ignore_index"
         raise ValueError(
             f"{name} of dtype {str(dtype)[6:]} cannot hold {fill}, which stands for what is past the end of a "
-            f"document: convert {name} to int64, or choose another ignore_index"
+            f"document: {advice if name == 'labels' else 'choose another fill'}"
         )
 
 
+@dataclass(frozen=True)
+class RollOptions:
+    """What a roller does with each batch (`make_roller`)."""
+
+    num_depths: int
+    max_documents: int
+    fills: Mapping[str, float]  # by name; 0 for others
+    depths: Mapping[str, int]  # by name; num_depths for others
+
+
 @lru_cache
-def _bits(value: int, dtype: torch.dtype) -> int:
+def _bits(value: float, dtype: torch.dtype) -> int:
     """The bits of a value as an integer of the dtype's width."""
     return int(torch.tensor([value]).to(dtype).view(INTEGER_VIEW[dtype]))
 
@@ -54,35 +67,33 @@ class ExchangeSpec(NamedTuple):
     layout_kind: str
     is_packed: bool
     seq_len: int  # 0 if packed: no message length depends on it
+    bounds_on_device: bool  # a DeviceLayout, whose bounds the kernels read
     names: tuple[str, ...]  # sorted: the messages hold no names
     dtypes: tuple[torch.dtype, ...]
-    batch_shape: torch.Size  # [B], or [] for 1-D tensors
+    shapes: tuple[torch.Size, ...]  # without the last dimension: [B], or [] for 1-D tensors, ...
+    fills: tuple[float, ...]
+    depths: tuple[int, ...]
     device: torch.device
-    ignore_index: int = IGNORE_INDEX
 
     @classmethod
     def of(
         cls,
         batch: Batch,
-        layout: SequenceLayout,
+        layout: Layout,
         group: ExchangeGroup,
         schedule: str,
         transport: str,
-        num_depths: int,
-        max_documents: int,
-        ignore_index: int = IGNORE_INDEX,
+        options: RollOptions,
     ) -> ExchangeSpec:
         """Make the spec of a batch.
 
         Args:
-            batch: this rank's tensors by name, [B, local_len] or [local_len] each.
+            batch: this rank's tensors by name, [..., local_len] each.
             layout: of the batch.
             group: that will carry it.
             schedule: name of the schedule.
             transport: as asked for.
-            num_depths: of the roller.
-            max_documents: of the roller.
-            ignore_index: of the roller.
+            options: of the roller.
 
         Returns:
             The spec.
@@ -96,15 +107,18 @@ class ExchangeSpec(NamedTuple):
             shapes = [tensor.shape for tensor in tensors]
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
-            shape, device = shapes[0], devices[0]
+            device, local_len = devices[0], layout.local_len
             are_dense = [tensor.layout for tensor in tensors].count(torch.strided) == len(tensors)
-            are_alike = shapes.count(shape) == len(shapes) == devices.count(device)
-            fit_layout = shape and shape[-1] == layout.local_len and layout.cp_size == group.cp_size
+            are_together = devices.count(device) == len(tensors)
+            fit_layout = layout.cp_size == group.cp_size and all(
+                shape[-1:] == (local_len,) for shape in shapes
+            )
         except Exception:
-            check_batch(batch, layout, group, ignore_index)
+            check_batch(batch, layout, group, options.fills)
             raise
-        if not (are_dense and are_alike and fit_layout):
-            check_batch(batch, layout, group, ignore_index)
+        if not (are_dense and are_together and fit_layout):
+            check_batch(batch, layout, group, options.fills)
+        num_depths, max_documents = options.num_depths, options.max_documents
         if layout.num_documents > max_documents < layout.num_used_documents:
             raise ValueError(
                 f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
@@ -112,59 +126,101 @@ class ExchangeSpec(NamedTuple):
             )
         asked = (schedule, transport, num_depths, max_documents)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
-        return cls(*asked, *of_layout, names, dtypes, shape[:-1], device, ignore_index)
+        on_device = isinstance(layout, DeviceLayout)
+        fills = tuple([options.fills.get(name, 0) for name in names])
+        depths = tuple([options.depths.get(name, num_depths) for name in names])
+        leading = tuple([shape[:-1] for shape in shapes])
+        return cls(*asked, *of_layout, on_device, names, dtypes, leading, fills, depths, device)
 
     def describe(self) -> dict[str, object]:
         """The fields that all ranks must share, as text for error messages."""
         length = "" if self.is_packed else f" {self.seq_len}"
-        tensors = zip(self.names, self.dtypes, strict=True)
+        where = " on the device" if self.bounds_on_device else ""
+        tensors = zip(self.names, self.dtypes, self.shapes, strict=True)
         return {
             "schedule": self.schedule,
             "num_depths": self.num_depths,
             "max_documents": self.max_documents,
-            "layout": f"{'packed' if self.is_packed else 'dense'} {self.layout_kind}{length}",
-            "tensors": tuple(f"{name} {str(dtype)[6:]} {list(self.batch_shape)}" for name, dtype in tensors),
+            "layout": f"{'packed' if self.is_packed else 'dense'} {self.layout_kind}{length}{where}",
+            "tensors": tuple(f"{name} {str(dtype)[6:]} {list(shape)}" for name, dtype, shape in tensors),
             "transport": self.transport,
-            "ignore_index": self.ignore_index,
+            "fills (of labels: ignore_index)": self.fills,
+            "depths of the tensors": self.depths,
         }
+
+    # In messages and kernels, tensors are split into columns of equally many rows, so that tensors of different
+    # leading shapes travel together: [B, L] and [3, B, L] are one column and three.
 
     @property
     def batch_rows(self) -> int:
-        """B."""
-        return prod(self.batch_shape)
+        """Rows of a column: B, if all tensors are [B, L]."""
+        return gcd(*(prod(shape) for shape in self.shapes))
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Columns of each tensor."""
+        rows = self.batch_rows
+        return tuple(prod(shape) // rows for shape in self.shapes)
+
+    @property
+    def num_columns(self) -> int:
+        return sum(self.parts)
 
     @property
     def words_per_token(self) -> int:
-        """int64 words that a token takes in a message: one for each tensor and batch row."""
-        return len(self.names) * self.batch_rows
+        """int64 words that a token takes in a message: one for each row of each tensor."""
+        return self.num_columns * self.batch_rows
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Bytes of an element of each tensor."""
-        return tuple(dtype.itemsize for dtype in self.dtypes)
+        """Bytes of an element of each column."""
+        return self._by_column([dtype.itemsize for dtype in self.dtypes])
 
     @property
-    def fills(self) -> tuple[int, ...]:
-        """For each tensor, what a token past its document's end becomes, as an integer of the tensor's width."""
-        pairs = zip(self.names, self.dtypes, strict=True)
-        return tuple(_bits(fill_of(name, self.ignore_index), dtype) for name, dtype in pairs)
+    def fill_bits(self) -> tuple[int, ...]:
+        """For each column, what a token past its document's end becomes, as an integer of the column's width."""
+        return self._by_column([_bits(*one) for one in zip(self.fills, self.dtypes, strict=True)])
 
     @property
     def table(self) -> IntArray:
-        """What the kernels have to know, int64 [2, tensors]: widths and fills."""
-        return np.array([self.widths, self.fills])
+        """What the kernels have to know, int64 [2, columns]: widths and fills."""
+        return np.array([self.widths, self.fill_bits])
 
-    def as_integers(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A [B, L] view as integers of the same width."""
-        return tensor.view(INTEGER_VIEW[tensor.dtype]).view(self.batch_rows, -1)
+    def _by_column(self, values: list[int]) -> tuple[int, ...]:
+        return tuple(value for value, parts in zip(values, self.parts, strict=True) for _ in range(parts))
+
+    def columns(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Views [batch_rows, L] of the tensors as integers of their own width, one for each column."""
+        rows = self.batch_rows
+        return [
+            column
+            for tensor in tensors
+            for column in tensor.view(INTEGER_VIEW[tensor.dtype]).view(-1, rows, tensor.shape[-1]).unbind(0)
+        ]
+
+
+def column_addresses(tensors: Sequence[torch.Tensor | None], parts: tuple[int, ...]) -> list[int]:
+    """The address of each column, given the columns of each tensor; 0 for those of a tensor that is None."""
+    addresses = []
+    for tensor, columns in zip(tensors, parts, strict=True):
+        if tensor is None:
+            addresses += [0] * columns
+        elif columns == 1:
+            addresses.append(tensor.data_ptr())
+        else:
+            first, step = tensor.data_ptr(), tensor.nbytes // columns
+            addresses += [first + part * step for part in range(columns)]
+    return addresses
 
 
 def check_batch(
-    batch: Batch, layout: SequenceLayout, group: ExchangeGroup, ignore_index: int = IGNORE_INDEX
+    batch: Batch, layout: Layout, group: ExchangeGroup, fills: Mapping[str, float] | None = None
 ) -> None:
     """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
-    if not isinstance(layout, SequenceLayout):
-        raise ValueError(f"the layout must be a SequenceLayout, got {type(layout).__name__}")
+    if not isinstance(layout, Layout):
+        raise ValueError(
+            f"the layout must be a SequenceLayout or a DeviceLayout, got {type(layout).__name__}"
+        )
     if not isinstance(batch, Mapping) or not batch:
         got = "none" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"the batch must be a dict and hold at least one tensor, got {got}")
@@ -183,7 +239,7 @@ def check_batch(
             if isinstance(tensor, torch.Tensor):
                 kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
             raise ValueError(f"{name} must be a dense tensor, got {kind}")
-    first_name, first = next(iter(batch.items()))
+    first = next(iter(batch.values()))
     for name, tensor in batch.items():
         if tensor.dtype not in INTEGER_VIEW:
             legal = ", ".join(str(dtype)[6:] for dtype in INTEGER_VIEW)
@@ -192,17 +248,14 @@ def check_batch(
                 "roll its real and its imaginary part" if tensor.is_complex() else f"convert it to {like}"
             )
             raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}: {advice}")
-        check_fill(name, tensor.dtype, ignore_index)
+        check_fill(name, tensor.dtype, (fills or {}).get(name, 0))
         if tensor.ndim < 1 or tensor.shape[-1] != layout.local_len:
             raise ValueError(
                 f"{name} must have the layout's local length {layout.local_len} as its last dimension, got shape "
                 f"{list(tensor.shape)}: pass this rank's shard, layout.shard(tensor, cp_rank), and this batch's layout"
             )
-        if tensor.shape != first.shape:
-            raise ValueError(
-                f"all tensors must have one shape, got {first_name} {list(first.shape)} and {name} "
-                f"{list(tensor.shape)}"
-            )
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must have at least one row, got shape {list(tensor.shape)}")
         if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
             raise ValueError(
                 f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
@@ -213,5 +266,3 @@ def check_batch(
             f"the batch must be on the current device cuda:{torch.cuda.current_device()}, got {first.device}: call "
             "torch.cuda.set_device"
         )
-    if first.numel() == 0:
-        raise ValueError(f"the batch must have at least one row, got shape {list(first.shape)}")

@@ -21,11 +21,11 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
 from overlap_mtp.exchange.plan import ExchangePlan
+from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.put_pack import put_pack
 from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
-from overlap_mtp.layout import SequenceLayout
 
 NUM_BUFFERS = 64  # exchanges that may be under way at a time
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # as NCCL's
@@ -113,7 +113,7 @@ class SymmetricTransport(CudaTransport):
     def start(
         self,
         tensors: list[torch.Tensor],
-        layout: SequenceLayout,
+        layout: Layout,
         mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
@@ -146,7 +146,7 @@ class SymmetricTransport(CudaTransport):
         with self._send_span:
             self._launch(buffers.send, buffers)
 
-    def _count(self, layout: SequenceLayout) -> None:
+    def _count(self, layout: Layout) -> None:
         header_bytes, sequence_bytes = self._sent_bytes
         self.traffic.add(
             len(self.plan.destinations), header_bytes + self.plan.num_sequences(layout) * sequence_bytes
@@ -159,11 +159,10 @@ class SymmetricTransport(CudaTransport):
 
     def _bind(self, buffers: ExchangeBuffers) -> None:
         buffers.shared = self._mapping
-        host_metadata = buffers.host_metadata.tensor
         metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
         send_own = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
         buffers.send = put_pack(
-            (host_metadata, replay_metadata, metadata, *self._tables, *send_own), buffers.constants
+            (buffers.source, replay_metadata, metadata, *self._tables, *send_own), buffers.constants
         )
         wait_own = (self._sources, self._memory, self.error_flags, self._timeout)
         buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *wait_own), buffers.constants)

@@ -10,7 +10,7 @@ import torch
 
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.spec import ExchangeSpec, Layout
 from overlap_mtp.layout import SequenceLayout
 
 WORD_BYTES = 8
@@ -78,9 +78,10 @@ class Transport(ABC):
         self.group, self.spec, self.traffic = config.group, config.spec, config.traffic
         self.plan, self.device = config.plans[config.group.cp_rank], config.spec.device
         self.num_started = 0
-        # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
-        # rank that is late with an acknowledgement. Pinned: kernels write it, and the host reads it without waiting.
         self.failure: str | None = None  # what `raise_if_failed` has raised
+        # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
+        # rank that is late with an acknowledgement; [3]: 1 if the bounds of a DeviceLayout are illegal. Pinned: kernels
+        # write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words
@@ -94,7 +95,7 @@ class Transport(ABC):
     def start(
         self,
         tensors: list[torch.Tensor],
-        layout: SequenceLayout,
+        layout: Layout,
         mark: int,
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
@@ -134,13 +135,18 @@ class Transport(ABC):
         """Raise RuntimeError if a peer was late or had another plan. It never waits."""
         if not (self._two_flags[0] or self._two_flags[1]):
             return
-        source, *late = (int(word) for word in self._flags)
+        source, *late, bounds = (int(word) for word in self._flags)
         self._flags[:] = 0
-        self.failure = self._describe_failure(source, late)
+        self.failure = self._describe_failure(source, late, bounds)
         raise RuntimeError(self.failure)
 
-    def _describe_failure(self, source: int, late: list[int]) -> str:
+    def _describe_failure(self, source: int, late: list[int], bounds: int) -> str:
         where = f"in one of the exchanges up to number {self.num_started - 1}"
+        if bounds:
+            return (
+                f"overlap_mtp: the bounds of a DeviceLayout are illegal ({where}), and its tokens were not rolled: "
+                "DeviceLayout.on_host() reads them and says what is wrong"
+            )
         for peer, what in zip(late, LATE, strict=False):
             if peer:
                 return (

@@ -39,7 +39,8 @@ def token_mask(
         A tensor that broadcasts to [B, L]. It is 0 for tokens whose label lies outside of their document.
     """
     padded = bool((layout.valid_ends < layout.cu_seqlens[1:]).any())
-    if mask is not None and not derive_labels and (depth > 0 or not padded):
+    is_rolled = depth > 0 and not layout.tail_len  # then it is 0 past the end of a document
+    if mask is not None and not derive_labels and (is_rolled or not padded):
         return mask
     valid = upload(layout.valid(cp_rank, depth + derive_labels), like.device)
     return valid if mask is None else mask.masked_fill(~valid, 0)

@@ -37,7 +37,7 @@ def loss_reference(model: GPT, batch: Mapping[str, torch.Tensor], layout: Sequen
     for row in range(batch["input_ids"].shape[0]):
         for start, length in zip(layout.cu_seqlens[:-1].tolist(), layout.valid_lengths.tolist(), strict=True):
             document = {name: tensor[row, start : start + length] for name, tensor in batch.items()}
-            if length == 0:
+            if length <= 0:
                 continue
             mask = document.get("loss_mask", torch.ones(length))
             labels = document["input_ids" if config.derive_labels else "labels"].long()

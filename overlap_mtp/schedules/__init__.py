@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.select import TRANSPORTS
+from overlap_mtp.exchange.spec import RollOptions, fills_of
 from overlap_mtp.schedules.packed import TIMINGS, PackedRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
 from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls
@@ -34,6 +36,8 @@ def make_roller(
     max_documents: int = 128,
     ignore_index: int = IGNORE_INDEX,
     check_layouts: bool | None = None,
+    fills: Mapping[str, float] | None = None,
+    depths: Mapping[str, int] | None = None,
 ) -> Roller:
     """Make a roller. It communicates nothing: that begins with the first `start`.
 
@@ -50,6 +54,8 @@ def make_roller(
         check_layouts: of sync: compare each microbatch and its layout over the ranks before its rolls, by one small
             message that waits for the device. The other schedules always compare, at no cost. Default: whether the
             environment variable OVERLAP_MTP_CHECK_LAYOUTS is 1.
+        fills: what other rolled tensors hold past the end of a document, by name. It comes before the defaults above.
+        depths: of tensors that are rolled less far than num_depths, by name.
 
     Returns:
         The roller.
@@ -67,14 +73,20 @@ def make_roller(
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
+    for name, fill in (fills or {}).items():
+        if fill != fill:
+            raise ValueError(f"the fill of {name} must be a number, got {fill}")
+    for name, own in (depths or {}).items():
+        if not 1 <= own <= num_depths:
+            raise ValueError(f"the depths of {name} must be in [1, {num_depths}] (num_depths), got {own}")
     if check_layouts is None:
         check_layouts = os.environ.get("OVERLAP_MTP_CHECK_LAYOUTS") == "1"
+    options = RollOptions(num_depths, max_documents, fills_of(ignore_index, fills), dict(depths or {}))
     config = RollerConfig(
         schedule,
         exchange_group_of(cp_group),
-        num_depths,
-        max_documents,
         transport if schedule in TIMINGS else "",
+        options,
         ignore_index,
         check_layouts,
     )

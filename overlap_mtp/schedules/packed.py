@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.exchange.plan import make_plans
 from overlap_mtp.exchange.select import make_transport
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Tokens
@@ -41,6 +42,8 @@ TIMINGS = {
 class PackedRoller(Roller):
     """A roller whose exchanges carry all tensors and documents at once."""
 
+    reads_device_bounds = True
+
     def __init__(self, config: RollerConfig) -> None:
         super().__init__(config)
         self.is_overlapped, all_depths = TIMINGS[self.name]
@@ -48,19 +51,20 @@ class PackedRoller(Roller):
         self._asked_transport = config.transport
         self._transports: dict[ExchangeSpec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
-        self._layout: SequenceLayout  # of the last batch
+        self._layout: Layout  # of the last batch
         self.refusal: PendingExchange | None = None  # in place of the last microbatch
 
     @property
     def transport(self) -> str:
         return self._transport.name if self._transport else self._asked_transport
 
-    def _adopt(self, spec: ExchangeSpec, layout: SequenceLayout) -> None:
+    def _adopt(self, spec: ExchangeSpec, layout: Layout) -> None:
         if spec in self._transports:
             self._transports[spec] = self._transports.pop(spec)  # the last one is the last used
         else:
             self._make_room()
-            plans = make_plans(layout, self._depths_per_exchange, self.max_documents)
+            pattern = layout.pattern() if isinstance(layout, DeviceLayout) else layout
+            plans = make_plans(pattern, self._depths_per_exchange, self.max_documents)
             config = TransportConfig(
                 self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
             )
@@ -74,7 +78,7 @@ class PackedRoller(Roller):
         for spec in idle[: max(0, len(idle) + 1 - MAX_TRANSPORTS)]:
             self._transports.pop(spec).retire()
 
-    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+    def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert self._transport is not None
         self._layout = layout
         rolls = PackedRolls(self, self._transport, batch, layout)
@@ -111,8 +115,11 @@ class PackedRoller(Roller):
         transport, spec = self._transport, self._spec
         assert transport is not None
         assert spec is not None
-        shape = (*spec.batch_shape, self._layout.local_len)
-        tensors = [torch.zeros(shape, dtype=dtype, device=spec.device) for dtype in spec.dtypes]
+        local_len, device = self._layout.local_len, spec.device
+        tensors = [
+            torch.zeros((*shape, local_len), dtype=dtype, device=device)
+            for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+        ]
         return transport.start(tensors, self._layout, mark)
 
     def close(self) -> None:
@@ -136,9 +143,7 @@ class PackedRoller(Roller):
 class PackedRolls(Rolls):
     """The rolls of one exchange, or of several: each rolls the result of the one before."""
 
-    def __init__(
-        self, roller: PackedRoller, transport: Transport, batch: Batch, layout: SequenceLayout
-    ) -> None:
+    def __init__(self, roller: PackedRoller, transport: Transport, batch: Batch, layout: Layout) -> None:
         self._roller = roller
         self._transport = transport
         self._layout = layout
@@ -156,7 +161,7 @@ class PackedRolls(Rolls):
             elif self._transport.failure:
                 raise RuntimeError(self._transport.failure)
             self._wait()
-        return dict(self._rolled[depth - 1])
+        return self._roller.at_depth(self._rolled[depth - 1], depth)
 
     def start_next(self, ready: torch.cuda.Event | None = None) -> None:
         """Start the next exchange."""

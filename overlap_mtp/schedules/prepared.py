@@ -10,10 +10,11 @@ none: no roll at all. It returns wrong tokens and is for timing only: it shows w
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_fill, fill_of
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, check_fill, fills_of
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached
@@ -28,7 +29,12 @@ def prepared_name(name: str, depth: int) -> str:
 
 
 def prepare(
-    batch: Batch, layout: SequenceLayout, num_depths: int, ignore_index: int = IGNORE_INDEX
+    batch: Batch,
+    layout: SequenceLayout,
+    num_depths: int,
+    ignore_index: int = IGNORE_INDEX,
+    fills: Mapping[str, float] | None = None,
+    depths: Mapping[str, int] | None = None,
 ) -> Tokens:
     """Roll a full-length batch at every depth, before it is sharded.
 
@@ -36,7 +42,7 @@ def prepare(
         batch: full-length tensors by name, [..., S] each.
         layout: of the batch.
         num_depths: at least 1.
-        ignore_index: as in `make_roller`.
+        ignore_index, fills, depths: as in `make_roller`.
 
     Returns:
         Full-length tensors: those of the batch, and `prepared_name(name, depth)` for each name and depth. Shard them
@@ -47,11 +53,12 @@ def prepare(
     """
     if num_depths < 1:
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
-    prepared = dict(batch)
-    for name, tensor in batch.items():
-        check_fill(name, tensor.dtype, ignore_index)
-        fill = fill_of(name, ignore_index)
-        for depth in range(1, num_depths + 1):
+    all_fills = fills_of(ignore_index, fills)
+    prepared = {name: tensor for name, tensor in batch.items() if tensor is not None}
+    for name, tensor in list(prepared.items()):
+        fill = all_fills.get(name, 0)
+        check_fill(name, tensor.dtype, fill)
+        for depth in range(1, (depths or {}).get(name, num_depths) + 1):
             prepared[prepared_name(name, depth)] = roll_reference(tensor, layout, depth, fill)
     return prepared
 
@@ -59,7 +66,7 @@ def prepare(
 class PreparedRoller(Roller):
     """Hands out the rolls that are in the batch (prepared), or the batch itself (none)."""
 
-    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+    def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         return PreparedRolls(self, detached(batch))
 
     def _check_names(self, spec: ExchangeSpec) -> None:
@@ -69,7 +76,7 @@ class PreparedRoller(Roller):
             prepared_name(name, depth)
             for name in spec.names
             if not PREPARED.search(name)
-            for depth in range(1, self.num_depths + 1)
+            for depth in range(1, self.options.depths.get(name, self.num_depths) + 1)
         )
         missing = next((name for name in wanted if name not in spec.names), None)
         if missing:
@@ -88,6 +95,6 @@ class PreparedRolls(Rolls):
         self._roller.check_depth(depth)
         batch = self._batch
         if self._roller.name == "none":
-            return dict(batch)
+            return self._roller.at_depth(batch, depth)
         names = {name: prepared_name(name, depth) for name in batch}
         return {name: batch[rolled] for name, rolled in names.items() if rolled in batch}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_batch
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, RollOptions, check_batch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.agreement import agree
 
@@ -34,7 +35,7 @@ class Rolls(ABC):
             depth: from 1 to num_depths.
 
         Returns:
-            The tensors by name, of the same dtypes and shapes.
+            The tensors by name, of the same dtypes and shapes, without those whose own depth is smaller.
 
         Raises:
             ValueError: if there is no such depth.
@@ -70,7 +71,7 @@ class ChainedRolls(Rolls):
     def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
         while len(self._rolled) <= depth:
-            self._rolled.append(self._roll(self._rolled[-1]))
+            self._rolled.append(self._roll(self._roller.at_depth(self._rolled[-1], len(self._rolled))))
         return dict(self._rolled[depth])
 
 
@@ -80,9 +81,8 @@ class RollerConfig:
 
     schedule: str
     group: ExchangeGroup
-    num_depths: int
-    max_documents: int
     transport: str  # "" if the schedule has none
+    options: RollOptions
     ignore_index: int
     check_layouts: bool
 
@@ -91,10 +91,11 @@ class Roller(ABC):
     """Rolls the tensors of one microbatch after the other by one schedule. `make_roller` makes one."""
 
     is_overlapped = False  # whether its exchanges run beside the current stream
+    reads_device_bounds = False  # whether it takes a DeviceLayout on GPUs
 
     def __init__(self, config: RollerConfig) -> None:
-        self.name, self.num_depths = config.schedule, config.num_depths
-        self.max_documents = config.max_documents
+        self.name, self.options, self.num_depths = config.schedule, config.options, config.options.num_depths
+        self.max_documents = config.options.max_documents
         self.ignore_index, self.check_layouts = config.ignore_index, config.check_layouts
         self.traffic = Traffic()
         self._group = config.group
@@ -110,13 +111,11 @@ class Roller(ABC):
             group=self._group,
             schedule=self.name,
             transport=config.transport,
-            num_depths=self.num_depths,
-            max_documents=self.max_documents,
-            ignore_index=self.ignore_index,
+            options=self.options,
         )
         self._is_closed = False
 
-    def start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None = None) -> Rolls:
+    def start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None = None) -> Rolls:
         """Start what the schedule can start. On CUDA it does not wait for the device.
 
         All ranks of the cp group call this in the same order with the same layout. At first use, and whenever names,
@@ -125,10 +124,10 @@ class Roller(ABC):
         other. Join all exchanges before you replay a graph that holds one.
 
         Args:
-            batch: this rank's tensors by name, all [B, local_len] (or [local_len]) and on one device; bool, uint8,
-                int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold the
-                roller's `ignore_index`.
-            layout: of the batch.
+            batch: this rank's tensors by name, [..., local_len] each (for example [B, local_len]) and on one device;
+                bool, uint8, int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold
+                the roller's `ignore_index`. Names with None are left out.
+            layout: of the batch. Only `merged`, `overlap` and `prefetch` on GPUs use a DeviceLayout as it is.
             ready: a CUDA event after which the batch may be read. Default: after all work queued on the current
                 stream. An earlier event lets an overlapped exchange begin in the middle of a long kernel.
 
@@ -144,10 +143,16 @@ class Roller(ABC):
         """
         self.check_open()
         try:
+            if isinstance(batch, Mapping) and any(tensor is None for tensor in batch.values()):
+                batch = {name: tensor for name, tensor in batch.items() if tensor is not None}
+            if isinstance(layout, DeviceLayout) and not (
+                self.reads_device_bounds and layout.cu_seqlens.is_cuda
+            ):
+                layout = layout.on_host()
             spec = self._spec_of(batch, layout)
             is_new = spec != self._spec
             if is_new:
-                check_batch(batch, layout, self._group, self.ignore_index)
+                check_batch(batch, layout, self._group, self.options.fills)
                 self._check_names(spec)
         except Exception as error:
             if self._agreed is None:
@@ -180,12 +185,12 @@ class Roller(ABC):
         """Find out whether all ranks have another kind of batch: only then can they agree on it."""
 
     @abstractmethod
-    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls: ...
+    def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls: ...
 
     def _check_names(self, spec: ExchangeSpec) -> None:  # noqa: B027 - most schedules have nothing to check
         """Raise ValueError if the schedule needs tensors that the batch lacks."""
 
-    def _adopt(self, spec: ExchangeSpec, layout: SequenceLayout) -> None:  # noqa: B027 - most have nothing to make
+    def _adopt(self, spec: ExchangeSpec, layout: Layout) -> None:  # noqa: B027 - most have nothing to make
         """Make what batches of a new spec need. Collective."""
 
     def raise_if_failed(self) -> None:  # noqa: B027 - most schedules find out when they roll
@@ -205,6 +210,13 @@ class Roller(ABC):
     def check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this roller is closed")
+
+    def at_depth(self, tokens: Tokens, depth: int) -> Tokens:
+        """A copy of `tokens` without those that are not rolled so far."""
+        depths = self.options.depths
+        if not depths:
+            return dict(tokens)
+        return {name: tensor for name, tensor in tokens.items() if depths.get(name, depth) >= depth}
 
     def check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.num_depths:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
-from overlap_mtp.exchange.spec import Batch, fill_of
+from overlap_mtp.exchange.spec import Batch, Layout
 from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
 from overlap_mtp.schedules.roller import (
@@ -99,7 +99,7 @@ class RollByOne:
 
 
 def roll_by_one(
-    tensor: torch.Tensor, steps: RollByOne, fill: int, group: ExchangeGroup, traffic: Traffic
+    tensor: torch.Tensor, steps: RollByOne, fill: float, group: ExchangeGroup, traffic: Traffic
 ) -> torch.Tensor:
     """Roll [..., L] by one: for each document, a blocking exchange with each neighbour."""
     rolled = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -184,7 +184,8 @@ class SyncRoller(Roller):
                 f"overlap_mtp: cp rank {others[0]} started another microbatch than cp rank {group.cp_rank}: {IN_STEP}"
             )
 
-    def _start(self, batch: Batch, layout: SequenceLayout, ready: torch.cuda.Event | None) -> Rolls:
+    def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
+        assert isinstance(layout, SequenceLayout)
         if self._failure:
             raise RuntimeError(self._failure)
         if self.check_layouts:
@@ -194,7 +195,7 @@ class SyncRoller(Roller):
 
         def roll(tensors: Tokens) -> Tokens:
             return {
-                name: roll_by_one(tensor, steps, fill_of(name, self.ignore_index), self._group, self.traffic)
+                name: roll_by_one(tensor, steps, self.options.fills.get(name, 0), self._group, self.traffic)
                 for name, tensor in tensors.items()
             }
 

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from overlap_mtp import SCHEDULES, make_roller, roll_tensor
 
 from cases import Microbatch
-from rank_bodies import LAYOUTS, roll_tensor_differs, rolls_differ, rolls_differ_in_a_default_group
+from rank_bodies import (
+    LAYOUTS,
+    mixed_rolls_differ,
+    roll_tensor_differs,
+    rolls_differ,
+    rolls_differ_in_a_default_group,
+)
 from rank_pool import RankPool
 from strategies import KINDS, dtype_choices, layouts, random_batch
 
@@ -33,6 +39,17 @@ def test_rolls_are_exact_on_any_layout(pool: RankPool, layout, num_depths, rows,
 @pytest.mark.parametrize("cp_size", [2, 3, 4, 8])
 def test_rolls_are_exact(pool: RankPool, cp_size, documents, kind, num_depths):
     pool.check(rolls_differ, cp_size, LAYOUTS[documents](16 * cp_size, cp_size, kind), num_depths)
+
+
+@settings(max_examples=20)
+@given(layout=layouts(cp_sizes=(1, 2, 3)), on_device=st.booleans())
+def test_tensors_of_other_shapes_depths_and_fills_travel_together(pool: RankPool, layout, on_device):
+    """On CPU ranks, bounds "on the device" are read on the host."""
+    on_device = on_device and layout.is_packed
+    if layout.cp_size == 1:
+        assert mixed_rolls_differ(None, layout, on_device=on_device) == []
+    else:
+        pool.check(mixed_rolls_differ, layout.cp_size, layout, "auto", on_device)
 
 
 def test_rolls_are_exact_in_a_device_mesh():

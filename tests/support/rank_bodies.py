@@ -5,12 +5,22 @@ from __future__ import annotations
 import functools
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, pad_documents, roll_reference, roll_tensor
+from overlap_mtp import (
+    SCHEDULES,
+    DeviceLayout,
+    SequenceLayout,
+    make_roller,
+    pad_documents,
+    prepare,
+    roll_reference,
+    roll_tensor,
+)
 from overlap_mtp.exchange.transport import Transport
 
 from cases import NUM_DEPTHS, Microbatch, error_of
@@ -47,6 +57,64 @@ def rolls_differ(
             wrong += [f"{schedule}, microbatch {i}: {one}" for one in batch.wrong(rolls, num_depths)]
         roller.close()
     return wrong
+
+
+def mixed_rolls_differ(
+    group: dist.ProcessGroup | None,
+    layout: SequenceLayout,
+    transport: str = "auto",
+    on_device: bool = False,
+    schedules: tuple[str, ...] = SCHEDULES,
+) -> list[str]:
+    """Tensors of several leading shapes, depths and fills, and a missing one, in one batch of each schedule.
+
+    `on_device`: the bounds are on the ranks' device.
+    """
+    draw = functools.partial(random_tensor, generator=torch.Generator().manual_seed(5))
+    length, device = layout.seq_len, device_of(group)
+    full = {
+        "input_ids": draw((2, length), torch.int64),
+        "position_ids": draw((3, 2, length), torch.int32),  # as for multimodal rotary positions
+        "labels": draw((2, length), torch.int64),
+        "loss_mask": draw((2, length), torch.float16),
+        "padding_mask": draw((length,), torch.bool),
+    }
+    depths, fills = {"position_ids": 1, "labels": 2}, {"labels": 7, "padding_mask": 0, "loss_mask": -1}
+    rank = 0 if group is None else group.rank()
+    wrong = []
+    for schedule in schedules:
+        roller = make_roller(
+            schedule, group, 3, transport, layout.num_documents + 2, fills=fills, depths=depths
+        )
+        prepared = prepare(full, layout, 3, fills=fills, depths=depths) if schedule == "prepared" else full
+        batch = {name: layout.shard(tensor, rank).to(device) for name, tensor in prepared.items()}
+        given = device_layout_of(layout, device) if on_device else layout
+        started = [roller.start({**batch, "attention_mask": None}, given) for _ in range(2)]
+        for rolls in started:
+            for depth in (1, 2, 3):
+                rolled = rolls.at(depth)
+                names = {name for name in full if depths.get(name, 3) >= depth}
+                if rolled.keys() != names:
+                    wrong.append(f"{schedule}: {sorted(rolled)} at depth {depth}")
+                for name in names & rolled.keys():
+                    reference = roll_reference(full[name], layout, depth, fills.get(name, 0))
+                    if not same_bits(rolled[name].cpu(), layout.shard(reference, rank)):
+                        wrong.append(f"{schedule}: {name} at depth {depth}")
+        roller.close()
+    return wrong
+
+
+def device_layout_of(
+    layout: SequenceLayout, device: torch.device, dtype: torch.dtype = torch.int32
+) -> DeviceLayout:
+    """The same layout, with its bounds on a device."""
+    documents = layout.num_documents - bool(layout.tail_len)
+    valid = np.concatenate([[0], np.cumsum(layout.valid_lengths[:documents])])
+    bounds = layout.cu_seqlens[: documents + 1]
+    if documents == 0:  # nothing but a tail
+        bounds = valid = np.zeros(2, np.int64)
+    tensors = [torch.from_numpy(one).to(device, dtype) for one in (bounds, valid)]
+    return DeviceLayout(tensors[0], layout.seq_len, layout.cp_size, layout.kind, tensors[1])
 
 
 def rolls_differ_in_a_default_group(world: dist.ProcessGroup) -> list[str]:

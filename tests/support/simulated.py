@@ -7,7 +7,7 @@ import torch
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.outputs import allocate_outputs
 from overlap_mtp.exchange.plan import ExchangePlan, make_metadata
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.spec import ExchangeSpec, RollOptions, column_addresses, fills_of
 from overlap_mtp.layout import SequenceLayout
 
 from cases import Batch, differences
@@ -20,12 +20,19 @@ def poisoned(*shape: int) -> torch.Tensor:
     return torch.full((*shape, 8), POISON, dtype=torch.uint8).view(torch.int64).squeeze(-1)
 
 
-def spec_of(full: Batch, layout: SequenceLayout, num_depths: int, max_documents: int) -> ExchangeSpec:
+def spec_of(
+    full: Batch,
+    layout: SequenceLayout,
+    num_depths: int,
+    max_documents: int,
+    depths: dict[str, int] | None = None,
+) -> ExchangeSpec:
     """The spec that all ranks of a batch have."""
     group = ExchangeGroup(None)
     group.cp_size = layout.cp_size
     shard = {name: layout.shard(t, 0) for name, t in full.items()}
-    return ExchangeSpec.of(shard, layout, group, "prefetch", "auto", num_depths, max_documents)
+    options = RollOptions(num_depths, max_documents, fills_of(), depths or {})
+    return ExchangeSpec.of(shard, layout, group, "prefetch", "auto", options)
 
 
 class RankBatch:
@@ -39,16 +46,20 @@ class RankBatch:
         for tensors_at_depth in self.rolled:
             for tensor in tensors_at_depth.values():
                 tensor.view(torch.uint8).fill_(POISON)
-        addresses = [one.data_ptr() for one in tensors] + outputs.addresses
+        addresses = column_addresses(tensors, spec.parts) + outputs.addresses
         self.host_metadata = torch.cat(
             [torch.from_numpy(make_metadata(layout, plan)), torch.tensor(addresses)]
         )
         self.replay_metadata = torch.full_like(self.host_metadata, -1)
         self.metadata = poisoned(len(self.host_metadata))
         # As the reference takes them: views as integers.
-        self.tensors = [spec.as_integers(one) for one in tensors]
-        self.outputs = [[spec.as_integers(one[name]) for one in self.rolled] for name in spec.names]
+        self.tensors = spec.columns(tensors)
+        self.outputs = []
+        for name in spec.names:
+            by_depth = [spec.columns([one[name]]) for one in self.rolled if name in one]
+            self.outputs += [list(column) for column in zip(*by_depth, strict=True)]
 
     def wrong(self) -> list[str]:
         """What is wrong with the outputs."""
-        return differences(self.rolled, self.full, self.layout, self.plan.cp_rank)
+        depths = dict(zip(self.spec.names, self.spec.depths, strict=True))
+        return differences(self.rolled, self.full, self.layout, self.plan.cp_rank, depths)

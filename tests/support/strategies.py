@@ -33,7 +33,8 @@ def layouts(draw: st.DrawFn, cp_sizes: tuple[int, ...] = CP_SIZES, max_documents
     multiple = length_unit(cp_size, kind)
     if draw(st.booleans()):
         return SequenceLayout.dense(multiple * draw(st.integers(1, 6)), cp_size, kind)
-    lengths = draw(st.lists(st.integers(0, 3 * multiple + 5), min_size=1, max_size=max_documents))
+    # A tail counts as a document.
+    lengths = draw(st.lists(st.integers(0, 3 * multiple + 5), min_size=1, max_size=max_documents - 1))
     if draw(st.booleans()):
         return pad_documents([torch.zeros(n) for n in lengths], cp_size, kind)[1]
     own = multiple if kind == "zigzag" else 1

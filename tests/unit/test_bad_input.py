@@ -7,7 +7,7 @@ import torch
 
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.spec import ExchangeSpec, RollOptions
 from overlap_mtp.schedules.timed import TimedRoller
 
 from cases import ILLEGAL, NUM_DEPTHS, Microbatch, assert_names, error_of, full_batch, packed
@@ -17,8 +17,10 @@ from strategies import KINDS, same_bits
 def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
     def spec(batch=None, layout=None, **options):
         layout = layout or packed(1)
-        options = {"schedule": "sync", "transport": "auto", "num_depths": 2, "max_documents": 8} | options
-        return ExchangeSpec.of(batch or full_batch(layout), layout, ExchangeGroup(None), **options)
+        asked = [options.pop(name, "auto") for name in ("schedule", "transport")]
+        options = {"num_depths": 2, "max_documents": 8, "fills": {}, "depths": {}} | options
+        group = ExchangeGroup(None)
+        return ExchangeSpec.of(batch or full_batch(layout), layout, group, *asked, RollOptions(**options))
 
     batch, bounds = full_batch(packed(1)), packed(1).cu_seqlens
     same = [packed(1, 1), SequenceLayout.packed([0, 30], 1), SequenceLayout.packed([0, 8], 1, "zigzag", [3])]
@@ -31,7 +33,8 @@ def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
         spec(layout=SequenceLayout.packed(bounds, 1, "contiguous")),
         *(spec(layout=SequenceLayout.dense(length, 1)) for length in (24, 32)),
         *(spec(**{name: "other"}) for name in ("schedule", "transport")),
-        *(spec(**{name: 9}) for name in ("num_depths", "max_documents", "ignore_index")),
+        *(spec(**{name: 9}) for name in ("num_depths", "max_documents")),
+        *(spec(**{name: {"labels": 1}}) for name in ("fills", "depths")),
     ]
     assert len({spec(), *others}) == 1 + len(others)
 

@@ -18,7 +18,14 @@ MODULES = {
     for folder, prefix in FOLDERS.items()
     for path in (ROOT / folder).rglob("*.py")
 }
-LEVELS = ["layout tensors tracing", "reference", "exchange kernels", "schedules", "model", "training"]
+LEVELS = [
+    "layout device_layout tensors tracing",
+    "reference",
+    "exchange kernels",
+    "schedules",
+    "model",
+    "training",
+]
 LIBRARY = [{f"overlap_mtp.{name}" for name in level.split()} for level in LEVELS]
 MAY_IMPORT = {part: set().union(*LIBRARY[: n + 1]) for n, level in enumerate(LIBRARY) for part in level}
 MAY_IMPORT["overlap_mtp.__init__"] = set(MAY_IMPORT)

@@ -79,7 +79,9 @@ class PlainRank(Rank):
 
     def wait(self, batch: RankBatch) -> list[str]:
         exchange = (self.plan, self.memories, int(self.seq_nos[-1]), self.constants, self.error_flags)
-        reference.wait_unroll(batch.tensors, batch.outputs, self.spec.fills, batch.host_metadata, *exchange)
+        reference.wait_unroll(
+            batch.tensors, batch.outputs, self.spec.fill_bits, batch.host_metadata, *exchange
+        )
         return batch.wrong()
 
 
