@@ -115,6 +115,7 @@ def start_with_illegal_bounds(group: dist.ProcessGroup, transport: str) -> str:
     """The error of a roller that was given bounds which no rank can cut."""
     roller, batch = make_roller("prefetch", dist.new_group(), 1, transport, 8), Microbatch.of(group)
     bounds = torch.tensor([0, 3, batch.layout.seq_len], device=device_of(group))
+    torch.cuda._sleep(200_000_000)  # `start` returns before the device finds out
     rolls = roller.start(batch.shards(), DeviceLayout(bounds, batch.layout.seq_len, group.size()))
     rolled = rolls.at(1)
     torch.cuda.synchronize()
