@@ -29,6 +29,7 @@ LEVELS = [
 LIBRARY = [{f"overlap_mtp.{name}" for name in level.split()} for level in LEVELS]
 MAY_IMPORT = {part: set().union(*LIBRARY[: n + 1]) for n, level in enumerate(LIBRARY) for part in level}
 MAY_IMPORT["overlap_mtp.__init__"] = set(MAY_IMPORT)
+MAY_IMPORT["overlap_mtp.megatron"] = {*MAY_IMPORT["overlap_mtp.schedules"], "overlap_mtp.megatron"}
 MAY_IMPORT["overlap_mtp.profiling"] = {"overlap_mtp.profiling", "overlap_mtp.tracing"}
 MAY_IMPORT["profiles"] = {"overlap_mtp.profiling"}
 MAY_IMPORT["harness"] = {*MAY_IMPORT, "harness"} - {"profiles"}

@@ -1,0 +1,148 @@
+"""Patch Megatron-LM, and take the patches back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, TracebackType
+from typing import Any
+
+from overlap_mtp.megatron.forward import Entry, patched_forward
+from overlap_mtp.megatron.rolls import patched_roll
+from overlap_mtp.megatron.settings import Settings, reset_status, status
+
+MTP = "megatron.core.transformer.multi_token_prediction"
+# Where a model's forward begins. The second is a part of megatron-core main only, the third of older versions only.
+MODELS = (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel"),
+    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
+    ("megatron.core.models.mamba.mamba_model", "MambaModel"),
+)
+ENTRIES = ("forward", "build_schedule_plan")
+ROLL_PARAMETERS = ["tensor", "shifts", "dims", "cp_group", "packed_seq_params"]
+ENTRY_PARAMETERS = {"self", "input_ids", "position_ids", "labels", "packed_seq_params", "loss_mask"}
+
+_undo: list[tuple[Any, str, Any]] = []  # (owner, name, what it was before)
+_original_roll: Callable[..., Any] | None = None
+
+
+class Installed:
+    """What `install` returns. As a context manager it uninstalls at its end."""
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        uninstall()
+
+
+def install(**settings: Any) -> Installed:
+    """Let Megatron-LM's models prefetch their rolls. Call it on all ranks, before or after models are made.
+
+    Calling it again replaces the settings.
+
+    Args:
+        schedule: how rolls are carried: "prefetch" (one exchange for all depths, under the decoder), "overlap",
+            "merged" or "sync".
+        transport: as in `overlap_mtp.make_roller`.
+        padding: of packed documents that are padded (`cu_seqlens_q` differs from `cu_seqlens_q_padded`): "exact"
+            rolls each document within its valid tokens; "megatron" leaves such batches to Megatron-LM, which gives
+            its bits, also where they are wrong.
+        layout: how batches are cut over context-parallel ranks: "zigzag" (each document by itself),
+            "zigzag_stream" (the whole stream, documents of any length) or "contiguous". Megatron-LM's batches do not
+            say it.
+        max_documents: room for packed documents. More double it, which the ranks agree on once.
+
+    Returns:
+        A context manager that uninstalls.
+
+    Raises:
+        ImportError: if megatron-core is missing.
+        RuntimeError: if this version of it does not roll as the drop-in expects. Nothing is patched then.
+        ValueError: if a setting is illegal.
+    """
+    global _original_roll
+    chosen = Settings(**settings)
+    if not _undo:
+        mtp = importlib.import_module(MTP)
+        entries = list(_entries())
+        version = importlib.import_module("megatron.core").__version__
+        _check(mtp, entries, version)
+        status().version, _original_roll = version, mtp.roll_tensor
+        roll = patched_roll(mtp.roll_tensor)
+        for module in _holders(mtp.roll_tensor):
+            _set(module, "roll_tensor", roll)
+        for owner, name in entries:
+            entry = Entry.of(getattr(owner, name), owner.__name__)
+            _set(owner, name, patched_forward(entry))
+    status().settings = chosen
+    reset_status()
+    return Installed()
+
+
+def uninstall() -> None:
+    """Take all patches back. Exchanges under way are still joined by the forwards that started them."""
+    global _original_roll
+    if not _undo:
+        return
+    roll = importlib.import_module(MTP).roll_tensor
+    while _undo:
+        owner, name, before = _undo.pop()
+        setattr(owner, name, before)
+    for module in _holders(roll):  # that imported it in the meantime
+        module.__dict__["roll_tensor"] = _original_roll
+    status().settings = _original_roll = None
+
+
+def _entries() -> Iterator[tuple[type, str]]:
+    """(class, name) of each function where a forward begins."""
+    for path, name in MODELS:
+        try:
+            model = getattr(importlib.import_module(path), name)
+        except (ImportError, AttributeError):
+            continue
+        for entry in ENTRIES:
+            # A MambaModel of older versions has no MTP; one of newer versions inherits.
+            if entry in vars(model) and "loss_mask" in inspect.signature(vars(model)[entry]).parameters:
+                yield model, entry
+
+
+def _holders(roll: Callable[..., Any]) -> list[ModuleType]:
+    """All modules that hold `roll_tensor`: `from ... import` makes references of its own."""
+    modules = [one for one in list(sys.modules.values()) if isinstance(one, ModuleType)]
+    return [module for module in modules if vars(module).get("roll_tensor") is roll]
+
+
+def _check(mtp: ModuleType, entries: list[tuple[type, str]], version: str) -> None:
+    """Raise RuntimeError unless megatron-core has the functions that we patch, and rolls by them."""
+    problems = []
+    roll = list(inspect.signature(mtp.roll_tensor).parameters)
+    if roll[:5] != ROLL_PARAMETERS or roll[5:] not in ([], ["return_sum"]):
+        problems.append(f"roll_tensor({', '.join(roll)})")
+    for owner, name in entries:
+        parameters = inspect.signature(vars(owner)[name]).parameters
+        missing = ENTRY_PARAMETERS - parameters.keys()
+        if missing:
+            problems.append(f"{owner.__name__}.{name} without {', '.join(sorted(missing))}")
+    if ("GPTModel", "forward") not in [(owner.__name__, name) for owner, name in entries]:
+        problems.append("no GPTModel.forward with a loss_mask")
+    gpt = importlib.import_module(MODELS[0][0]).GPTModel
+    loss = getattr(mtp, "process_mtp_loss", None) or gpt._postprocess
+    embeddings = getattr(mtp.MultiTokenPredictionLayer, "_get_embeddings", None)
+    for what, function in (("its MTP layers do", embeddings), ("its MTP loss does", loss)):
+        if function is None or "roll_tensor" not in inspect.unwrap(function).__code__.co_names:
+            problems.append(f"{what} not roll by roll_tensor")
+    if problems:
+        raise RuntimeError(
+            f"overlap_mtp.megatron does not know megatron-core {version} ({'; '.join(problems)}). It supports 0.16.1 "
+            "and versions that roll in the same way. Nothing was patched"
+        )
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    _undo.append((owner, name, vars(owner)[name]))
+    setattr(owner, name, value)

@@ -1,0 +1,68 @@
+"""From Megatron-LM's description of a batch to a layout."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.layout import Kind, SequenceLayout
+from overlap_mtp.megatron.settings import Settings
+
+
+class LeftToMegatronError(Exception):
+    """A batch that is left to Megatron-LM, and why."""
+
+
+def layout_of(
+    packed: Any | None, local_len: int, cp_size: int, settings: Settings
+) -> SequenceLayout | DeviceLayout:
+    """Return the layout of a batch. It never waits for the device.
+
+    Args:
+        packed: Megatron-LM's PackedSeqParams; None for a dense batch.
+        local_len: tokens of each rank.
+        cp_size: how many ranks share the sequence.
+        settings: of the drop-in.
+
+    Returns:
+        A packed layout; a dense batch is one document, so that batches of other lengths are of the same kind.
+
+    Raises:
+        LeftToMegatronError: if no layout of ours fits.
+    """
+    kind: Kind = settings.layout if cp_size > 1 else "contiguous"
+    try:
+        if packed is None:
+            return _dense(local_len * cp_size, cp_size, kind)
+        bounds, valid = _bounds(packed, settings)
+        if isinstance(bounds, torch.Tensor) and bounds.is_cuda:
+            return DeviceLayout(bounds, local_len * cp_size, cp_size, kind, valid)
+        lengths = None if valid is None else np.diff(_on_host(valid))
+        return SequenceLayout.packed(_on_host(bounds), cp_size, kind, lengths, local_len * cp_size)
+    except ValueError as error:
+        raise LeftToMegatronError(f"no layout of ours: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _dense(seq_len: int, cp_size: int, kind: Kind) -> SequenceLayout:
+    return SequenceLayout.packed([0, seq_len], cp_size, kind)
+
+
+def _bounds(packed: Any, settings: Settings) -> tuple[Any, Any | None]:
+    """(bounds of the padded documents, running sum of their valid lengths or None if that is the same)."""
+    valid, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
+    if valid is None:
+        raise LeftToMegatronError("PackedSeqParams without cu_seqlens_q")
+    if padded is None or padded is valid:
+        return valid, None
+    if settings.padding == "megatron":
+        raise LeftToMegatronError("padded documents with padding='megatron'")
+    return padded, valid
+
+
+def _on_host(values: Any) -> Any:
+    return values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -1,0 +1,123 @@
+"""The rolls of one forward: an exchange that leaves at its entry, and the tensors that it answers for.
+
+A tensor that the exchange knows goes into the model as an alias with a mark: which prefetch, which name, which depth. A
+roll of a marked tensor is answered from the exchange, and the answer is marked with the next depth. A clone of a marked
+tensor is marked, too: Megatron-LM clones the labels before it rolls them. A tensor that was written to after it was
+marked has another version, and is not answered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
+from overlap_mtp.megatron.settings import roller_for, status
+from overlap_mtp.schedules import Rolls
+from overlap_mtp.tensors import INTEGER_VIEW
+
+MARK = "_overlap_mtp_mark"
+ZEROS = {"labels": 0, "padding_mask": 0}  # what Megatron-LM fills all tensors with
+
+
+class Mark(NamedTuple):
+    """What a tensor is to its prefetch."""
+
+    prefetch: Prefetch
+    name: str
+    depth: int  # how far it is rolled
+    version: int  # of the tensor when it was marked
+
+
+class Prefetch:
+    """The exchange of one forward."""
+
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        depths: dict[str, int],
+        cp_group: dist.ProcessGroup,
+        packed: Any | None,
+    ) -> None:
+        """Start the exchange.
+
+        Args:
+            tensors: of this rank, by name, [..., local_len] each.
+            depths: how far each one will be rolled.
+            cp_group: the ranks that share the sequence.
+            packed: Megatron-LM's PackedSeqParams; None for a dense batch.
+
+        Raises:
+            LeftToMegatronError: if the batch is not one that we can roll.
+        """
+        settings = status().settings
+        assert settings is not None
+        self.cp_group, self.packed, self.depths = cp_group, packed, depths
+        lengths = {tensor.shape[-1] for tensor in tensors.values()}
+        if len(lengths) > 1:
+            raise LeftToMegatronError(f"tensors of different lengths: {sorted(lengths)}")
+        layout = layout_of(packed, lengths.pop(), cp_group.size(), settings)
+        documents = 1 if packed is None else settings.max_documents
+        while documents < layout.num_used_documents:
+            documents *= 2
+        num_depths = max(depths.values())
+        shapes = tuple((name, tensor.dtype, tensor.shape[:-1]) for name, tensor in tensors.items())
+        kind = (documents, shapes, tuple(depths.values()), isinstance(layout, DeviceLayout))
+        roller = roller_for(cp_group, kind, num_depths, max_documents=documents, fills=ZEROS, depths=depths)
+        self._rolls: Rolls = roller.start(tensors, layout)
+        self._rolled: dict[int, dict[str, torch.Tensor]] = {}
+        status().exchanges += 1
+
+    def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
+        """Return an alias of a tensor of this prefetch, with its mark.
+
+        It is an alias because the mark must not hang on the caller's tensor, nor on one that the prefetch itself
+        holds: that cycle would keep the memory until the garbage collector runs.
+        """
+        return _marked(tensor.detach(), self, name, depth)
+
+    def answer(self, mark: Mark) -> torch.Tensor | None:
+        """Roll a marked tensor by one more. None if it is not rolled that far."""
+        depth = mark.depth + 1
+        if depth > self.depths[mark.name]:
+            return None
+        if depth not in self._rolled:
+            self._rolled[depth] = self._rolls.at(depth)
+        return self.mark(self._rolled[depth][mark.name], mark.name, depth)
+
+
+def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> torch.Tensor:
+    setattr(tensor, MARK, Mark(prefetch, name, depth, tensor._version))
+    if name in ("labels", "input_ids"):  # Megatron-LM clones labels, which may be ids that it has rolled
+        tensor.clone = partial(_clone, weakref.ref(tensor))  # type: ignore[method-assign]
+    return tensor
+
+
+def _clone(tensor: weakref.ref[torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
+    """Clone a marked tensor, with its mark."""
+    original = tensor()
+    assert original is not None
+    copy, mark = torch.Tensor.clone(original, *args, **options), mark_of(original)
+    return copy if mark is None else _marked(copy, mark.prefetch, mark.name, mark.depth)
+
+
+def mark_of(tensor: torch.Tensor) -> Mark | None:
+    """The mark of a tensor that was not written to since it was marked, or None."""
+    mark: Mark | None = getattr(tensor, MARK, None)
+    return mark if mark is not None and mark.version == tensor._version else None
+
+
+def can_roll(tensor: object) -> bool:
+    """Whether an exchange can carry a tensor."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype in INTEGER_VIEW
+        and not tensor.requires_grad
+        and not tensor.is_inference()
+        and tensor.numel() > 0
+    )

@@ -1,0 +1,81 @@
+"""Megatron-LM's `roll_tensor`, answered from a prefetch where one knows the tensor."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from overlap_mtp.megatron.prefetch import MARK, Mark, mark_of
+from overlap_mtp.megatron.settings import status
+
+Answer = tuple[torch.Tensor | None, torch.Tensor | None]
+SUMMED = ("loss_mask",)  # the number of tokens; Megatron-LM drops the sums of all other tensors
+
+_reasons: list[str] = []  # why the forward that is running has no exchange
+
+
+def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Wrap Megatron-LM's `roll_tensor`.
+
+    The sum of a tensor that is not a loss mask is None if it was answered from an exchange: nobody uses it.
+    """
+    sum_is_optional = "return_sum" in inspect.signature(original).parameters
+
+    @functools.wraps(original)
+    def roll_tensor(
+        tensor: torch.Tensor | None,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+        return_sum: bool = True,
+    ) -> Answer:
+        if tensor is None:
+            return None, None
+        if status().settings is not None:
+            answer, reason = _answer(tensor, shifts, dims, cp_group, packed_seq_params)
+            if answer is not None:
+                status().answered += 1
+                mark: Mark = getattr(answer, MARK)
+                return answer, answer.sum() if return_sum and mark.name in SUMMED else None
+            status().fallbacks[reason] += 1
+        options = {"return_sum": return_sum} if sum_is_optional else {}
+        return original(tensor, shifts, dims, cp_group, packed_seq_params, **options)
+
+    return roll_tensor
+
+
+def _answer(
+    tensor: torch.Tensor, shifts: int, dims: int, cp_group: Any, packed: Any
+) -> tuple[torch.Tensor | None, str]:
+    """(the rolled tensor, "") or (None, why there is none)."""
+    if not hasattr(tensor, MARK):
+        if tensor.requires_grad:
+            return None, "a tensor that needs a gradient"
+        return None, _reasons[-1] if _reasons else "a tensor that no forward has announced"
+    mark = mark_of(tensor)
+    if mark is None:
+        return None, "a tensor that was written to after its forward began"
+    if shifts != -1 or dims not in (-1, tensor.ndim - 1):
+        return None, "another shift or dimension"
+    if cp_group is not mark.prefetch.cp_group or packed is not mark.prefetch.packed:
+        return None, "another cp_group or packed_seq_params than the model's"
+    answer = mark.prefetch.answer(mark)
+    return answer, "" if answer is not None else "more depths than the model has"
+
+
+class no_exchange:  # noqa: N801 - used as a function
+    """Say why the rolls of the forward in this context have no exchange; "" if they have one."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __enter__(self) -> None:
+        _reasons.append(self._reason or "a tensor that its forward does not know")
+
+    def __exit__(self, *_: object) -> None:
+        _reasons.pop()
