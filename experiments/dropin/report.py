@@ -1,0 +1,137 @@
+"""The record of a benchmark of Megatron-LM's steps as tables and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from dropin.bits import AGAIN, is_equal
+from dropin.modes import BASELINE, MODES, REFERENCE
+from harness import plots
+
+COLOURS = {
+    "megatron": "#b3402a",
+    "megatron_host": "#d98b3a",
+    "dropin": "#1f5f8b",
+    "dropin_host": "#4f8a8b",
+    "none": "#c4c4c4",
+}
+HEADINGS = ("documents", "mode", "ms by events", "/ none", "ms by wall clock", "/ none", "Megatron-LM's bits")
+CAPTION = (
+    "median over rounds of the slowest rank [95 % interval]; none: local rolls with wrong tokens, for timing only; the "
+    "attention is ours"
+)
+Record = dict[str, Any]
+
+
+def title_of(record: Record) -> str:
+    """Return one line that says what was run on what."""
+    where, settings = record["where"], record["settings"]
+    extra = [f"tp {settings['tp']}"] if settings["tp"] > 1 else []
+    extra += ["recomputed"] if settings["recompute"] else []
+    extra += [f"{settings['micro']} microbatches"] if settings["micro"] > 1 else []
+    return ", ".join(
+        [
+            f"Megatron-LM {where['megatron_core']}, {where['ranks']} x {where['device']}, {settings['size']}",
+            f"{settings['depths']} MTP layers",
+            *extra,
+            f"{settings['schedule']} over {settings['transport']}",
+        ]
+    )
+
+
+def documents_of(name: str) -> str:
+    """Return how a run is called: its number of documents, or dense."""
+    return "dense" if name == "dense" else f"{name} documents"
+
+
+def _figure(one: dict[str, float], digits: int) -> str:
+    value, low, high = (f"{one[part]:.{digits}f}" for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _bits(run: Record, mode: str) -> str:
+    if "bits" not in run:
+        return "-"
+    row = run["bits"][AGAIN if mode == REFERENCE else mode]
+    if is_equal(row):
+        return "all equal"
+    if mode == BASELINE:
+        return "no, timing only" if not row["mtp_losses"] else "EQUAL LOSSES"
+    return f"NO: {row['equal_gradients']} of {row['gradients']} gradients, loss {'' if row['loss'] else 'not '}equal"
+
+
+def _lines(record: Record) -> Iterator[tuple[str, ...]]:
+    for name, run in record["runs"].items():
+        rows = run.get("rows", {})
+        modes = rows.get("wall_ms") or [REFERENCE, *(one for one in run.get("bits", {}) if one != AGAIN)]
+        for mode in modes:
+            cells = []
+            for clock in ("events_ms", "wall_ms"):
+                row = rows.get(clock, {}).get(mode)
+                cells += [f"{row['median_ms']:.2f}", _figure(row["ratio"], 3)] if row else ["-", "-"]
+            yield (name, mode, *cells, _bits(run, mode))
+
+
+def table_of(record: Record) -> Table:
+    """Return the record as a table for the terminal, with a line for each number of documents and mode."""
+    table = Table(title=title_of(record), caption=CAPTION)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    for line in _lines(record):
+        table.add_row(*line)
+    return table
+
+
+def markdown_of(record: Record) -> str:
+    """Return the same in Markdown."""
+    lines = [title_of(record), "", f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
+    lines += [f"| {' | '.join(line)} |" for line in _lines(record)]
+    return "\n".join([*lines, "", CAPTION + "."]) + "\n"
+
+
+def training_line(found: Record) -> str:
+    """Return what a training with and without the drop-in has shown, in one line."""
+    every = found["equal_steps"] == found["steps"] and found["weights_equal"]
+    return (
+        f"training, {documents_of(found['documents'] or 'dense')}, {found['optimizer']}: the losses of "
+        f"{found['equal_steps']} of {found['steps']} steps are equal to the bit, final weights "
+        f"{'too' if every else 'are equal' if found['weights_equal'] else 'DIFFER'}"
+    )
+
+
+def draw(record: Record, path: Path) -> None:
+    """Draw the step times over that of `none`: a group of bars for each number of documents, with 95 % intervals."""
+    runs = {name: run["rows"] for name, run in record["runs"].items() if "rows" in run}
+    figure, [[axes]] = plots.subplots(1, 1, (1.6 + 2 * len(runs), 3.8))
+    clock = "events_ms" if all("events_ms" in rows for rows in runs.values()) else "wall_ms"
+    shown = [
+        mode for mode in MODES if mode != BASELINE and any(mode in rows[clock] for rows in runs.values())
+    ]
+    width = 0.8 / max(1, len(shown))
+    for index, mode in enumerate(shown):
+        at = [place for place, rows in enumerate(runs.values()) if mode in rows[clock]]
+        ratios = [rows[clock][mode]["ratio"] for rows in runs.values() if mode in rows[clock]]
+        values, low, high = (np.array([one[part] for one in ratios]) for part in ("value", "low", "high"))
+        bars = axes.bar(
+            np.array(at) + (index - (len(shown) - 1) / 2) * width,
+            values,
+            width,
+            label=mode,
+            color=COLOURS.get(mode, "#555555"),
+            yerr=np.maximum(0, [values - low, high - values]),
+            capsize=3,
+            error_kw={"linewidth": 1},
+        )
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(runs)), [documents_of(name) for name in runs], fontsize=9)
+    axes.set_ylabel("step time / that of local rolls", fontsize=9)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    axes.set_title(title_of(record), fontsize=8)
+    figure.savefig(path, dpi=130)
