@@ -99,7 +99,7 @@ class Options:
     checkout: Path | None = None
     """A checkout of Megatron-LM to use in place of the installed megatron-core."""
     profile: Literal["nsys", "torch"] | None = None
-    """Of the timed rounds. nsys: start and stop its capture; torch: write traces."""
+    """Record the rounds of one number of documents. nsys: start and stop its capture; torch: write traces."""
     profile_out: Path = Path("out/profile")
     """Folder of the traces of --profile torch."""
     out: Path = Path("out/megatron_step")
@@ -133,6 +133,8 @@ class Options:
         check_among(self, modes=MODES)
         if (self.profile or self.transport == "symmetric") and not self.where.on_gpu:
             raise ValueError("--profile and --transport symmetric need GPUs")
+        if self.profile and len(self.chosen_documents) > 1:
+            raise ValueError("--profile needs one number of documents, as in --documents 32")
         dtype = torch.bfloat16 if self.where.on_gpu else torch.float32
         problem = problem_of(
             self.chosen_size,

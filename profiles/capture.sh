@@ -8,7 +8,8 @@
 #
 # The full report, for the GUI of Nsight Systems, stays in out/profiles; it holds the environment of the machine.
 # With --torch-profiler, OUT is a folder that gets one trace for each rank. Environment variables: PYTHON (default
-# .venv/bin/python, else python3), NSYS (the nsys to use).
+# .venv/bin/python, else python3), NSYS (the nsys to use), PROGRAM (to record another one than compare_modes, which takes
+# the same --profile: experiments/megatron_step.py).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -36,15 +37,16 @@ out=$1; shift
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+program=${PROGRAM:-experiments/compare_modes.py}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$root"
 
 if $use_torch; then
     folder=${out%.gz}; folder=${folder%.sqlite}; folder=${folder%.json}
-    "$python" experiments/compare_modes.py --out "$work/compare" --profile torch --profile-out "$work" "$@"
+    "$python" "$program" --out "$work/compare" --profile torch --profile-out "$work" "$@"
     traces=("$work"/rank*.json.gz)
-    [[ -e ${traces[0]} ]] || fail "compare_modes wrote no trace"
+    [[ -e ${traces[0]} ]] || fail "$program wrote no trace"
     for trace in "${traces[@]}"; do
         "$python" -m overlap_mtp.profiling.shrink "$trace" "$folder/${trace##*/}"
         echo "wrote $folder/${trace##*/}"
@@ -62,10 +64,10 @@ full=$root/out/profiles/$name
 mkdir -p "$root/out/profiles"
 rm -f "$full.nsys-rep"
 # --sample=none and --cpuctxsw=none make the report a hundred times smaller. Node tracing is what puts the kernels of
-# CUDA graphs into it. compare_modes starts and stops the capture, which is the timed rounds.
+# CUDA graphs into it. The program starts and stops the capture, which is the timed rounds.
 "$nsys" profile -t cuda,nvtx --sample=none --cpuctxsw=none --cuda-event-trace=false --cuda-graph-trace=node \
     --capture-range=cudaProfilerApi --capture-range-end=stop -f true -o "$full" \
-    "$python" experiments/compare_modes.py --out "$work/compare" --profile nsys --profile-out "$work" "$@"
+    "$python" "$program" --out "$work/compare" --profile nsys --profile-out "$work" "$@"
 [[ -e $full.nsys-rep ]] || fail "nsys wrote no report: the run has to reach its timed rounds, on a GPU"
 "$nsys" export --type sqlite -f true -o "$work/full.sqlite" "$full.nsys-rep"
 "$python" -m overlap_mtp.profiling.shrink "$work/full.sqlite" "$out"

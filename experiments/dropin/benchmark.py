@@ -63,7 +63,7 @@ def run(
     """
     initialize(plan.problem)
     model = MegatronModel(plan.problem, device)
-    switch = Switch(plan.schedule, plan.transport)
+    switch = Switch(plan.schedule, plan.transport, traced=plan.profile is not None)
     where = environment.describe(device, dist.get_world_size())
     record: dict[str, Any] = {
         "experiment": "megatron_step",
@@ -104,8 +104,7 @@ def _run_documents(
     if bits is not None:
         found["bits"], found["passed"] = bits, as_expected(bits)
     if plan.rounds.count:
-        folder = plan.profile_out / str(documents or "dense")
-        with recording(plan.profile, folder, dist.get_rank()):
+        with recording(plan.profile, plan.profile_out, dist.get_rank()):
             timed = time_modes(model, plan.problem, switch, modes, documents, plan.rounds, device, console)
         found |= timed or {}
     if plan.train_steps:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dropin.modes import BASELINE
+from dropin.modes import BASELINE, REFERENCE
 from overlap_mtp import megatron as drop_in
+from overlap_mtp.tracing import span
 
 
 def local_roll(
@@ -21,14 +24,27 @@ def local_roll(
     return rolled, rolled.sum()
 
 
+def _traced(roll: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(roll)
+    def roll_tensor(*arguments: Any, **options: Any) -> Any:
+        with span("send-recv", REFERENCE):
+            return roll(*arguments, **options)
+
+    return roll_tensor
+
+
 class Switch:
     """Installs the drop-in once, and then changes between Megatron-LM's functions and what replaces them.
 
     `install` and `uninstall` between any two steps would time how exchanges are set up, which a training does once.
     So this notes what `install` has replaced in Megatron-LM, and puts either the original or the replacement there.
+
+    Args:
+        schedule, transport: of the drop-in.
+        traced: name Megatron-LM's own rolls in profiles, as the drop-in names its exchange.
     """
 
-    def __init__(self, schedule: str, transport: str) -> None:
+    def __init__(self, schedule: str, transport: str, traced: bool = False) -> None:
         settings = {"schedule": schedule, "transport": transport}
         drop_in.install(**settings)  # type: ignore[arg-type]
         drop_in.uninstall()  # by now it has imported all modules that it changes
@@ -41,6 +57,7 @@ class Switch:
         local = {key: (owner, local_roll) for key, (owner, _) in before.items() if key[1] == "roll_tensor"}
         self._local = {**self._original, **local}
         self._rolls = {key: before[key] for key in local}
+        self._traced = {key: (owner, _traced(roll)) for key, (owner, roll) in self._rolls.items() if traced}
 
     def to(self, mode: str) -> None:
         """Change to one of MODES."""
@@ -49,6 +66,8 @@ class Switch:
             chosen |= self._replaced
         elif mode == BASELINE:
             chosen |= self._local
+        else:
+            chosen |= self._traced
         for (_, name), (owner, value) in chosen.items():
             setattr(owner, name, value)
 
