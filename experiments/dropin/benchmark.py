@@ -14,11 +14,11 @@ from megatron.core import parallel_state
 from rich.console import Console
 
 from dropin import report
-from dropin.batches import Batch
 from dropin.bits import as_expected, compare_bits
 from dropin.model import MegatronModel, initialize
 from dropin.modes import modes_of
 from dropin.sizes import Problem
+from dropin.subject import Subject
 from dropin.switch import Switch
 from dropin.timing import Rounds, time_modes
 from dropin.training import train_both
@@ -62,20 +62,20 @@ def run(
         The record. It is complete on rank 0.
     """
     initialize(plan.problem)
-    model = MegatronModel(plan.problem, device)
     switch = Switch(plan.schedule, plan.transport, traced=plan.profile is not None)
+    subject = Subject(plan.problem, MegatronModel(plan.problem, device), switch, device, console)
     where = environment.describe(device, dist.get_world_size())
     record: dict[str, Any] = {
         "experiment": "megatron_step",
         "where": {**where, "megatron_core": megatron.core.__version__},
         "settings": settings,
-        "parameters": model.num_parameters,
+        "parameters": subject.model.num_parameters,
         "runs": {},
         "passed": True,
     }
     for documents in plan.documents:
         name = str(documents or "dense")
-        found = _run_documents(plan, model, switch, documents, device, console)
+        found = _run_documents(plan, subject, documents)
         record["passed"] = found.pop("passed") and record["passed"]
         record["runs"][name] = found
         if dist.get_rank() == 0:
@@ -83,40 +83,33 @@ def run(
     if device.type == "cuda":
         record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     switch.close()
-    del model
+    del subject
     gc.collect()
     parallel_state.destroy_model_parallel()
     return record
 
 
-def _run_documents(
-    plan: Plan,
-    model: MegatronModel,
-    switch: Switch,
-    documents: int,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Any]:
+def _run_documents(plan: Plan, subject: Subject, documents: int) -> dict[str, Any]:
     modes = modes_of(plan.modes, documents)
     found: dict[str, Any] = {"passed": True}
     drop_in.reset_status()
-    bits = compare_bits(model, switch, modes, Batch(plan.problem, documents, BITS_SEED, device))
+    bits = compare_bits(subject, modes, subject.batch(documents, BITS_SEED))
     if bits is not None:
         found["bits"], found["passed"] = bits, as_expected(bits)
     if plan.rounds.count:
         with recording(plan.profile, plan.profile_out, dist.get_rank()):
-            timed = time_modes(model, plan.problem, switch, modes, documents, plan.rounds, device, console)
+            timed = time_modes(subject, modes, documents, plan.rounds)
         found |= timed or {}
     if plan.train_steps:
-        training = train_both(
-            model, plan.problem, switch, documents, plan.train_steps, plan.optimizer, device, console
-        )
+        training = train_both(subject, documents, plan.train_steps, plan.optimizer)
         if training is not None:
-            console.print(report.training_line(training))
+            subject.console.print(report.training_line(training))
             same = training["equal_steps"] == training["steps"] and training["weights_equal"]
             found |= {"training": training, "passed": found["passed"] and same}
     status = drop_in.status()
-    console.print(f"{report.documents_of(str(documents or 'dense'))}, the drop-in on rank 0:\n{status}")
+    subject.console.print(
+        f"{report.documents_of(str(documents or 'dense'))}, the drop-in on rank 0:\n{status}"
+    )
     found["status"] = {
         "answered": status.answered,
         "exchanges": status.exchanges,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from dropin.batches import Batch
-from dropin.model import MegatronModel
 from dropin.modes import BASELINE, REFERENCE, has_host_bounds
-from dropin.switch import Switch
+from dropin.subject import Subject
 from harness.rounds import gather, synchronize
 
 AGAIN = f"{REFERENCE} again"
@@ -38,9 +37,10 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def one_step(model: MegatronModel, switch: Switch, mode: str, batch: Batch) -> StepResult:
+def one_step(subject: Subject, mode: str, batch: Batch) -> StepResult:
     """Run forward and backward in a mode and return its results."""
-    switch.to(mode)
+    model = subject.model
+    subject.switch.to(mode)
     model.load(batch)
     loss = model.loss(batch, batch.packed_seq_params(has_host_bounds(mode)))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -48,9 +48,7 @@ def one_step(model: MegatronModel, switch: Switch, mode: str, batch: Batch) -> S
     return StepResult(loss.detach().clone(), model.mtp_losses(), model.gradients())
 
 
-def compare_bits(
-    model: MegatronModel, switch: Switch, modes: list[str], batch: Batch
-) -> dict[str, dict[str, Any]] | None:
+def compare_bits(subject: Subject, modes: list[str], batch: Batch) -> dict[str, dict[str, Any]] | None:
     """Compare the steps of all modes with Megatron-LM's own, bit for bit. Collective.
 
     Returns:
@@ -59,12 +57,12 @@ def compare_bits(
         None on the other ranks.
     """
     with deterministic():
-        expected = one_step(model, switch, REFERENCE, batch)
+        expected = one_step(subject, REFERENCE, batch)
         mine = {}
         for name in [*(mode for mode in modes if mode != REFERENCE), AGAIN]:
             mode = REFERENCE if name == AGAIN else name
-            mine[name] = _compare(one_step(model, switch, mode, batch), expected)
-    model.gpt.zero_grad(set_to_none=True)
+            mine[name] = _compare(one_step(subject, mode, batch), expected)
+    subject.model.gpt.zero_grad(set_to_none=True)
     everyone = gather(mine)
     if everyone is None:
         return None

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from dropin.batches import Batch
 from dropin.model import MegatronModel
 from dropin.modes import BASELINE, has_host_bounds
-from dropin.sizes import Problem
-from dropin.switch import Switch
+from dropin.subject import Subject
 from harness import statistics
 from harness.rounds import gather, interleaved, meet, synchronize
 from overlap_mtp.tracing import span
@@ -36,16 +34,7 @@ class Rounds:
     limit_s: float  # then the rounds end
 
 
-def time_modes(
-    model: MegatronModel,
-    problem: Problem,
-    switch: Switch,
-    modes: list[str],
-    documents: int,
-    rounds: Rounds,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Any] | None:
+def time_modes(subject: Subject, modes: list[str], documents: int, rounds: Rounds) -> dict[str, Any] | None:
     """Run rounds of all modes on the same weights; each round has a batch of its own. Collective.
 
     Returns:
@@ -57,17 +46,17 @@ def time_modes(
     title = f"rounds of {', '.join(modes)}"
     deadline = time.perf_counter() + rounds.limit_s
     order_seed = documents
-    for index, order in interleaved(modes, rounds.warmup + rounds.count, order_seed, title, console):
-        if _is_over(deadline, device) and index >= rounds.warmup + LEAST_ROUNDS:
+    for index, order in interleaved(modes, rounds.warmup + rounds.count, order_seed, title, subject.console):
+        if _is_over(deadline, subject.device) and index >= rounds.warmup + LEAST_ROUNDS:
             break
-        batch, kept = Batch(problem, documents, ROUND_SEED + index, device), index >= rounds.warmup
+        batch, kept = subject.batch(documents, ROUND_SEED + index), index >= rounds.warmup
         for mode in order:
-            switch.to(mode)
-            measured = _time_step(model, batch, mode, rounds.microbatches, kept)
+            subject.switch.to(mode)
+            measured = _time_step(subject.model, batch, mode, rounds.microbatches, kept)
             if kept:
                 mine[mode].append(measured)
     everyone = gather(mine)
-    return None if everyone is None else _summary(everyone, modes, device)
+    return None if everyone is None else _summary(everyone, modes, subject.device)
 
 
 def _is_over(deadline: float, device: torch.device) -> bool:

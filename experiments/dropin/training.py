@@ -7,29 +7,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from rich.console import Console
 
-from dropin.batches import Batch
 from dropin.bits import deterministic
 from dropin.model import MegatronModel
 from dropin.modes import REFERENCE, has_host_bounds
 from dropin.sizes import Problem
-from dropin.switch import Switch
+from dropin.subject import Subject
 from harness.rounds import gather, with_progress
 
 FIRST_SEED = 500_000  # of the first step's batch: none of a timed round
 
 
-def train_both(
-    model: MegatronModel,
-    problem: Problem,
-    switch: Switch,
-    documents: int,
-    steps: int,
-    optimizer: str,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Any] | None:
+def train_both(subject: Subject, documents: int, steps: int, optimizer: str) -> dict[str, Any] | None:
     """Train twice from the same weights, with Megatron-LM's rolls and with the drop-in. Collective.
 
     Each step has one batch of random tokens. Gradients are averaged over the cp group. The model ends with the
@@ -42,13 +31,14 @@ def train_both(
         On rank 0: `losses` by mode, a list of [loss, MTP loss of depth 1, ...] of rank 0 for each step; `equal_steps`,
         at how many steps all ranks' losses have the same bits; and whether all final `weights_equal`. None elsewhere.
     """
+    model = subject.model
     initial = {name: tensor.cpu().clone() for name, tensor in _weights(model).items()}
     losses, weights = {}, {}
     for mode in (REFERENCE, "dropin"):
-        switch.to(mode)
+        subject.switch.to(mode)
         _restore(model, initial)
         with deterministic():
-            losses[mode] = _train(model, problem, mode, documents, steps, optimizer, device, console)
+            losses[mode] = _train(subject, mode, documents, steps, optimizer)
         weights[mode] = {name: tensor.cpu().clone() for name, tensor in _weights(model).items()}
     _restore(model, initial)
     own, dropin = (weights[mode] for mode in (REFERENCE, "dropin"))
@@ -75,30 +65,22 @@ def _restore(model: MegatronModel, weights: dict[str, torch.Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def _train(
-    model: MegatronModel,
-    problem: Problem,
-    mode: str,
-    documents: int,
-    steps: int,
-    optimizer: str,
-    device: torch.device,
-    console: Console,
-) -> list[torch.Tensor]:
+def _train(subject: Subject, mode: str, documents: int, steps: int, optimizer: str) -> list[torch.Tensor]:
     """Return the losses of each step, float32 [1 + depths]."""
+    model = subject.model
     parameters = list(model.gpt.parameters())
     update = (
         torch.optim.SGD(parameters, lr=0.05)
         if optimizer == "sgd"
-        else torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+        else torch.optim.AdamW(parameters, lr=1e-4, fused=subject.device.type == "cuda")
     )
     losses = []
-    for index in with_progress(range(steps), f"steps of {mode}", console):
-        batch = Batch(problem, documents, FIRST_SEED + index, device)
+    for index in with_progress(range(steps), f"steps of {mode}", subject.console):
+        batch = subject.batch(documents, FIRST_SEED + index)
         model.load(batch)
         loss = model.loss(batch, batch.packed_seq_params(has_host_bounds(mode)))
         loss.backward()  # type: ignore[no-untyped-call]
-        _average_gradients(model, problem)
+        _average_gradients(model, subject.problem)
         update.step()
         losses.append(torch.cat([loss.detach().float()[None], model.mtp_losses().float()]))
     model.gpt.zero_grad(set_to_none=True)
