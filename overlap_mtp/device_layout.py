@@ -1,9 +1,11 @@
-"""A packed layout whose bounds are on the device."""
+"""A packed layout whose bounds are on the device, and layouts from what Megatron-LM says of a batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from overlap_mtp.layout import Kind, SequenceLayout, batch_checksum, check_stream
@@ -95,3 +97,35 @@ class DeviceLayout:
         valid = None if self.cu_valid is None else self.cu_valid.diff()
         layout = SequenceLayout.packed(self.cu_seqlens, self.cp_size, self.kind, valid, self.seq_len)
         return replace(layout, batch=self.batch)
+
+
+def layout_from(
+    packed_seq_params: Any, local_len: int, cp_size: int, kind: Kind = "zigzag"
+) -> SequenceLayout | DeviceLayout:
+    """Return the layout that Megatron-LM's PackedSeqParams describe. It never waits for the device.
+
+    Args:
+        packed_seq_params: anything with `cu_seqlens_q`, the running sum of the documents' lengths, and
+            `cu_seqlens_q_padded`, the bounds of the padded documents. One of them may be None: then no document is
+            padded. Tensors on any device, or sequences of integers.
+        local_len: tokens of each rank. Those after the last bound are a tail.
+        cp_size: how many ranks share the stream.
+        kind: as for `SequenceLayout.packed`. The parameters do not say it.
+
+    Returns:
+        A DeviceLayout if the bounds are on a GPU.
+
+    Raises:
+        ValueError: if there are no bounds, or they cannot be cut.
+    """
+    valid = packed_seq_params.cu_seqlens_q
+    bounds = getattr(packed_seq_params, "cu_seqlens_q_padded", None)
+    if bounds is None or bounds is valid:
+        bounds, valid = valid, None
+    if bounds is None:
+        raise ValueError("packed_seq_params must have cu_seqlens_q")
+    if isinstance(bounds, torch.Tensor) and bounds.is_cuda:
+        return DeviceLayout(bounds, local_len * cp_size, cp_size, kind, valid)
+    bounds, valid = (one.numpy() if isinstance(one, torch.Tensor) else one for one in (bounds, valid))
+    lengths = None if valid is None else np.diff(valid)
+    return SequenceLayout.packed(bounds, cp_size, kind, lengths, local_len * cp_size)

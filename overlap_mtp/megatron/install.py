@@ -55,6 +55,9 @@ def install(**settings: Any) -> Installed:
         layout: how batches are cut over context-parallel ranks: "zigzag" (each document by itself),
             "zigzag_stream" (the whole stream, documents of any length) or "contiguous". Megatron-LM's batches do not
             say it.
+        unknown: who rolls tensors that no forward has announced, for example in calls of your own: "megatron", or
+            "exact" for `overlap_mtp.roll_tensor`, which blocks, too, but is right for padded documents. Tensors that
+            need a gradient, and other shifts or dimensions, are left to Megatron-LM.
         max_documents: room for packed documents. More double it, which the ranks agree on once.
 
     Returns:

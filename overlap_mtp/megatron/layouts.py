@@ -5,10 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import torch
-
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, layout_from
 from overlap_mtp.layout import Kind, SequenceLayout
 from overlap_mtp.megatron.settings import Settings
 
@@ -38,11 +35,10 @@ def layout_of(
     try:
         if packed is None:
             return _dense(local_len * cp_size, cp_size, kind)
-        bounds, valid = _bounds(packed, settings)
-        if isinstance(bounds, torch.Tensor) and bounds.is_cuda:
-            return DeviceLayout(bounds, local_len * cp_size, cp_size, kind, valid)
-        lengths = None if valid is None else np.diff(_on_host(valid))
-        return SequenceLayout.packed(_on_host(bounds), cp_size, kind, lengths, local_len * cp_size)
+        padded = packed.cu_seqlens_q_padded
+        if settings.padding == "megatron" and padded is not None and padded is not packed.cu_seqlens_q:
+            raise LeftToMegatronError("padded documents with padding='megatron'")
+        return layout_from(packed, local_len, cp_size, kind)
     except ValueError as error:
         raise LeftToMegatronError(f"no layout of ours: {error}") from error
 
@@ -50,19 +46,3 @@ def layout_of(
 @lru_cache(maxsize=64)
 def _dense(seq_len: int, cp_size: int, kind: Kind) -> SequenceLayout:
     return SequenceLayout.packed([0, seq_len], cp_size, kind)
-
-
-def _bounds(packed: Any, settings: Settings) -> tuple[Any, Any | None]:
-    """(bounds of the padded documents, running sum of their valid lengths or None if that is the same)."""
-    valid, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
-    if valid is None:
-        raise LeftToMegatronError("PackedSeqParams without cu_seqlens_q")
-    if padded is None or padded is valid:
-        return valid, None
-    if settings.padding == "megatron":
-        raise LeftToMegatronError("padded documents with padding='megatron'")
-    return padded, valid
-
-
-def _on_host(values: Any) -> Any:
-    return values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -11,9 +11,11 @@ import torch
 
 from overlap_mtp.megatron.prefetch import MARK, Mark, mark_of
 from overlap_mtp.megatron.settings import status
+from overlap_mtp.schedules.sync import roll_tensor as overlap_mtp_roll
 
 Answer = tuple[torch.Tensor | None, torch.Tensor | None]
 SUMMED = ("loss_mask",)  # the number of tokens; Megatron-LM drops the sums of all other tensors
+UNKNOWN = "a tensor that no forward has announced"
 
 _reasons: list[str] = []  # why the forward that is running has no exchange
 
@@ -36,13 +38,19 @@ def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
     ) -> Answer:
         if tensor is None:
             return None, None
-        if status().settings is not None:
+        settings = status().settings
+        if settings is not None:
             answer, reason = _answer(tensor, shifts, dims, cp_group, packed_seq_params)
             if answer is not None:
                 status().answered += 1
                 mark: Mark = getattr(answer, MARK)
                 return answer, answer.sum() if return_sum and mark.name in SUMMED else None
             status().fallbacks[reason] += 1
+            exact = settings.unknown == "exact" and settings.layout == "zigzag"
+            if exact and reason == UNKNOWN and shifts == -1 and dims in (-1, tensor.ndim - 1):
+                rolled, _ = overlap_mtp_roll(tensor, -1, -1, cp_group, packed_seq_params, return_sum=False)
+                assert rolled is not None
+                return rolled, rolled.sum() if return_sum else None
         options = {"return_sum": return_sum} if sum_is_optional else {}
         return original(tensor, shifts, dims, cp_group, packed_seq_params, **options)
 
@@ -56,7 +64,7 @@ def _answer(
     if not hasattr(tensor, MARK):
         if tensor.requires_grad:
             return None, "a tensor that needs a gradient"
-        return None, _reasons[-1] if _reasons else "a tensor that no forward has announced"
+        return None, _reasons[-1] if _reasons else UNKNOWN
     mark = mark_of(tensor)
     if mark is None:
         return None, "a tensor that was written to after its forward began"

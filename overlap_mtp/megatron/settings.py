@@ -27,12 +27,14 @@ class Settings:
     padding: Literal["exact", "megatron"] = "exact"
     layout: Kind = "zigzag"
     max_documents: int = 128
+    unknown: Literal["megatron", "exact"] = "megatron"
 
     def __post_init__(self) -> None:
         legal = {
             "schedule": tuple(one for one in SCHEDULES if one != "prepared"),
             "transport": TRANSPORTS,
             "padding": PADDINGS,
+            "unknown": PADDINGS,
             "layout": KINDS,
         }
         for name, values in legal.items():
@@ -52,7 +54,8 @@ class Status:
         forwards: forwards of models with MTP in training or evaluation.
         exchanges: that were started.
         answered: rolls that were answered from an exchange.
-        fallbacks: rolls that Megatron-LM did itself, by reason.
+        fallbacks: rolls without an exchange, by reason. Megatron-LM does them itself, except for those of `unknown`
+            tensors if the settings say so.
     """
 
     settings: Settings | None = None

@@ -11,11 +11,13 @@ import contextlib
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.device_layout import DeviceLayout, layout_from
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch, Layout
@@ -203,26 +205,36 @@ class SyncRoller(Roller):
 
 
 def roll_tensor(
-    tensor: torch.Tensor, shifts: int = -1, dims: int = -1, cp_group: dist.ProcessGroup | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Roll one zigzag-sharded dense tensor to the left. Zeros enter at the sequence's end.
+    tensor: torch.Tensor | None,
+    shifts: int = -1,
+    dims: int = -1,
+    cp_group: dist.ProcessGroup | None = None,
+    packed_seq_params: Any = None,
+    return_sum: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Roll one zigzag-sharded tensor to the left. Zeros enter at the end of the sequence, or of each document.
 
     This is the contract of Megatron-LM's `roll_tensor` (MR !3330) for any `shifts` < 0. It sends one blocking message
-    for each neighbour and token shifted.
+    for each neighbour, document and token shifted. Padded documents are rolled within their valid tokens.
 
     Args:
-        tensor: this rank's shard.
+        tensor: this rank's shard, or None.
         shifts: by how many tokens, negative.
         dims: the sequence dimension.
         cp_group: the ranks that share the sequence; None for one rank that holds everything.
+        packed_seq_params: the documents, as in `overlap_mtp.device_layout.layout_from`. If they are on a GPU, this
+            waits for it.
+        return_sum: whether to sum.
 
     Returns:
         The rolled tensor, of the same shape and dtype, and the sum of this rank's part of it (int64 for integers and
-        bool, float32 for half precision, otherwise the tensor's dtype).
+        bool, float32 for half precision, otherwise the tensor's dtype) or None. Both are None if `tensor` is.
 
     Raises:
-        ValueError: if `shifts` >= 0, or the length is odd and there is more than one rank.
+        ValueError: if `shifts` >= 0, the length is odd and there is more than one rank, or the documents do not fit.
     """
+    if tensor is None:
+        return None, None
     if shifts >= 0:
         raise ValueError(f"shifts must be negative (a roll to the left), got {shifts}")
     group = exchange_group_of(cp_group)
@@ -232,10 +244,16 @@ def roll_tensor(
             f"a zigzag shard holds two chunks of one length, got odd length {local_len} along {dims}"
         )
     kind: Kind = "zigzag" if group.cp_size > 1 else "contiguous"
-    layout = SequenceLayout.dense(local_len * group.cp_size, group.cp_size, kind)
+    layout: Layout
+    if packed_seq_params is None:
+        layout = SequenceLayout.dense(local_len * group.cp_size, group.cp_size, kind)
+    else:
+        layout = layout_from(packed_seq_params, local_len, group.cp_size, kind)
+    if isinstance(layout, DeviceLayout):
+        layout = layout.on_host()
     steps = RollByOne.of(layout, group.cp_rank, tensor.device)
     rolled = tensor.detach().movedim(dims, -1)
     for _ in range(-shifts):
         rolled = roll_by_one(rolled, steps, 0, group, Traffic())
     rolled = rolled.movedim(-1, dims)
-    return rolled, rolled.sum(dtype=sum_dtype(tensor.dtype))
+    return rolled, rolled.sum(dtype=sum_dtype(tensor.dtype)) if return_sum else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from overlap_mtp import SCHEDULES, make_roller, roll_tensor
@@ -13,6 +13,7 @@ from cases import Microbatch
 from rank_bodies import (
     LAYOUTS,
     mixed_rolls_differ,
+    packed_roll_tensor_differs,
     roll_tensor_differs,
     rolls_differ,
     rolls_differ_in_a_default_group,
@@ -69,6 +70,23 @@ def test_one_rank_needs_no_group(schedule, layout, num_depths, dtypes):
 @pytest.mark.parametrize(("dims", "shifts"), [(-1, -1), (0, -1), (1, -2), (-1, -5)])
 def test_roll_tensor_keeps_the_contract(pool: RankPool, cp_size, dims, shifts):
     pool.check(roll_tensor_differs, cp_size, dims, shifts)
+
+
+@settings(max_examples=20)
+@given(layout=layouts(cp_sizes=(1, 2, 3)), shifts=st.integers(-3, -1))
+def test_roll_tensor_takes_documents(pool: RankPool, layout, shifts):
+    assume(
+        layout.is_packed and (layout.kind == "zigzag" or layout.cp_size == 1 == len(layout.held_chunks(0)))
+    )
+    if layout.cp_size == 1:
+        assert packed_roll_tensor_differs(None, layout, shifts) == []
+    else:
+        pool.check(packed_roll_tensor_differs, layout.cp_size, layout, shifts)
+
+
+def test_roll_tensor_of_nothing_is_nothing():
+    assert roll_tensor(None) == (None, None)
+    assert roll_tensor(torch.arange(3), return_sum=False)[1] is None
 
 
 def test_roll_tensor_on_one_rank_carries_no_gradients():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,27 @@ def roll_tensor_differs(group: dist.ProcessGroup, dims: int, shifts: int) -> lis
             wrong.append(f"{dtype}")
         if total.dtype != sums or not same_sum:
             wrong.append(f"sum of {dtype}: {total}")
+    return wrong
+
+
+def packed_roll_tensor_differs(
+    group: dist.ProcessGroup | None, layout: SequenceLayout, shifts: int
+) -> list[str]:
+    """Documents given as Megatron-LM gives them: the bounds on the ranks' device, as tensors and as a list."""
+    rank, device = 0 if group is None else group.rank(), device_of(group)
+    full = random_tensor((2, layout.seq_len), torch.int32, torch.Generator().manual_seed(1))
+    local = layout.shard(full, rank).to(device)
+    expected = layout.shard(roll_reference(full, layout, -shifts), rank)
+    on_device = device_layout_of(layout, device)
+    assert on_device.cu_valid is not None
+    wrong = []
+    for convert in (lambda bounds: bounds, torch.Tensor.tolist):
+        params = SimpleNamespace(
+            cu_seqlens_q=convert(on_device.cu_valid), cu_seqlens_q_padded=convert(on_device.cu_seqlens)
+        )
+        rolled, total = roll_tensor(local, shifts, cp_group=group, packed_seq_params=params, return_sum=False)
+        if not same_bits(rolled.cpu(), expected) or total is not None:
+            wrong.append(f"{convert}: {rolled}")
     return wrong
 
 
