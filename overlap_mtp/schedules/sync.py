@@ -239,7 +239,7 @@ def roll_tensor(
         raise ValueError(f"shifts must be negative (a roll to the left), got {shifts}")
     group = exchange_group_of(cp_group)
     local_len = tensor.shape[dims]
-    if group.cp_size > 1 and local_len % 2:
+    if group.cp_size > 1 and local_len % 2 and packed_seq_params is None:
         raise ValueError(
             f"a zigzag shard holds two chunks of one length, got odd length {local_len} along {dims}"
         )
