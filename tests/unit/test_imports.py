@@ -31,6 +31,10 @@ MAY_IMPORT = {part: set().union(*LIBRARY[: n + 1]) for n, level in enumerate(LIB
 MAY_IMPORT["overlap_mtp.__init__"] = set(MAY_IMPORT)
 MAY_IMPORT["overlap_mtp.megatron"] = {*MAY_IMPORT["overlap_mtp.schedules"], "overlap_mtp.megatron"}
 MAY_IMPORT["overlap_mtp.profiling"] = {"overlap_mtp.profiling", "overlap_mtp.tracing"}
+MAY_IMPORT["overlap_mtp.conformance"] = {
+    *("overlap_mtp.conformance", "overlap_mtp.layout", "overlap_mtp.reference", "overlap_mtp.schedules"),
+    "overlap_mtp.tensors",
+}
 MAY_IMPORT["profiles"] = {"overlap_mtp.profiling"}
 MAY_IMPORT["harness"] = {*MAY_IMPORT, "harness"} - {"profiles"}
 MAY_IMPORT |= {part: {*MAY_IMPORT["harness"], part} for part in ("compare", "dropin", "latency", "training")}

@@ -1,0 +1,311 @@
+"""Run cases in worker processes, and go on with new ones after a roll that hung, crashed or raised on some ranks.
+
+A process group is of no further use after that, so no process that has to live on joins the one that the roll uses. One
+process for each rank (under torchrun) or one for all ranks (otherwise) keeps the workers and compares what they say.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from overlap_mtp.conformance.cases import Case
+from overlap_mtp.conformance.outcome import Outcome, RankResult, outcome_of
+from overlap_mtp.conformance.run import run_case
+from overlap_mtp.conformance.targets import MEGATRON, MEGATRON_FUNCTION, load_target
+
+START_LIMIT_S = 300.0  # imports and the first meeting of the workers
+STEP_LIMIT_S = 10.0  # for the check that the process group is in step after a case
+GRACE_S = 3.0  # for the other ranks after one has failed
+CHECK_STEP = "check step"  # to a worker, in the place of a case
+UNUSABLE = "unusable"  # from a worker: the target cannot be loaded
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks whose workers this process keeps, and how it hears of the others."""
+
+    cp_size: int
+    ranks: range
+    address: tuple[str, int]  # of the store
+    store: dist.Store  # all ranks' workers meet there
+    gather: Callable[[list[Any]], list[Any]]  # from one entry for each rank here to one for each rank
+
+    @classmethod
+    def here(cls, cp_size: int) -> Team:
+        """All ranks on this machine, kept by this process. They meet at the loopback interface."""
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            one.listen(2048)
+            host, port = one.getsockname()
+            listener = one.detach()
+        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener)
+        return cls(cp_size, range(cp_size), (host, port), store, lambda mine: mine)
+
+    @classmethod
+    def of_torchrun(cls) -> Team:
+        """This rank of the default process group, which torchrun's variables describe. It must be a gloo group."""
+        rank, cp_size = dist.get_rank(), dist.get_world_size()
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+        def gather(mine: list[Any]) -> list[Any]:
+            everyone: list[Any] = [None] * cp_size
+            dist.all_gather_object(everyone, mine[0])
+            return everyone
+
+        return cls(cp_size, range(rank, rank + 1), address, dist.TCPStore(*address, is_master=False), gather)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker has to know."""
+
+    target: str
+    schedule: str
+    device: str  # "cpu" or "cuda"
+    rank: int
+    local_rank: int
+    cp_size: int
+    address: tuple[str, int]
+    meeting: str  # a name in the store, of these workers only
+    is_on_loopback: bool
+
+
+@dataclass
+class Worker:
+    """A process that runs cases, and the pipe to it."""
+
+    rank: int
+    process: ForkServerProcess
+    pipe: Connection
+
+    def answer(self) -> tuple[Any, Any] | None:
+        """What it says; how it ended, as ("crashed", how), if it did; or None."""
+        has_ended = self.process.exitcode is not None  # before the pipe is read: it may hold a last answer
+        with suppress(EOFError, OSError):
+            if self.pipe.poll():
+                said: tuple[Any, Any] = self.pipe.recv()
+                return said
+            if not has_ended:
+                return None
+        self.process.join(STEP_LIMIT_S)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return "crashed", f"the process was ended by {signal.Signals(-code).name}"
+        return "crashed", f"the process ended with status {code}"
+
+
+class Crew:
+    """The workers of a team."""
+
+    def __init__(self, team: Team, target: str, schedule: str, device: str, deadline_s: float) -> None:
+        self._team, self._deadline_s = team, deadline_s
+        self._target, self._schedule, self._device = target, schedule, device
+        self._workers: list[Worker] = []
+        self._starts, self._cases = 0, 0
+        self._context = get_context("forkserver")  # a new worker starts in a tenth of a second
+        preload = [__name__]
+        if target == MEGATRON and device == "cpu":  # this takes five seconds; with GPUs, it might use one
+            preload.append(MEGATRON_FUNCTION.partition(":")[0])
+        self._context.set_forkserver_preload(preload)
+
+    def start(self) -> None:
+        """Start workers if there are none. Raise ValueError if they cannot load the target."""
+        if self._workers:
+            return
+        self._starts += 1
+        team, meeting = self._team, f"conformance/{self._starts}"
+        is_alone = len(team.ranks) == team.cp_size
+        for rank in team.ranks:
+            local_rank = rank if is_alone else int(os.environ["LOCAL_RANK"])
+            what = (self._target, self._schedule, self._device)
+            spec = WorkerSpec(*what, rank, local_rank, team.cp_size, team.address, meeting, is_alone)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_worker_main, args=(spec, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(Worker(rank, process, ours))
+        answers = team.gather(list(self._collect(START_LIMIT_S, f"{meeting}/failing").values()))
+        refusals = [
+            f"the workers could not start: {kind} {text}" for kind, text in answers if kind != "ready"
+        ]
+        if refusals:
+            self.stop()
+            raise ValueError(next((text for kind, text in answers if kind == UNUSABLE), refusals[0]))
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case on all ranks. If the workers are then of no further use, they end."""
+        began = time.monotonic()
+        self.start()
+        self._cases += 1
+        failing = f"conformance/failing/{self._cases}"
+        self._tell(case)
+        results = [
+            answer if kind == "done" else RankResult(rank, lost=kind, text=str(answer), waited=answer is True)
+            for rank, (kind, answer) in self._collect(self._deadline_s, failing).items()
+        ]
+        everyone: list[RankResult] = self._team.gather(results)
+        num_failed = sum(bool(one.error or one.lost) for one in everyone)
+        if num_failed in (0, len(everyone)) and not any(one.lost for one in everyone):
+            self._tell(CHECK_STEP)
+            steps = self._collect(STEP_LIMIT_S, failing)
+            mine = [replace(one, is_in_step=steps[one.cp_rank] == ("step", True)) for one in results]
+            everyone = self._team.gather(mine)
+            is_useful = all(one.is_in_step for one in everyone)
+        else:
+            is_useful = False
+        if not is_useful:
+            self.stop()
+        outcome = outcome_of(case.name, everyone)
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def stop(self) -> None:
+        """End all workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join(STEP_LIMIT_S)
+            worker.pipe.close()
+        self._workers = []
+
+    def _tell(self, what: Case | str) -> None:
+        for worker in self._workers:
+            with suppress(OSError):  # it ended, which `_collect` finds
+                worker.pipe.send(what)
+
+    def _collect(self, limit_s: float, failing: str) -> dict[int, tuple[Any, Any]]:
+        """What each worker of this process answers, by rank: ("crashed", how) or ("hung", ...) if it does not.
+
+        The key `failing` of the store tells all ranks that one has failed. The others then have a moment left: it is
+        ("hung", True) if that was not enough.
+        """
+        answers: dict[int, tuple[Any, Any]] = {}
+        end, has_failed = time.monotonic() + limit_s, False
+        while len(answers) < len(self._workers) and time.monotonic() < end:
+            waiting = [one for one in self._workers if one.rank not in answers]
+            wait([one.pipe for one in waiting] + [one.process.sentinel for one in waiting], timeout=0.2)
+            for worker in waiting:
+                if (answer := worker.answer()) is not None:
+                    answers[worker.rank] = answer
+                    if answer[0] in ("crashed", UNUSABLE) or (answer[0] == "done" and answer[1].error):
+                        self._team.store.set(failing, "")
+            if not has_failed and self._team.store.check([failing]):
+                has_failed, end = True, min(end, time.monotonic() + GRACE_S)
+        return {one.rank: answers.get(one.rank, ("hung", has_failed)) for one in self._workers}
+
+
+def check_in_workers(
+    team: Team,
+    cases: Iterable[Case],
+    target: str,
+    schedule: str = "prefetch",
+    device: str = "cpu",
+    deadline_s: float = 30.0,
+    on_outcome: Callable[[Outcome], None] = lambda _: None,
+) -> list[Outcome]:
+    """Check a roll in worker processes: one that hangs, crashes or raises on some ranks costs one case.
+
+    Args:
+        team: `Team.here(cp_size)`, or `Team.of_torchrun()` on all ranks that torchrun started.
+        cases: from `cases_for`, for as many ranks.
+        target: what `load_target` takes.
+        schedule: the same.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU for each rank).
+        deadline_s: a case that takes longer hangs.
+        on_outcome: called after each case.
+
+    Returns:
+        The outcomes, the same on all ranks.
+
+    Raises:
+        ValueError: if the target cannot be loaded or the workers cannot start.
+    """
+    crew, outcomes = Crew(team, target, schedule, device, deadline_s), []
+    try:
+        crew.start()
+        for case in cases:
+            outcomes.append(crew.run(case))
+            on_outcome(outcomes[-1])
+    finally:
+        crew.stop()
+    return outcomes
+
+
+def _worker_main(spec: WorkerSpec, pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that keeps this one ends it
+    if spec.is_on_loopback and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        target = load_target(spec.target, spec.schedule)
+    except ValueError as error:
+        pipe.send((UNUSABLE, str(error)))
+        return
+    if spec.device == "cuda":
+        device = torch.device("cuda", spec.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(1)
+    store = dist.PrefixStore(spec.meeting, dist.TCPStore(*spec.address, is_master=False))
+    backend = "nccl" if spec.device == "cuda" else "gloo"
+    # The timeout is none of the kit's: the process that keeps this one waits for less.
+    dist.init_process_group(
+        backend, store=store, rank=spec.rank, world_size=spec.cp_size, timeout=timedelta(hours=1)
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    pipe.send(("ready", ""))
+    number = 0
+    while True:
+        try:
+            case = pipe.recv()
+        except EOFError:
+            return
+        if case == CHECK_STEP:
+            number += 1
+            pipe.send(("step", _is_in_step(number, spec, device)))
+        else:
+            pipe.send(("done", run_case(target, case, group, device)))
+
+
+def _is_in_step(number: int, spec: WorkerSpec, device: torch.device) -> bool:
+    """Exchange a number with every other rank. A message that nobody read before takes its place."""
+
+    def word(rank: int) -> torch.Tensor:
+        return torch.tensor([number, rank, -number], device=device)
+
+    others = [rank for rank in range(spec.cp_size) if rank != spec.rank]
+    received = {rank: torch.zeros_like(word(rank)) for rank in others}
+    work = [dist.P2POp(dist.isend, word(spec.rank), rank) for rank in others]
+    work += [dist.P2POp(dist.irecv, received[rank], rank) for rank in others]
+    try:
+        for one in dist.batch_isend_irecv(work) if work else ():
+            one.wait()
+        return all(torch.equal(received[rank], word(rank)) for rank in others)
+    except RuntimeError:
+        return False
+
+
+def _end_with_parent() -> None:
+    """End this process with the one that started it, even if it hangs."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
