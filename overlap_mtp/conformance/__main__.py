@@ -112,6 +112,8 @@ def check(options: argparse.Namespace) -> int:
         print("\n" + "\n".join(summary(*run) for run in runs.items()))
         if options.json:
             write(options, runs)
+    if is_under_torchrun:
+        dist.barrier()  # torchrun ends the others as soon as one ends with status 1
     return 0 if all(one.is_right for outcomes in runs.values() for one in outcomes) else 1
 
 

@@ -61,9 +61,11 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, number: int) -> torch.Tenso
         integer = INTEGER_VIEW[dtype]
         info = torch.iinfo(integer)
         bits = torch.randint(info.min, info.max, shape, dtype=integer, generator=generator)
-        bits.view(-1)[0] = info.min  # of floats: -0.0
         values = bits.view(dtype)
-        return torch.where(values.isnan(), 1.5, values) if dtype.is_floating_point else values
+        if dtype.is_floating_point:
+            values = torch.where(values.isnan(), 1.5, values)
+            values[..., 2::7] = -0.0
+        return values
     count = torch.arange(shape[0] * shape[1]).view(shape) + 100_003 * number
     if dtype.itemsize < 4:
         count %= 251  # a prime; bfloat16 holds integers up to 256
