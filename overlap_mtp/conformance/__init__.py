@@ -10,11 +10,13 @@ takes a rank of the cp group for a rank of the world.
 from overlap_mtp.conformance.cases import Case, cases_for
 from overlap_mtp.conformance.outcome import Outcome
 from overlap_mtp.conformance.run import check_target
-from overlap_mtp.conformance.targets import PackedSeqParams, Target, load_target
-from overlap_mtp.conformance.workers import check_in_workers
+from overlap_mtp.conformance.targets import FunctionTarget, PackedSeqParams, Target, load_target
+from overlap_mtp.conformance.workers import ControlGroup, check_in_workers
 
 __all__ = [
     "Case",
+    "ControlGroup",
+    "FunctionTarget",
     "Outcome",
     "PackedSeqParams",
     "Target",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from overlap_mtp.conformance.cases import Case, cases_for
 from overlap_mtp.conformance.outcome import RESULTS, Outcome
-from overlap_mtp.conformance.workers import Team, check_in_workers
+from overlap_mtp.conformance.workers import ControlGroup, check_in_workers
 
 DESCRIPTION = """\
 Check that a roll does what multi-token prediction under context parallelism needs, bit for bit.
@@ -94,7 +94,7 @@ def check(options: argparse.Namespace) -> int:
     speaks = not is_under_torchrun or dist.get_rank() == 0
     runs = {}
     for cp_size in options.ranks:
-        team = Team.of_torchrun() if is_under_torchrun else Team.here(cp_size)
+        control = ControlGroup.of_torchrun() if is_under_torchrun else ControlGroup.here(cp_size)
         cases = select(cp_size, options)
         width = max((len(case.name) for case in cases), default=0)
 
@@ -107,7 +107,7 @@ def check(options: argparse.Namespace) -> int:
                 f"\n{options.target} on {_ranks(cp_size)}, {options.device}: {len(cases)} cases", flush=True
             )
         how = (options.target, options.schedule, options.device, options.deadline)
-        runs[cp_size] = check_in_workers(team, cases, *how, on_outcome=show)
+        runs[cp_size] = check_in_workers(control, cases, *how, on_outcome=show)
     if speaks:
         print("\n" + "\n".join(summary(*run) for run in runs.items()))
         if options.json:

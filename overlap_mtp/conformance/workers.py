@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ UNUSABLE = "unusable"  # from a worker: the target cannot be loaded
 
 
 @dataclass(frozen=True)
-class Team:
+class ControlGroup:
     """The ranks whose workers this process keeps, and how it hears of the others."""
 
     cp_size: int
@@ -47,7 +48,7 @@ class Team:
     gather: Callable[[list[Any]], list[Any]]  # from one entry for each rank here to one for each rank
 
     @classmethod
-    def here(cls, cp_size: int) -> Team:
+    def here(cls, cp_size: int) -> ControlGroup:
         """All ranks on this machine, kept by this process. They meet at the loopback interface."""
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
@@ -58,7 +59,7 @@ class Team:
         return cls(cp_size, range(cp_size), (host, port), store, lambda mine: mine)
 
     @classmethod
-    def of_torchrun(cls) -> Team:
+    def of_torchrun(cls) -> ControlGroup:
         """This rank of the default process group, which torchrun's variables describe. It must be a gloo group."""
         rank, cp_size = dist.get_rank(), dist.get_world_size()
         address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -91,7 +92,7 @@ class Worker:
     """A process that runs cases, and the pipe to it."""
 
     rank: int
-    process: ForkServerProcess
+    process: BaseProcess
     pipe: Connection
 
     def answer(self) -> tuple[Any, Any] | None:
@@ -110,37 +111,40 @@ class Worker:
         return "crashed", f"the process ended with status {code}"
 
 
-class Crew:
-    """The workers of a team."""
+class WorkerPool:
+    """The workers of a control."""
 
-    def __init__(self, team: Team, target: str, schedule: str, device: str, deadline_s: float) -> None:
-        self._team, self._deadline_s = team, deadline_s
+    def __init__(
+        self, control: ControlGroup, target: str, schedule: str, device: str, deadline_s: float
+    ) -> None:
+        self._control, self._deadline_s = control, deadline_s
         self._target, self._schedule, self._device = target, schedule, device
         self._workers: list[Worker] = []
         self._starts, self._cases = 0, 0
-        self._context = get_context("forkserver")  # a new worker starts in a tenth of a second
-        preload = [__name__]
-        if target == MEGATRON and device == "cpu":  # this takes five seconds; with GPUs, it might use one
-            preload.append(MEGATRON_FUNCTION.partition(":")[0])
-        self._context.set_forkserver_preload(preload)
+        # A process that has touched a GPU must not fork. On CPU, workers share their imports: Megatron's take 5 s.
+        self._context: ForkServerContext | SpawnContext = get_context("spawn")
+        if device == "cpu":
+            self._context = get_context("forkserver")
+            megatron = [MEGATRON_FUNCTION.partition(":")[0]] if target == MEGATRON else []
+            self._context.set_forkserver_preload([__name__, *megatron])
 
     def start(self) -> None:
         """Start workers if there are none. Raise ValueError if they cannot load the target."""
         if self._workers:
             return
         self._starts += 1
-        team, meeting = self._team, f"conformance/{self._starts}"
-        is_alone = len(team.ranks) == team.cp_size
-        for rank in team.ranks:
+        control, meeting = self._control, f"conformance/{self._starts}"
+        is_alone = len(control.ranks) == control.cp_size
+        for rank in control.ranks:
             local_rank = rank if is_alone else int(os.environ["LOCAL_RANK"])
             what = (self._target, self._schedule, self._device)
-            spec = WorkerSpec(*what, rank, local_rank, team.cp_size, team.address, meeting, is_alone)
+            spec = WorkerSpec(*what, rank, local_rank, control.cp_size, control.address, meeting, is_alone)
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_worker_main, args=(spec, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append(Worker(rank, process, ours))
-        answers = team.gather(list(self._collect(START_LIMIT_S, f"{meeting}/failing").values()))
+        answers = control.gather(list(self._collect(START_LIMIT_S, f"{meeting}/failing").values()))
         refusals = [
             f"the workers could not start: {kind} {text}" for kind, text in answers if kind != "ready"
         ]
@@ -159,13 +163,13 @@ class Crew:
             answer if kind == "done" else RankResult(rank, lost=kind, text=str(answer), waited=answer is True)
             for rank, (kind, answer) in self._collect(self._deadline_s, failing).items()
         ]
-        everyone: list[RankResult] = self._team.gather(results)
+        everyone: list[RankResult] = self._control.gather(results)
         num_failed = sum(bool(one.error or one.lost) for one in everyone)
         if num_failed in (0, len(everyone)) and not any(one.lost for one in everyone):
             self._tell(CHECK_STEP)
             steps = self._collect(STEP_LIMIT_S, failing)
             mine = [replace(one, is_in_step=steps[one.cp_rank] == ("step", True)) for one in results]
-            everyone = self._team.gather(mine)
+            everyone = self._control.gather(mine)
             is_useful = all(one.is_in_step for one in everyone)
         else:
             is_useful = False
@@ -204,14 +208,14 @@ class Crew:
                 if (answer := worker.answer()) is not None:
                     answers[worker.rank] = answer
                     if answer[0] in ("crashed", UNUSABLE) or (answer[0] == "done" and answer[1].error):
-                        self._team.store.set(failing, "")
-            if not has_failed and self._team.store.check([failing]):
+                        self._control.store.set(failing, "")
+            if not has_failed and self._control.store.check([failing]):
                 has_failed, end = True, min(end, time.monotonic() + GRACE_S)
         return {one.rank: answers.get(one.rank, ("hung", has_failed)) for one in self._workers}
 
 
 def check_in_workers(
-    team: Team,
+    control: ControlGroup,
     cases: Iterable[Case],
     target: str,
     schedule: str = "prefetch",
@@ -222,7 +226,7 @@ def check_in_workers(
     """Check a roll in worker processes: one that hangs, crashes or raises on some ranks costs one case.
 
     Args:
-        team: `Team.here(cp_size)`, or `Team.of_torchrun()` on all ranks that torchrun started.
+        control: `ControlGroup.here(cp_size)`, or `ControlGroup.of_torchrun()` on all ranks that torchrun started.
         cases: from `cases_for`, for as many ranks.
         target: what `load_target` takes.
         schedule: the same.
@@ -236,14 +240,14 @@ def check_in_workers(
     Raises:
         ValueError: if the target cannot be loaded or the workers cannot start.
     """
-    crew, outcomes = Crew(team, target, schedule, device, deadline_s), []
+    pool, outcomes = WorkerPool(control, target, schedule, device, deadline_s), []
     try:
-        crew.start()
+        pool.start()
         for case in cases:
-            outcomes.append(crew.run(case))
+            outcomes.append(pool.run(case))
             on_outcome(outcomes[-1])
     finally:
-        crew.stop()
+        pool.stop()
     return outcomes
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ import pytest
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(SUPPORT), *sys.path])
     return subprocess.run(
-        [sys.executable, "-m", "overlap_mtp.conformance", *arguments],
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        [sys.executable, *launcher, "-m", "overlap_mtp.conformance", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=300,
@@ -60,6 +62,20 @@ def test_all_right_on_one_rank_and_two():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "overlap_mtp on 1 rank, cpu" in done.stdout
     assert done.stdout.endswith("0 wrong, 0 refused, 0 hung, 0 crashed\n")
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun(tmp_path):
+    """A target that is wrong on one rank: both know, and go on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = ("--master-addr", "127.0.0.1", "--master-port", str(one.getsockname()[1]))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *address)
+    file = tmp_path / "outcomes.json"
+    names = ("--only", "zigzag, packed, ", "--quick", "--deadline", "2", "--json", str(file))
+    assert run("odd_rolls:odd_roll", *names, launcher=launcher).returncode == 1
+    counts = Counter(one["result"] for one in outcomes_in(file))
+    assert counts == {"right": 6, "wrong": 1, "refused": 2, "hung": 1, "crashed": 1}
 
 
 @pytest.mark.slow
