@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="numbers of ranks to start, without torchrun (default: 2)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="run half of the cases")
+    parser.add_argument("--quick", action="store_true", help="leave out a third of the cases")
     parser.add_argument("--only", default="", metavar="TEXT", help="run the cases whose names hold this")
     parser.add_argument(
         "--deadline", type=float, default=30, metavar="S", help="of a case (default: %(default)s s)"

@@ -103,8 +103,9 @@ class Target(ABC):
 class FunctionTarget(Target):
     """A function with Megatron's signature: depth k is k calls, each with what the one before returned.
 
-    It may leave out `return_sum`, and the sum. If it has a parameter `layout`, it gets the SequenceLayout, too: nothing
-    in Megatron's signature tells a contiguous layout from a zigzag one.
+    It may leave out `return_sum`, the sum, and, if it rolls dense tensors only, `packed_seq_params`. If it has a
+    parameter `layout`, it gets the SequenceLayout, too: nothing in Megatron's signature tells a contiguous layout from
+    a zigzag one.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class FunctionTarget(Target):
     def open(self, cp_group: dist.ProcessGroup, num_depths: int, max_documents: int) -> Iterator[Start]:
         def start(tensor: torch.Tensor, layout: SequenceLayout, bounds: Bounds) -> RolledAt:
             params = packed_seq_params(layout, bounds, tensor.device, self._of_class)
-            arguments = {"shifts": -1, "dims": -1, "cp_group": cp_group, "packed_seq_params": params}
-            optional = {"return_sum": True, "layout": layout}
+            arguments = {"shifts": -1, "dims": -1, "cp_group": cp_group}
+            if params is not None:
+                arguments["packed_seq_params"] = params
+            optional = {"packed_seq_params": params, "return_sum": True, "layout": layout}
             arguments |= {name: value for name, value in optional.items() if name in self._parameters}
             last = tensor
 

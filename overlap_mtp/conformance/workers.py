@@ -9,32 +9,26 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from overlap_mtp.conformance.cases import Case
 from overlap_mtp.conformance.outcome import Outcome, RankResult, outcome_of
-from overlap_mtp.conformance.run import run_case
-from overlap_mtp.conformance.targets import MEGATRON, MEGATRON_FUNCTION, load_target
+from overlap_mtp.conformance.targets import MEGATRON, MEGATRON_FUNCTION
+from overlap_mtp.conformance.worker import CHECK_STEP, UNUSABLE, WorkerSpec, worker_main
 
 START_LIMIT_S = 300.0  # imports and the first meeting of the workers
 STEP_LIMIT_S = 10.0  # for the check that the process group is in step after a case
-GRACE_S = 3.0  # for the other ranks after one has failed
-CHECK_STEP = "check step"  # to a worker, in the place of a case
-UNUSABLE = "unusable"  # from a worker: the target cannot be loaded
+GRACE_S = 2.0  # for the other ranks after one has failed
 
 
 @dataclass(frozen=True)
@@ -72,21 +66,6 @@ class ControlGroup:
         return cls(cp_size, range(rank, rank + 1), address, dist.TCPStore(*address, is_master=False), gather)
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What a worker has to know."""
-
-    target: str
-    schedule: str
-    device: str  # "cpu" or "cuda"
-    rank: int
-    local_rank: int
-    cp_size: int
-    address: tuple[str, int]
-    meeting: str  # a name in the store, of these workers only
-    is_on_loopback: bool
-
-
 @dataclass
 class Worker:
     """A process that runs cases, and the pipe to it."""
@@ -112,7 +91,7 @@ class Worker:
 
 
 class WorkerPool:
-    """The workers of a control."""
+    """The workers of this process's ranks."""
 
     def __init__(
         self, control: ControlGroup, target: str, schedule: str, device: str, deadline_s: float
@@ -140,7 +119,7 @@ class WorkerPool:
             what = (self._target, self._schedule, self._device)
             spec = WorkerSpec(*what, rank, local_rank, control.cp_size, control.address, meeting, is_alone)
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_worker_main, args=(spec, theirs), daemon=True)
+            process = self._context.Process(target=worker_main, args=(spec, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append(Worker(rank, process, ours))
@@ -167,7 +146,7 @@ class WorkerPool:
         num_failed = sum(bool(one.error or one.lost) for one in everyone)
         if num_failed in (0, len(everyone)) and not any(one.lost for one in everyone):
             self._tell(CHECK_STEP)
-            steps = self._collect(STEP_LIMIT_S, failing)
+            steps = self._collect(min(STEP_LIMIT_S, self._deadline_s), failing)
             mine = [replace(one, is_in_step=steps[one.cp_rank] == ("step", True)) for one in results]
             everyone = self._control.gather(mine)
             is_useful = all(one.is_in_step for one in everyone)
@@ -207,11 +186,16 @@ class WorkerPool:
             for worker in waiting:
                 if (answer := worker.answer()) is not None:
                     answers[worker.rank] = answer
-                    if answer[0] in ("crashed", UNUSABLE) or (answer[0] == "done" and answer[1].error):
+                    if _is_failure(*answer):
                         self._control.store.set(failing, "")
             if not has_failed and self._control.store.check([failing]):
                 has_failed, end = True, min(end, time.monotonic() + GRACE_S)
         return {one.rank: answers.get(one.rank, ("hung", has_failed)) for one in self._workers}
+
+
+def _is_failure(kind: str, answer: Any) -> bool:
+    """Whether the workers of other ranks may wait in vain for one that gave this answer."""
+    return kind in ("crashed", UNUSABLE) or answer is False or (kind == "done" and bool(answer.error))
 
 
 def check_in_workers(
@@ -249,67 +233,3 @@ def check_in_workers(
     finally:
         pool.stop()
     return outcomes
-
-
-def _worker_main(spec: WorkerSpec, pipe: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that keeps this one ends it
-    if spec.is_on_loopback and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        target = load_target(spec.target, spec.schedule)
-    except ValueError as error:
-        pipe.send((UNUSABLE, str(error)))
-        return
-    if spec.device == "cuda":
-        device = torch.device("cuda", spec.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
-    store = dist.PrefixStore(spec.meeting, dist.TCPStore(*spec.address, is_master=False))
-    backend = "nccl" if spec.device == "cuda" else "gloo"
-    # The timeout is none of the kit's: the process that keeps this one waits for less.
-    dist.init_process_group(
-        backend, store=store, rank=spec.rank, world_size=spec.cp_size, timeout=timedelta(hours=1)
-    )
-    group = dist.group.WORLD
-    assert group is not None
-    pipe.send(("ready", ""))
-    number = 0
-    while True:
-        try:
-            case = pipe.recv()
-        except EOFError:
-            return
-        if case == CHECK_STEP:
-            number += 1
-            pipe.send(("step", _is_in_step(number, spec, device)))
-        else:
-            pipe.send(("done", run_case(target, case, group, device)))
-
-
-def _is_in_step(number: int, spec: WorkerSpec, device: torch.device) -> bool:
-    """Exchange a number with every other rank. A message that nobody read before takes its place."""
-
-    def word(rank: int) -> torch.Tensor:
-        return torch.tensor([number, rank, -number], device=device)
-
-    others = [rank for rank in range(spec.cp_size) if rank != spec.rank]
-    received = {rank: torch.zeros_like(word(rank)) for rank in others}
-    work = [dist.P2POp(dist.isend, word(spec.rank), rank) for rank in others]
-    work += [dist.P2POp(dist.irecv, received[rank], rank) for rank in others]
-    try:
-        for one in dist.batch_isend_irecv(work) if work else ():
-            one.wait()
-        return all(torch.equal(received[rank], word(rank)) for rank in others)
-    except RuntimeError:
-        return False
-
-
-def _end_with_parent() -> None:
-    """End this process with the one that started it, even if it hangs."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
