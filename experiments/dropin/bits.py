@@ -28,8 +28,8 @@ class StepResult:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let torch use deterministic algorithms. It warns of what has none."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Let torch use deterministic algorithms. With `warn_only`, flash attention's backward would not be."""
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
