@@ -99,11 +99,13 @@ def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> 
 
 
 def _clone(tensor: weakref.ref[torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
-    """Clone a marked tensor, with its mark."""
+    """Clone a marked tensor, with its mark if writes to the clone can be noticed."""
     original = tensor()
     assert original is not None
     copy, mark = torch.Tensor.clone(original, *args, **options), mark_of(original)
-    return copy if mark is None else _marked(copy, mark.prefetch, mark.name, mark.depth)
+    if mark is None or copy.is_inference():
+        return copy
+    return _marked(copy, mark.prefetch, mark.name, mark.depth)
 
 
 def mark_of(tensor: torch.Tensor) -> Mark | None:

@@ -40,6 +40,8 @@ class Settings:
         for name, values in legal.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if not isinstance(self.max_documents, int):
+            raise TypeError(f"max_documents must be a whole number, got {self.max_documents!r}")
         if self.max_documents < 1:
             raise ValueError(f"max_documents must be >= 1, got {self.max_documents}")
 
