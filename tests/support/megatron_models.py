@@ -84,16 +84,14 @@ class Batch:
         longest = self.case.tokens * self.case.model.cp
         return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, **options)
 
-    def attend(self) -> None:
-        """Tell all attention layers of this batch. They do not rotate: the model has learned positions."""
-        rank = parallel_state.get_context_parallel_rank()
-        dtype = torch.bfloat16 if self.case.model.wrapper == "float16" else torch.float32
-        GatheredAttention.plan = attention_plan(self.layout, rank, self.case.rows, torch.device("cpu"), dtype)
-        tokens = self.case.tokens
-        GatheredAttention.rope = (
-            torch.ones(1, tokens, 1, HEAD_DIM, dtype=dtype),
-            torch.zeros(1, tokens, 1, HEAD_DIM, dtype=dtype),
-        )
+
+def attend(layout: SequenceLayout, case: Case) -> None:
+    """Tell all attention layers of the next batch. They do not rotate: the model has learned positions."""
+    rank, cpu = parallel_state.get_context_parallel_rank(), torch.device("cpu")
+    dtype = torch.bfloat16 if case.model.wrapper == "float16" else torch.float32
+    GatheredAttention.plan = attention_plan(layout, rank, case.rows, cpu, dtype)
+    cos = torch.ones(1, layout.local_len, 1, HEAD_DIM, dtype=dtype)
+    GatheredAttention.rope = cos, torch.zeros_like(cos)
 
 
 class Trial:
@@ -159,7 +157,7 @@ class Trial:
         """Call a model as training scripts do: a pipeline stage gets what it needs, and nothing else."""
         case, chunk = batch.case, self.chunks[0] if chunk is None else chunk
         bare = self.bare[self.chunks.index(chunk)]
-        batch.attend()
+        attend(batch.layout, case)
         ids: Any = batch.input_ids if bare.pre_process or bare.mtp_process or not case.has_labels else None
         positions = None if ids is None else batch.position_ids
         labels = batch.labels if bare.post_process and case.has_labels else None

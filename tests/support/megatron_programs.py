@@ -18,7 +18,7 @@ from overlap_mtp import SequenceLayout, roll_reference
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.layout import Kind
 
-from megatron_models import Batch, Trial, differences, plain, recorded, results, same_bits, trial_of
+from megatron_models import Batch, Trial, attend, differences, plain, recorded, results, same_bits, trial_of
 from megatron_ranks import DEPTHS, VOCAB, Case
 
 TENSORS = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
@@ -81,7 +81,7 @@ def a_model_within_a_model(trial: Trial, case: Case) -> list[torch.Tensor]:
     def teach() -> None:
         with torch.no_grad():
             outputs.append(other.forward(Batch.of(case, 2)))
-        batch.attend()
+        attend(batch.layout, case)
 
     with after(trial.bare[0].decoder.layers[0], teach):
         output = trial.forward(batch)
@@ -262,7 +262,7 @@ def rolls_of_documents(
         padded, ends = ends, torch.tensor([0, *valid_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     packed = PackedSeqParams("thd", ends, ends, padded, padded)
     local = {name: layout.shard(one, rank).contiguous() for name, one in full.items()}
-    Batch.of(replace(case, documents=0), 1).attend()
+    attend(layout, case)
     rolled: list[torch.Tensor] = []
     with contextlib.ExitStack() as stack:
         if settings is not None:

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,8 @@ def _prepare() -> None:
 
     _kept.enter_context(megatron_on_cpu())
     _kept.enter_context(megatron_without_te())
+    # Main's DistributedDataParallel waits for the current stream.
+    _kept.enter_context(mock.patch.object(torch.cuda, "current_stream", mock.MagicMock()))
 
 
 def on_megatron(_group: dist.ProcessGroup, module: str, body: str, *arguments: Any) -> Any:
