@@ -97,8 +97,8 @@ def _run_documents(plan: Plan, subject: Subject, documents: int) -> dict[str, An
     if bits is not None:
         found["bits"], found["passed"] = bits, as_expected(bits)
     if plan.rounds.count:
-        with recording(plan.profile, plan.profile_out, dist.get_rank()):
-            timed = time_modes(subject, modes, documents, plan.rounds)
+        recorded = recording(plan.profile, plan.profile_out, dist.get_rank())
+        timed = time_modes(subject, modes, documents, plan.rounds, recorded)
         found |= timed or {}
     if plan.train_steps:
         training = train_both(subject, documents, plan.train_steps, plan.optimizer)

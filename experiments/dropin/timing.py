@@ -34,8 +34,16 @@ class Rounds:
     limit_s: float  # then the rounds end
 
 
-def time_modes(subject: Subject, modes: list[str], documents: int, rounds: Rounds) -> dict[str, Any] | None:
+def time_modes(
+    subject: Subject,
+    modes: list[str],
+    documents: int,
+    rounds: Rounds,
+    recorded: contextlib.AbstractContextManager[None],
+) -> dict[str, Any] | None:
     """Run rounds of all modes on the same weights; each round has a batch of its own. Collective.
+
+    The rounds that are kept run within `recorded`.
 
     Returns:
         On rank 0: `rounds`, how many were kept; `times_ms` of the slowest rank, {clock: {mode: [ms]}}; and `rows`,
@@ -46,15 +54,19 @@ def time_modes(subject: Subject, modes: list[str], documents: int, rounds: Round
     title = f"rounds of {', '.join(modes)}"
     deadline = time.perf_counter() + rounds.limit_s
     order_seed = documents
-    for index, order in interleaved(modes, rounds.warmup + rounds.count, order_seed, title, subject.console):
-        if _is_over(deadline, subject.device) and index >= rounds.warmup + LEAST_ROUNDS:
-            break
-        batch, kept = subject.batch(documents, ROUND_SEED + index), index >= rounds.warmup
-        for mode in order:
-            subject.switch.to(mode)
-            measured = _time_step(subject.model, batch, mode, rounds.microbatches, kept)
-            if kept:
-                mine[mode].append(measured)
+    all_rounds = interleaved(modes, rounds.warmup + rounds.count, order_seed, title, subject.console)
+    with contextlib.ExitStack() as recording:
+        for index, order in all_rounds:
+            if _is_over(deadline, subject.device) and index >= rounds.warmup + LEAST_ROUNDS:
+                break
+            if index == rounds.warmup:
+                recording.enter_context(recorded)
+            batch, kept = subject.batch(documents, ROUND_SEED + index), index >= rounds.warmup
+            for mode in order:
+                subject.switch.to(mode)
+                measured = _time_step(subject.model, batch, mode, rounds.microbatches, kept)
+                if kept:
+                    mine[mode].append(measured)
     everyone = gather(mine)
     return None if everyone is None else _summary(everyone, modes, subject.device)
 
