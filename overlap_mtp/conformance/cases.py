@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -17,7 +16,6 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.uint8, torch.bool),
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
 )
-HAS_TAIL = "seq_len" in inspect.signature(SequenceLayout.packed).parameters
 
 # How the documents are told to the roll: not at all (dense); the same bounds as cu_seqlens_q and cu_seqlens_q_padded;
 # no cu_seqlens_q_padded; or the sums of the valid lengths as cu_seqlens_q.
@@ -124,8 +122,7 @@ def _layouts(kind: Kind, cp_size: int) -> dict[str, tuple[SequenceLayout, Bounds
             packed(odd, [1, 1, unit - 2, 0, 2 * unit - 3, unit]),
             "padded",
         )
-    if HAS_TAIL:
-        layouts["a tail after the documents"] = packed(units(0, 2, 5), seq_len=7 * unit), "same"
+    layouts["a tail after the documents"] = packed(units(0, 2, 5), seq_len=7 * unit), "same"
     return layouts
 
 

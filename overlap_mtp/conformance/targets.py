@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.conformance.cases import Bounds
+from overlap_mtp.device_layout import DeviceLayout, layout_from
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules import SCHEDULES, make_roller
 
@@ -60,9 +61,10 @@ def packed_seq_params(
     """
     if bounds == "none":
         return None
-    padded = torch.from_numpy(layout.cu_seqlens).to(device, torch.int32)
+    documents = layout.num_documents - bool(layout.tail_len)  # a tail lies after the last bound
+    padded = torch.from_numpy(layout.cu_seqlens[: documents + 1]).to(device, torch.int32)
     valid = torch.zeros_like(padded)
-    valid[1:] = torch.from_numpy(layout.valid_lengths).cumsum(0)
+    valid[1:] = torch.from_numpy(layout.valid_lengths[:documents]).cumsum(0)
     cu_seqlens = valid if bounds == "padded" else padded
     cu_seqlens_padded = None if bounds == "unpadded" else padded
     longest = int((layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).max())
@@ -138,17 +140,22 @@ class FunctionTarget(Target):
 
 
 class RollerTarget(Target):
-    """A schedule of this package."""
+    """A schedule of this package. On GPUs it gets the bounds of documents where they are."""
 
     def __init__(self, name: str, schedule: str) -> None:
         self.name, self._schedule = name, schedule
 
     @contextmanager
     def open(self, cp_group: dist.ProcessGroup, num_depths: int, max_documents: int) -> Iterator[Start]:
-        roller = make_roller(self._schedule, cp_group, num_depths, max_documents=max_documents)
+        most = max_documents + 1  # bounds on a GPU may have a tail after them
+        roller = make_roller(self._schedule, cp_group, num_depths, max_documents=most)
 
-        def start(tensor: torch.Tensor, layout: SequenceLayout, _bounds: Bounds) -> RolledAt:
-            rolls = roller.start({"tokens": tensor}, layout)
+        def start(tensor: torch.Tensor, layout: SequenceLayout, bounds: Bounds) -> RolledAt:
+            params = packed_seq_params(layout, bounds, tensor.device)
+            told: SequenceLayout | DeviceLayout = layout
+            if params is not None and tensor.is_cuda:
+                told = layout_from(params, layout.local_len, layout.cp_size, layout.kind)
+            rolls = roller.start({"tokens": tensor}, told)
             return lambda depth: (rolls.at(depth)["tokens"], None)
 
         try:

@@ -62,7 +62,7 @@ class Prefetch:
         if len(lengths) > 1:
             raise LeftToMegatronError(f"tensors of different lengths: {sorted(lengths)}")
         layout = layout_of(packed, lengths.pop(), cp_group.size(), settings)
-        documents = 1 if packed is None else settings.max_documents
+        documents = 1 if packed is None else settings.max_documents + 1  # one for a tail
         while documents < layout.num_used_documents:
             documents *= 2
         num_depths = max(depths.values())

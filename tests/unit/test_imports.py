@@ -32,7 +32,8 @@ MAY_IMPORT["overlap_mtp.__init__"] = set(MAY_IMPORT)
 MAY_IMPORT["overlap_mtp.megatron"] = {*MAY_IMPORT["overlap_mtp.schedules"], "overlap_mtp.megatron"}
 MAY_IMPORT["overlap_mtp.profiling"] = {"overlap_mtp.profiling", "overlap_mtp.tracing"}
 MAY_IMPORT["overlap_mtp.conformance"] = {
-    *("overlap_mtp.conformance", "overlap_mtp.layout", "overlap_mtp.reference", "overlap_mtp.schedules"),
+    *("overlap_mtp.conformance", "overlap_mtp.layout", "overlap_mtp.device_layout"),
+    *("overlap_mtp.reference", "overlap_mtp.schedules"),
     "overlap_mtp.tensors",
 }
 MAY_IMPORT["profiles"] = {"overlap_mtp.profiling"}
