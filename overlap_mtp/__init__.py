@@ -1,7 +1,8 @@
 """The boundary exchange of multi-token prediction under context parallelism, hidden under compute."""
 
 from overlap_mtp.device_layout import DeviceLayout
-from overlap_mtp.layout import SequenceLayout, pad_documents
+from overlap_mtp.documents import pad_documents
+from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.mtp import MultiTokenPrediction
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules import SCHEDULES, Roller, Rolls, make_roller

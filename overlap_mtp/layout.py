@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import lcm
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -79,7 +78,7 @@ class SequenceLayout:
         Raises:
             ValueError: if `seq_len` cannot be cut, or a value is out of range.
         """
-        _check_cp(cp_size, kind)
+        check_cp(cp_size, kind)
         _check_length("seq_len", seq_len := operator.index(seq_len), cp_size, kind)
         return cls(np.array([0, seq_len]), np.array([seq_len]), cp_size, kind, is_packed=False)
 
@@ -115,7 +114,7 @@ class SequenceLayout:
         Raises:
             ValueError: if the bounds decrease, do not start at 0 or cannot be cut, or a length is out of range.
         """
-        _check_cp(cp_size, kind)
+        check_cp(cp_size, kind)
         bounds = _host_int64(cu_seqlens, "cu_seqlens")
         if bounds.size < 2 or bounds[0] != 0:
             raise ValueError(
@@ -371,78 +370,7 @@ def length_unit(cp_size: int, kind: Kind) -> int:
     return cp_size if kind == "contiguous" else 2 * cp_size
 
 
-def pad_documents(
-    documents: Sequence[Any],
-    cp_size: int,
-    kind: Kind = "zigzag",
-    pad_value: int = 0,
-    seq_len: int | None = None,
-    multiple_of: int = 1,
-) -> tuple[Any, SequenceLayout]:
-    """Lay documents of any lengths end to end, padded so that the ranks can share them.
-
-    Args:
-        documents: 1-D tensors, arrays or lists of numbers, of one dtype. Empty ones are legal. A list becomes a
-            tensor: int64, bool or the default float dtype.
-        cp_size: how many ranks share the stream.
-        kind: "zigzag", "contiguous" or "zigzag_stream".
-        pad_value: what padding holds.
-        seq_len: the length S to reach; the last document gets the padding. Default: the shortest legal length.
-        multiple_of: pad lengths to multiples of this, too. It makes streams for several `cp_size` the same.
-
-    Returns:
-        The padded stream [S], and its packed layout. Its `valid_lengths` are the documents' own lengths.
-
-    Raises:
-        ValueError: if there is no document, a document is not 1-D or has another dtype, or a length is illegal.
-    """
-    _check_cp(cp_size, kind)
-    if not len(documents):
-        raise ValueError("pad_documents needs at least one document, got none")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be >= 1, got {multiple_of}")
-    documents = [_as_array(one, at) for at, one in enumerate(documents)]
-    for at, one in enumerate(documents):
-        if one.ndim != 1:
-            raise ValueError(f"documents must be 1-D, document {at} has shape {tuple(one.shape)}")
-    example = next((one for one in documents if one.shape[0]), documents[0])
-    for at, one in enumerate(documents):
-        if one.shape[0] and one.dtype != example.dtype:
-            raise ValueError(
-                f"documents must be of one dtype, got {example.dtype} and, in document {at}, {one.dtype}"
-            )
-    multiple = lcm(length_unit(cp_size, kind), multiple_of)
-    valid = np.array([one.shape[0] for one in documents])
-    own = multiple if kind == "zigzag" else multiple_of
-    lengths = -(-valid // own) * own
-    least = max(multiple, -(-int(lengths.sum()) // multiple) * multiple)
-    if seq_len is not None and (seq_len < least or seq_len % multiple):
-        raise ValueError(
-            f"seq_len must be a multiple of {multiple} and at least {least} for these documents, got {seq_len}"
-        )
-    lengths[-1] += (seq_len or least) - int(lengths.sum())
-    layout = SequenceLayout.packed(np.concatenate([[0], np.cumsum(lengths)]), cp_size, kind, valid)
-    stream = _full_like(example, layout.seq_len, pad_value)
-    for one, start, length in zip(documents, layout.cu_seqlens, valid, strict=False):
-        stream[start : start + length] = one
-    return stream, layout
-
-
-def _as_array(document: Any, at: int) -> Any:
-    """A document as it is if it is a tensor or an array, otherwise as a tensor."""
-    if isinstance(document, torch.Tensor | np.ndarray):
-        return document
-    try:
-        values = list(document)
-        return torch.tensor(values, dtype=None if values else torch.int64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"documents must be 1-D tensors, arrays or lists of numbers, document {at} is a "
-            f"{type(document).__name__}: {error}"
-        ) from error
-
-
-def _check_cp(cp_size: int, kind: str) -> None:
+def check_cp(cp_size: int, kind: str) -> None:
     if cp_size < 1:
         raise ValueError(f"cp_size must be >= 1, got {cp_size}")
     if kind not in KINDS:
@@ -461,7 +389,7 @@ def _check_length(what: str, length: int, cp_size: int, kind: Kind, least: int =
 
 def check_stream(seq_len: int, covered: int, cp_size: int, kind: Kind) -> None:
     """Check the length of a stream whose documents end at `covered`."""
-    _check_cp(cp_size, kind)
+    check_cp(cp_size, kind)
     if seq_len < covered:
         raise ValueError(f"seq_len must be at least the last entry of cu_seqlens, {covered}, got {seq_len}")
     if seq_len == covered:
@@ -493,9 +421,3 @@ def _concatenate(parts: Sequence[ArrayOrTensor], dim: int) -> ArrayOrTensor:
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(list(parts), dim)
     return np.concatenate(parts, axis=dim)
-
-
-def _full_like(example: ArrayOrTensor, length: int, value: int) -> ArrayOrTensor:
-    if isinstance(example, torch.Tensor):
-        return example.new_full((length,), value)
-    return np.full(length, value, example.dtype)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from overlap_mtp.layout import Kind, SequenceLayout, length_unit, pad_documents
+from overlap_mtp.documents import pad_documents
+from overlap_mtp.layout import Kind, SequenceLayout, length_unit
 from overlap_mtp.training.corpus import PIECE_TOKENS, Corpus, Document, TokenError, Tokens, open_corpus
 
 __all__ = ["PACKING", "PIECE_TOKENS", "BatchStream", "Corpus", "Document", "TokenError", "open_corpus"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from overlap_mtp.layout import SequenceLayout, length_unit, pad_documents
+from overlap_mtp.documents import pad_documents
+from overlap_mtp.layout import SequenceLayout, length_unit
 
 DTYPES = (
     *(torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from overlap_mtp.layout import pad_documents
+from overlap_mtp.documents import pad_documents
 from overlap_mtp.training.corpus import DataChangedError
 from overlap_mtp.training.data import PIECE_TOKENS, BatchStream, Document, TokenError, fill, open_corpus
 

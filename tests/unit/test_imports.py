@@ -19,7 +19,7 @@ MODULES = {
     for path in (ROOT / folder).rglob("*.py")
 }
 LEVELS = [
-    "layout device_layout tensors tracing",
+    "layout device_layout documents tensors tracing",
     "reference",
     "exchange kernels",
     "schedules",
