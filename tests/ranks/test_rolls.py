@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlap_mtp import SCHEDULES, make_roller, roll_tensor
@@ -73,11 +73,12 @@ def test_roll_tensor_keeps_the_contract(pool: RankPool, cp_size, dims, shifts):
 
 
 @settings(max_examples=20)
-@given(layout=layouts(cp_sizes=(1, 2, 3)), shifts=st.integers(-3, -1))
+@given(
+    layout=layouts(cp_sizes=(1, 2, 3), kinds=("zigzag",), has_dense=False)
+    | layouts(cp_sizes=(1,), kinds=("contiguous",), has_dense=False),
+    shifts=st.integers(-3, -1),
+)
 def test_roll_tensor_takes_documents(pool: RankPool, layout, shifts):
-    assume(
-        layout.is_packed and (layout.kind == "zigzag" or layout.cp_size == 1 == len(layout.held_chunks(0)))
-    )
     if layout.cp_size == 1:
         assert packed_roll_tensor_differs(None, layout, shifts) == []
     else:

@@ -28,11 +28,17 @@ dtype_choices = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(DTYPES),
 
 
 @st.composite
-def layouts(draw: st.DrawFn, cp_sizes: tuple[int, ...] = CP_SIZES, max_documents: int = 5) -> SequenceLayout:
+def layouts(
+    draw: st.DrawFn,
+    cp_sizes: tuple[int, ...] = CP_SIZES,
+    max_documents: int = 5,
+    kinds: tuple[str, ...] = KINDS,
+    has_dense: bool = True,
+) -> SequenceLayout:
     """All kinds; dense and packed; padded or not; with and without a tail; short chunks, empty documents."""
-    cp_size, kind = draw(st.sampled_from(cp_sizes)), draw(st.sampled_from(KINDS))
+    cp_size, kind = draw(st.sampled_from(cp_sizes)), draw(st.sampled_from(kinds))
     multiple = length_unit(cp_size, kind)
-    if draw(st.booleans()):
+    if has_dense and draw(st.booleans()):
         return SequenceLayout.dense(multiple * draw(st.integers(1, 6)), cp_size, kind)
     # A tail counts as a document.
     lengths = draw(st.lists(st.integers(0, 3 * multiple + 5), min_size=1, max_size=max_documents - 1))
