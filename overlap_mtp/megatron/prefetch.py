@@ -8,7 +8,6 @@ marked has another version, and is not answered.
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,18 +91,18 @@ class Prefetch:
 
 
 def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> torch.Tensor:
-    setattr(tensor, MARK, Mark(prefetch, name, depth, tensor._version))
+    mark = Mark(prefetch, name, depth, tensor._version)
+    setattr(tensor, MARK, mark)
     if name in ("labels", "input_ids"):  # Megatron-LM clones labels, which may be ids that it has rolled
-        tensor.clone = partial(_clone, weakref.ref(tensor))  # type: ignore[method-assign]
+        # Of an alias: the tensor itself would be a cycle, and a weak reference dies with a temporary one.
+        tensor.clone = partial(_clone, tensor.detach(), mark)  # type: ignore[method-assign]
     return tensor
 
 
-def _clone(tensor: weakref.ref[torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
-    """Clone a marked tensor, with its mark if writes to the clone can be noticed."""
-    original = tensor()
-    assert original is not None
-    copy, mark = torch.Tensor.clone(original, *args, **options), mark_of(original)
-    if mark is None or copy.is_inference():
+def _clone(alias: torch.Tensor, mark: Mark, *args: Any, **options: Any) -> torch.Tensor:
+    """Clone a marked tensor, given its alias, with its mark if writes to the clone can be noticed."""
+    copy = alias.clone(*args, **options)
+    if mark.version != alias._version or copy.is_inference():
         return copy
     return _marked(copy, mark.prefetch, mark.name, mark.depth)
 

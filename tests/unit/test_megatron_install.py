@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import __main__ as front
+from overlap_mtp.megatron.prefetch import Prefetch, _marked, mark_of
 
 from megatron_ranks import has_megatron, use_checkout
 
@@ -239,6 +240,25 @@ def test_a_copy_that_outlives_the_drop_in_rolls_like_megatron(megatron):
     tensor = torch.arange(6)
     assert kept(tensor)[0].tolist() == [1, 2, 3, 4, 5, 0]
     assert sum(drop_in.status().fallbacks.values()) == 0
+
+
+def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
+    """As in `roll_tensor(labels)[0].clone()`."""
+
+    def marked() -> torch.Tensor:
+        return _marked(torch.arange(4), cast(Prefetch, None), "labels", 1)
+
+    copy = marked().clone()
+    assert copy.tolist() == [0, 1, 2, 3]
+    mark = mark_of(copy.clone())
+    assert mark is not None
+    assert (mark.name, mark.depth) == ("labels", 1)
+    written = marked()
+    written.fill_(5)
+    assert written.clone().tolist() == [5] * 4
+    assert mark_of(written.clone()) is None
+    copy.fill_(5)
+    assert mark_of(copy) is None
 
 
 def test_status_says_that_nothing_is_installed():
