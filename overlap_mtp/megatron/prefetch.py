@@ -3,7 +3,7 @@
 A tensor that the exchange knows goes into the model as an alias with a mark: which prefetch, which name, which depth. A
 roll of a marked tensor is answered from the exchange, and the answer is marked with the next depth. A clone of a marked
 tensor is marked, too: Megatron-LM clones the labels before it rolls them. A tensor that was written to after it was
-marked has another version, and is not answered.
+marked has another version, and is not answered. Nor are its clones: the exchange may read the tensor that was written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Prefetch:
         kind = (documents, shapes, tuple(depths.values()), isinstance(layout, DeviceLayout))
         roller = roller_for(cp_group, kind, num_depths, max_documents=documents, fills=ZEROS, depths=depths)
         self._rolls: Rolls = roller.start(tensors, layout)
-        self._rolled: dict[int, dict[str, torch.Tensor]] = {}
+        # By name and depth, with their versions. Depth 0 is what the exchange reads.
+        self._known = {name: [(tensor, tensor._version)] for name, tensor in tensors.items()}
         status().exchanges += 1
 
     def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
@@ -80,14 +81,19 @@ class Prefetch:
         """
         return _marked(tensor.detach(), self, name, depth)
 
+    def was_written(self, name: str) -> bool:
+        """Whether a tensor, or one of its rolls so far, was written to: what is rolled from it may be wrong."""
+        return any(tensor._version != version for tensor, version in self._known[name])
+
     def answer(self, mark: Mark) -> torch.Tensor | None:
         """Roll a marked tensor by one more. None if it is not rolled that far."""
-        depth = mark.depth + 1
+        depth, known = mark.depth + 1, self._known[mark.name]
         if depth > self.depths[mark.name]:
             return None
-        if depth not in self._rolled:
-            self._rolled[depth] = self._rolls.at(depth)
-        return self.mark(self._rolled[depth][mark.name], mark.name, depth)
+        if depth == len(known):
+            for name, tensor in self._rolls.at(depth).items():
+                self._known[name].append((tensor, tensor._version))
+        return self.mark(known[depth][0], mark.name, depth)
 
 
 def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _answer(
             return None, "a tensor that needs a gradient"
         return None, _reasons[-1] if _reasons else UNKNOWN
     mark = mark_of(tensor)
-    if mark is None:
+    if mark is None or mark.prefetch.was_written(mark.name):
         return None, "a tensor that was written to after its forward began"
     if shifts != -1 or dims not in (-1, tensor.ndim - 1):
         return None, "another shift or dimension"

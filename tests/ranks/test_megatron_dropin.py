@@ -146,6 +146,11 @@ def test_labels_that_are_written_to_between_mtp_layers_are_left_to_megatron(four
         assert sum(outcome.fallbacks.values()) == DEPTHS
 
 
+@pytest.mark.parametrize("schedule", ["prefetch", "overlap", "merged", "sync"])
+def test_copies_of_a_tensor_that_is_written_to_are_left_to_megatron(four, schedule):
+    four.check(on_megatron, 4, "megatron_programs", "rolls_of_written_tensors", schedule)
+
+
 def test_two_models_take_turns(four):
     outcomes = compare(four, Case(), "two_models")
     assert_answered(outcomes, exchanges=4, rolls=2 * (4 * DEPTHS + 4 * 1))

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import multi_token_prediction
 
 from overlap_mtp import SequenceLayout, roll_reference
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.layout import Kind
+from overlap_mtp.megatron.prefetch import Prefetch
 
 from megatron_models import Batch, Trial, attend, differences, plain, recorded, results, same_bits, trial_of
 from megatron_ranks import DEPTHS, VOCAB, Case
@@ -223,6 +225,39 @@ def uninstall_within_a_forward(case: Case) -> list[str]:
         found = results(trial, case, plain, is_recorded=False)
     drop_in.uninstall()
     return differences(found, expected)
+
+
+def rolls_of_written_tensors(schedule: str) -> list[str]:
+    """What differs from Megatron-LM's own rolls if something is written to after a copy of it was marked."""
+    group, wrong = dist.group.WORLD, []
+    assert group is not None
+    labels = 100 * dist.get_rank() + torch.arange(8)[None]
+    with drop_in.install(schedule=schedule):
+
+        def roll(tensor: torch.Tensor) -> torch.Tensor:
+            return multi_token_prediction.roll_tensor(tensor, cp_group=group)[0]
+
+        once = roll(labels.clone())
+        twice = roll(once.clone())
+
+        def marked() -> torch.Tensor:
+            return Prefetch({"labels": given}, {"labels": 2}, group, None).mark(given, "labels", 0)
+
+        given = labels.clone()
+        copy = marked().clone()
+        given.fill_(7)
+        if not same_bits(roll(copy), once):
+            wrong.append("a clone of a tensor that was written to")
+        given = labels.clone()
+        tensor = marked()
+        rolled = roll(tensor)
+        copy = rolled.clone()
+        rolled.fill_(7)
+        if not same_bits(roll(tensor), once):
+            wrong.append("a tensor whose roll was written to")
+        if not same_bits(roll(copy), twice):
+            wrong.append("a clone of a roll that was written to")
+    return wrong
 
 
 # Padding
