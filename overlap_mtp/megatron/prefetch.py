@@ -91,7 +91,9 @@ class Prefetch:
         if depth > self.depths[mark.name]:
             return None
         if depth == len(known):
-            for name, tensor in self._rolls.at(depth).items():
+            with torch.inference_mode(False):  # tensors of that mode have no versions
+                rolled = self._rolls.at(depth)
+            for name, tensor in rolled.items():
                 self._known[name].append((tensor, tensor._version))
         return self.mark(known[depth][0], mark.name, depth)
 

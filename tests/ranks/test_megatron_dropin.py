@@ -173,8 +173,9 @@ def test_batches_may_change_in_rows_tokens_and_documents(four):
     assert_answered(outcomes, exchanges=12, rolls=12 * PER_BATCH)
 
 
-def test_evaluation_in_inference_mode_gives_megatrons_results(four):
-    outcomes = compare(four, Case(is_eval=True), "in_inference_mode")
+@pytest.mark.parametrize("schedule", ["prefetch", "sync"])
+def test_evaluation_in_inference_mode_gives_megatrons_results(four, schedule):
+    outcomes = compare(four, Case(is_eval=True, settings={"schedule": schedule}), "in_inference_mode")
     # Whoever rolls the tensors of inference mode, all others are answered.
     assert all(outcome.answered >= 3 * PER_BATCH for outcome in outcomes)
 
