@@ -55,7 +55,7 @@ def write_bounds_kernel(
     valid_begin = load_bounds(cu_valid, width, at, has_valid & (at < documents))
     valid_end = load_bounds(cu_valid, width, at + 1, has_valid & (at < documents))
     valid = tl.where(has_valid, valid_end - valid_begin, length)
-    legal = (length >= 0) & (end <= seq_len) & (valid >= 0) & (valid <= length) & ((at > 0) | (begin == 0))
+    legal = (begin <= end) & (end <= seq_len) & (valid >= 0) & (valid <= length) & ((at > 0) | (begin == 0))
     if C.by_document:
         legal = legal & (length % C.num_chunks == 0)
     if tl.sum(((at < documents) & ~legal).to(tl.int32), 0) > 0:

@@ -121,14 +121,13 @@ class SequenceLayout:
                 "cu_seqlens must start at 0 and hold at least one document (two entries), "
                 f"got {_brief(bounds)}"
             )
-        lengths = np.diff(bounds)
-        if (lengths < 0).any():
-            at = int(np.flatnonzero(lengths < 0)[0])
+        if (bounds[1:] < bounds[:-1]).any():  # their differences may overflow
+            at = int(np.flatnonzero(bounds[1:] < bounds[:-1])[0])
             raise ValueError(
                 f"cu_seqlens must not decrease, got {bounds[at]} then {bounds[at + 1]} at entries {at} and "
                 f"{at + 1}: pass the running sum of the padded document lengths"
             )
-        multiple = length_unit(cp_size, kind)
+        lengths, multiple = np.diff(bounds), length_unit(cp_size, kind)
         if kind == "zigzag" and (lengths % multiple).any():
             at = int(np.flatnonzero(lengths % multiple)[0])
             _check_length(f"the padded length of document {at}", int(lengths[at]), cp_size, kind, least=0)

@@ -219,6 +219,7 @@ def test_the_device_tells_bounds_apart():
         ([0, 6, 24], None, "zigzag"),
         ([0, 8, 28], None, "zigzag_stream"),
         ([0, -4, 24], None, "contiguous"),
+        ([0, 1, -(2**63)], None, "contiguous"),  # its length overflows
         ([0, 8, 24], [0, 9, 20], "zigzag"),
         ([0, 8, 24], [0, 5, 4], "contiguous"),
     ],
