@@ -30,7 +30,7 @@ def fills_of(ignore_index: int = IGNORE_INDEX, fills: Mapping[str, float] | None
 
 def check_fill(name: str, dtype: torch.dtype, fill: float) -> None:
     """Raise ValueError unless the fill of a tensor is a value of its dtype."""
-    if torch.tensor(fill).to(dtype).item() != fill:
+    if _scalar(fill, dtype).item() != fill:
         advice = "convert labels to int64, or choose another ignore_index"
         raise ValueError(
             f"{name} of dtype {str(dtype)[6:]} cannot hold {fill}, which stands for what is past the end of a "
@@ -51,7 +51,13 @@ class RollOptions:
 @lru_cache
 def _bits(value: float, dtype: torch.dtype) -> int:
     """The bits of a value as an integer of the dtype's width."""
-    return int(torch.tensor([value]).to(dtype).view(INTEGER_VIEW[dtype]))
+    return int(_scalar(value, dtype).view(INTEGER_VIEW[dtype]))
+
+
+def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """A value as a tensor, whatever the default dtype is: a float has 64 bits."""
+    wide = torch.float64 if isinstance(value, float) else None
+    return torch.tensor(value, dtype=wide).to(dtype)
 
 
 class ExchangeSpec(NamedTuple):

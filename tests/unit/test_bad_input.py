@@ -39,6 +39,20 @@ def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
     assert len({spec(), *others}) == 1 + len(others)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_fills_have_the_precision_of_their_tensor(schedule):
+    layout = SequenceLayout.dense(4, 1)
+    for fill, dtype in ((0.1, torch.float64), (-(2**40) - 1, torch.int64), (float("inf"), torch.bfloat16)):
+        batch = {"scores": torch.ones(1, 4, dtype=dtype)}
+        roller = make_roller(schedule, None, 1, fills={"scores": fill})
+        given = prepare(batch, layout, 1, fills={"scores": fill}) if schedule == "prepared" else batch
+        assert roller.start(given, layout).at(1)["scores"].tolist() == [[1, 1, 1, fill]]
+    for fill, dtype in ((0.1, torch.float32), (0.5, torch.int64), (2, torch.bool), (300, torch.uint8)):
+        batch = {"scores": torch.ones(1, 4).to(dtype)}
+        roller = make_roller(schedule, None, 1, fills={"scores": fill})
+        assert f"cannot hold {fill}," in error_of(roller.start, batch, layout)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
