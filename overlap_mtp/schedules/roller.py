@@ -165,9 +165,8 @@ class Roller(ABC):
                 if self._agreed is not None:
                     self._announce_change()
                 agree(self._group, self.name, spec, number=self._number)
-                self._agreed = spec
             self._adopt(spec, layout)
-            self._spec = spec
+            self._agreed = self._spec = spec
         self.mark += MARKS
         if ready is not None and not self.is_overlapped:
             torch.cuda.current_stream().wait_event(ready)

@@ -126,6 +126,21 @@ def test_symmetric_memory_is_refused_on_cpu(ranks: RankPool):
         assert error.startswith("ValueError: transport symmetric needs GPUs"), error
 
 
+def starts_after_a_refused_transport(group: dist.ProcessGroup) -> list[str]:
+    roller, good = make_roller("prefetch", group, NUM_DEPTHS, "symmetric"), Microbatch.of(group)
+    illegal = {name: t.short() for name, t in good.shards().items()}
+    batches = [good.shards(), good.shards(), without_labels(good.shards()), illegal]
+    return [error_of(roller.start, batch, good.layout) for batch in batches]
+
+
+def test_ranks_agree_again_after_a_transport_was_refused(ranks: RankPool):
+    for *errors, last in ranks.run(starts_after_a_refused_transport, 2):
+        assert {*errors} == {
+            "ValueError: transport symmetric needs GPUs that share memory, the batch is on the CPU"
+        }
+        assert_names(last, "rank 0", "rank 1", "int16")
+
+
 def two_illegal_batches(group: dist.ProcessGroup) -> str:
     good = Microbatch.of(group)
     batch = good.shards()
