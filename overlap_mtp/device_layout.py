@@ -24,7 +24,7 @@ class DeviceLayout:
 
     Args:
         cu_seqlens: int32 or int64 [num_documents + 1], contiguous: as for `SequenceLayout.packed`. If the last bound is
-            less than `seq_len`, the rest is a tail.
+            less than `seq_len`, the rest is a tail. On the device of the batch.
         seq_len: tokens of the whole stream.
         cp_size: how many ranks share the stream.
         kind: as for `SequenceLayout.packed`.

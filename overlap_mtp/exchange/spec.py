@@ -115,7 +115,9 @@ class ExchangeSpec(NamedTuple):
             dtypes = tuple([tensor.dtype for tensor in tensors])
             device, local_len = devices[0], layout.local_len
             are_dense = [tensor.layout for tensor in tensors].count(torch.strided) == len(tensors)
-            are_together = devices.count(device) == len(tensors)
+            if isinstance(layout, DeviceLayout):
+                devices.append(layout.cu_seqlens.device)
+            are_together = devices.count(device) == len(devices)
             fit_layout = layout.cp_size == group.cp_size and all(
                 shape[-1:] == (local_len,) for shape in shapes
             )
@@ -267,6 +269,11 @@ def check_batch(
                 f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
                 f"on {tensor.device}: move it there"
             )
+    if isinstance(layout, DeviceLayout) and layout.cu_seqlens.device != first.device:
+        raise ValueError(
+            f"the bounds of a DeviceLayout must be on the batch's device {first.device}, got "
+            f"{layout.cu_seqlens.device}: move them there, or pass DeviceLayout.on_host()"
+        )
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         raise ValueError(
             f"the batch must be on the current device cuda:{torch.cuda.current_device()}, got {first.device}: call "

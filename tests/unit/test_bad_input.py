@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare, roll_reference, roll_tensor
+from overlap_mtp import (
+    SCHEDULES,
+    DeviceLayout,
+    SequenceLayout,
+    make_roller,
+    prepare,
+    roll_reference,
+    roll_tensor,
+)
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.spec import ExchangeSpec, RollOptions
 from overlap_mtp.schedules.timed import TimedRoller
@@ -37,6 +45,15 @@ def test_specs_are_equal_if_only_documents_or_the_packed_length_differ():
         *(spec(**{name: {"labels": 1}}) for name in ("fills", "depths")),
     ]
     assert len({spec(), *others}) == 1 + len(others)
+
+
+def test_bounds_on_another_device_than_the_batch_are_refused():
+    """The kernels would read them at an address of another device."""
+    batch, options = {"tokens": torch.ones(1, 8)}, RollOptions(1, 8, {}, {})
+    for device, wrong in (("cpu", False), ("meta", True)):
+        layout = DeviceLayout(torch.zeros(2, dtype=torch.int32, device=device), 8, 1)
+        message = error_of(ExchangeSpec.of, batch, layout, ExchangeGroup(None), "prefetch", "auto", options)
+        assert ("batch's device cpu, got meta" in message) == wrong
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
