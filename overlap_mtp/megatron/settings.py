@@ -118,12 +118,12 @@ def roller_for(cp_group: dist.ProcessGroup, kind: Hashable, num_depths: int, **o
     assert settings is not None
     of_group = _rollers.setdefault(cp_group, {})
     key = (settings, num_depths, kind)
-    roller = of_group.get(key)
+    roller = of_group.pop(key, None)
     if roller is None:
         if len(of_group) >= MAX_ROLLERS:
-            of_group.pop(next(iter(of_group))).close()  # the oldest
+            of_group.pop(next(iter(of_group))).close()  # the one that was used least recently
         roller = make_roller(settings.schedule, cp_group, num_depths, settings.transport, **options)
-        of_group[key] = roller
+    of_group[key] = roller
     return roller
 
 

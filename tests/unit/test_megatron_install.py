@@ -17,6 +17,7 @@ import torch
 
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import __main__ as front
+from overlap_mtp.megatron import settings
 from overlap_mtp.megatron.prefetch import Prefetch, _marked, mark_of
 
 from megatron_ranks import has_megatron, use_checkout
@@ -259,6 +260,40 @@ def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
     assert mark_of(written.clone()) is None
     copy.fill_(5)
     assert mark_of(copy) is None
+
+
+def test_the_roller_that_was_used_least_recently_makes_room(monkeypatch):
+    made: list[Any] = []
+
+    class FakeRoller:
+        def __init__(self, *_: Any, **options: Any) -> None:
+            self.options, self.is_closed = options, False
+            made.append(self)
+
+        def close(self) -> None:
+            assert not self.is_closed
+            self.is_closed = True
+
+    def roller(kind: str, num_depths: int = 2) -> FakeRoller:
+        return settings.roller_for(group, kind, num_depths, max_documents=4)
+
+    group = FakeRoller()  # anything that can be referred to weakly
+    made.clear()
+    monkeypatch.setattr(settings, "make_roller", FakeRoller)
+    monkeypatch.setattr(settings, "MAX_ROLLERS", 3)
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    a, b, c = roller("a"), roller("b"), roller("c")
+    assert (a.options, roller("a")) == ({"max_documents": 4}, a)
+    roller("d")
+    assert [one.is_closed for one in (a, b, c)] == [False, True, False]
+    assert roller("a") is a is not roller("a", 3)
+    assert c.is_closed
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings(schedule="merged"))
+    assert roller("a") is not a
+    drop_in.close()
+    assert all(one.is_closed for one in made)
+    assert roller("a") is made[-1]
+    assert len(made) == 7
 
 
 def test_status_says_that_nothing_is_installed():
