@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
@@ -46,13 +47,16 @@ class TimedRoller:
     def start(
         self,
         batch: Mapping[str, torch.Tensor],
-        layout: SequenceLayout,
+        layout: Layout,
         ready: torch.cuda.Event | None = None,
     ) -> Rolls:
         """As Roller.start."""
         # A batch that is none must reach the roller, which tells all ranks.
-        first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else None
-        self._on_gpu = getattr(first, "is_cuda", False) and not torch.cuda.is_current_stream_capturing()
+        tensors = batch.values() if isinstance(batch, Mapping) else ()
+        self._on_gpu = (
+            any(getattr(one, "is_cuda", False) for one in tensors)
+            and not torch.cuda.is_current_stream_capturing()
+        )
         if self._on_gpu:
             self._empty.append((self._now(), self._now()))
         before = self._enter()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import timeit
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from overlap_mtp import make_roller, tracing
+from overlap_mtp import Roller, make_roller, tracing
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.tracing import LABEL, BackwardSpan, span
 
@@ -66,3 +68,13 @@ def test_a_timed_roller_rolls_the_same_and_knows_its_cost(schedule):
     assert 0 < cost.host_us < 1e6
     assert cost.stall_us is None  # no device to hold up
     assert timed.read().host_us == 0
+
+
+def test_a_timed_roller_finds_the_gpu_in_a_batch_that_begins_with_none(monkeypatch):
+    roller = mock.create_autospec(Roller, instance=True)
+    timed = TimedRoller(roller)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(timed, "_now", mock.Mock(return_value="an event"))
+    timed.start({"attention_mask": None, "tokens": SimpleNamespace(is_cuda=True)}, Microbatch.of(None).layout)
+    assert timed._spans == [("an event", "an event")]
+    roller.start.assert_called_once()
