@@ -48,6 +48,8 @@ class DeviceLayout:
         for name, bounds in (("cu_seqlens", self.cu_seqlens), ("cu_valid", self.cu_valid)):
             if bounds is None:
                 continue
+            if not isinstance(bounds, torch.Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(bounds).__name__}: use SequenceLayout")
             if bounds.dtype not in (torch.int32, torch.int64) or bounds.ndim != 1 or bounds.numel() < 2:
                 raise ValueError(
                     f"{name} must be int32 or int64 with at least two entries, got {str(bounds.dtype)[6:]} "
@@ -126,6 +128,8 @@ def layout_from(
         raise ValueError("packed_seq_params must have cu_seqlens_q")
     if isinstance(bounds, torch.Tensor) and bounds.is_cuda:
         return DeviceLayout(bounds, local_len * cp_size, cp_size, kind, valid)
+    if isinstance(valid, torch.Tensor) and valid.device.type != "cpu":
+        raise ValueError(f"the bounds must be on one device, got cu_seqlens_q on {valid.device} alone")
     bounds, valid = (one.numpy() if isinstance(one, torch.Tensor) else one for one in (bounds, valid))
     lengths = None if valid is None else np.diff(valid)
     return SequenceLayout.packed(bounds, cp_size, kind, lengths, local_len * cp_size)

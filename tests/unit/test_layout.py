@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from overlap_mtp import SequenceLayout, pad_documents, roll_reference
+from overlap_mtp import DeviceLayout, SequenceLayout, pad_documents, roll_reference
+from overlap_mtp.device_layout import layout_from
 
 from cases import assert_names, error_of
 from strategies import CP_SIZES, DTYPES, KINDS, layouts, random_tensor, same_bits
 
+BOUNDS = torch.tensor([0, 4, 8])
 # The bounds of documents, cp_size, kind, and the positions that each rank holds.
 SHARDS = [
     ([0, 8], 1, "zigzag", [[0, 1, 2, 3, 4, 5, 6, 7]]),
@@ -311,6 +314,51 @@ KIND_WORDS = [*KINDS, "striped"]
 )
 def test_illegal_arguments_are_refused(call, words):
     assert_names(error_of(call), *words)
+
+
+def on_device(bounds, seq_len=8, valid=None, kind="zigzag") -> DeviceLayout:
+    return DeviceLayout(bounds, seq_len, 2, kind, valid)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: on_device([0, 8]), ["cu_seqlens", "tensor", "list", "SequenceLayout"]),
+        (lambda: on_device(torch.tensor([0.0, 8])), ["cu_seqlens", "int32", "int64", "float32"]),
+        (lambda: on_device(torch.tensor([[0, 8]])), ["cu_seqlens", "two entries", "1, 2"]),
+        (lambda: on_device(torch.tensor([0])), ["cu_seqlens", "two entries", "1"]),
+        (lambda: on_device(torch.tensor([0, 4, 8])[::2]), ["cu_seqlens", "contiguous"]),
+        (lambda: on_device(BOUNDS, valid=[0, 8]), ["cu_valid", "tensor", "list"]),
+        (lambda: on_device(BOUNDS, valid=BOUNDS.int()), ["cu_valid", "dtype", "cu_seqlens"]),
+        (lambda: on_device(BOUNDS, valid=torch.tensor([0, 8])), ["cu_valid", "shape", "cu_seqlens"]),
+        (lambda: on_device(BOUNDS, valid=BOUNDS.to("meta")), ["cu_valid", "device", "cu_seqlens"]),
+        (lambda: on_device(BOUNDS, 7), ["seq_len", "2", "7"]),
+        (lambda: on_device(BOUNDS, 0), ["4", "0"]),
+        (lambda: on_device(BOUNDS, 6, kind="zigzag_stream"), ["seq_len", "4", "6"]),
+        (lambda: on_device(BOUNDS, kind="striped"), ["kind", "striped"]),
+        (lambda: layout_from(SimpleNamespace(cu_seqlens_q=None), 4, 2), ["cu_seqlens_q"]),
+        (
+            lambda: layout_from(
+                SimpleNamespace(cu_seqlens_q=BOUNDS.to("meta"), cu_seqlens_q_padded=BOUNDS), 4, 2
+            ),
+            ["one device", "cu_seqlens_q", "meta"],
+        ),
+    ],
+)
+def test_illegal_bounds_of_a_framework_are_refused(call, words):
+    assert_names(error_of(call), *words)
+
+
+def test_a_device_layout_keeps_the_name_of_its_batch():
+    named = on_device(BOUNDS).of_batch("sample 3")
+    assert named.batch == named.on_host().batch == SequenceLayout.packed([0, 8], 2).of_batch("sample 3").batch
+    assert named.on_host() == SequenceLayout.packed([0, 4, 8], 2)
+
+
+def test_layouts_of_other_kinds_are_not_equal():
+    made = {SequenceLayout.packed([0, 8], 2, kind) for kind in KINDS}
+    made |= {SequenceLayout.dense(8, 2, kind) for kind in KINDS}
+    assert len(made) == 2 * len(KINDS)
 
 
 @pytest.mark.parametrize("cp_size", [0, -1])
