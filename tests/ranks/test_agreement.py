@@ -110,6 +110,8 @@ def refused_rollers(group: dist.ProcessGroup, usual: dict, odd: dict, schedules:
         ({}, {"num_depths": 1}, SCHEDULES, ["num_depths", "1", "2"]),
         ({"max_documents": 50}, {"max_documents": 60}, SCHEDULES, ["max_documents", "50", "60"]),
         ({}, {"ignore_index": -1}, SCHEDULES, ["ignore_index", "-100", "-1"]),
+        ({}, {"fills": {"input_ids": 7}}, SCHEDULES, ["fills", "0", "7"]),
+        ({}, {"depths": {"input_ids": 1}}, SCHEDULES, ["depths", "1", "2"]),
         ({}, {"schedule": "overlap"}, ["prefetch"], ["overlap", "prefetch"]),
         ({}, {"transport": "process_group"}, PACKED, ["transport", "auto", "process_group"]),
     ],

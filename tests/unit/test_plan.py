@@ -193,10 +193,10 @@ def test_the_device_makes_the_metadata_that_the_host_makes(layout, spare, dtype,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
 def test_the_device_tells_bounds_apart():
-    def fingerprint(bounds, valid=None, seq_len=24):
+    def fingerprint(bounds, valid=None, seq_len=24, name=""):
         cu_valid = None if valid is None else torch.tensor(valid)
         layout = DeviceLayout(torch.tensor(bounds), seq_len, 2, "zigzag", cu_valid)
-        return int(bounds_written(layout, 8)[0][FINGERPRINT])
+        return int(bounds_written(layout.of_batch(name) if name else layout, 8)[0][FINGERPRINT])
 
     found = [
         fingerprint([0, 4, 24]),
@@ -205,6 +205,8 @@ def test_the_device_tells_bounds_apart():
         fingerprint([0, 4, 20]),
         fingerprint([0, 4, 24], [0, 3, 23]),
         fingerprint([0, 4, 24], [0, 4, 23]),
+        fingerprint([0, 4, 24], name="sample 3"),
+        fingerprint([0, 4, 24], name="sample 4"),
     ]
     assert len(set(found)) == len(found)
     assert fingerprint([0, 4, 24], [0, 4, 24]) == found[0]
