@@ -14,11 +14,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from overlap_mtp import SequenceLayout
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import __main__ as front
 from overlap_mtp.megatron import settings
-from overlap_mtp.megatron.prefetch import Prefetch, _marked, mark_of
+from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
+from overlap_mtp.megatron.prefetch import Mark, Prefetch, _marked, can_roll, mark_of
+from overlap_mtp.megatron.rolls import no_exchange, patched_roll
 
 from megatron_ranks import has_megatron, use_checkout
 
@@ -260,6 +264,153 @@ def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
     assert mark_of(written.clone()) is None
     copy.fill_(5)
     assert mark_of(copy) is None
+
+
+class FakePrefetch:
+    """Answers the first roll of a tensor."""
+
+    cp_group, packed = "group", "documents"
+
+    def was_written(self, _name: str) -> bool:
+        return False
+
+    def answer(self, mark: Mark) -> torch.Tensor | None:
+        return None if mark.depth else _marked(torch.arange(3.0), cast(Prefetch, self), mark.name, 1)
+
+
+def own_roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None, return_sum=True):
+    """In place of Megatron-LM's: the tensor as it is."""
+    return tensor, (shifts, dims, cp_group, packed_seq_params, return_sum)
+
+
+IN_FORWARD = {"cp_group": "group", "packed_seq_params": "documents"}
+ANOTHER = "another cp_group or packed_seq_params than the model's"
+
+
+@pytest.mark.parametrize(
+    ("depth", "options", "reason"),
+    [
+        (0, {}, ""),
+        (0, {"dims": 1}, ""),
+        (0, {"dims": 0}, "another shift or dimension"),
+        (0, {"shifts": -2}, "another shift or dimension"),
+        (0, {"cp_group": "another"}, ANOTHER),
+        (0, {"packed_seq_params": None}, ANOTHER),
+        (1, {}, "more depths than the model has"),
+        (None, {}, "a tensor that no forward has announced"),
+    ],
+)
+def test_an_exchange_answers_what_it_knows_and_the_rest_is_counted(monkeypatch, depth, options, reason):
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    tensor, options = torch.ones(1, 3), IN_FORWARD | options
+    if depth is not None:
+        tensor = _marked(tensor, cast(Prefetch, FakePrefetch()), "labels", depth)
+    rolled, total = patched_roll(own_roll)(tensor, **options)
+    assert dict(drop_in.status().fallbacks) == ({reason: 1} if reason else {})
+    assert drop_in.status().answered == (not reason)
+    if reason:
+        wanted = {"shifts": -1, "dims": -1, "return_sum": True} | options
+        assert rolled is tensor
+        order = ("shifts", "dims", "cp_group", "packed_seq_params", "return_sum")
+        assert total == tuple(wanted[name] for name in order)
+    else:
+        assert (rolled.tolist(), total) == ([0, 1, 2], None)
+
+
+def test_only_loss_masks_are_summed_and_only_if_asked(monkeypatch):
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    mask = _marked(torch.ones(3), cast(Prefetch, FakePrefetch()), "loss_mask", 0)
+    roll = patched_roll(own_roll)
+    assert roll(mask, **IN_FORWARD)[1].item() == 3
+    assert roll(mask, return_sum=False, **IN_FORWARD)[1] is None
+
+
+def test_a_roll_without_an_exchange_is_counted_by_the_reason_of_its_forward(monkeypatch):
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    roll = patched_roll(own_roll)
+    with no_exchange("inference"):
+        roll(torch.ones(3))
+        with no_exchange(""):
+            roll(torch.ones(3))
+            roll(torch.ones(3, requires_grad=True))
+        roll(torch.ones(3))
+    roll(torch.ones(3))
+    assert dict(drop_in.status().fallbacks) == {
+        "inference": 2,
+        "a tensor that its forward does not know": 1,
+        "a tensor that needs a gradient": 1,
+        "a tensor that no forward has announced": 1,
+    }
+
+
+def test_unknown_tensors_are_rolled_exactly_if_the_settings_say_so(monkeypatch):
+    tensor = torch.arange(1, 9)[None]
+    padded = SimpleNamespace(
+        cu_seqlens_q=torch.tensor([0, 3, 6]), cu_seqlens_q_padded=torch.tensor([0, 4, 8])
+    )
+    roll, exact = patched_roll(own_roll), [[2, 3, 0, 0, 6, 7, 0, 0]]
+
+    def rolled(settings: dict[str, Any], **options: Any) -> Any:
+        monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings(**settings))
+        return roll(tensor, packed_seq_params=padded, **options)
+
+    for dims in (-1, 1):
+        found, total = rolled({"unknown": "exact"}, dims=dims)
+        assert (found.tolist(), total.item()) == (exact, 18)
+    assert rolled({"unknown": "exact"}, return_sum=False)[1] is None
+    assert rolled({})[0] is tensor
+    assert rolled({"unknown": "exact", "layout": "zigzag_stream"})[0] is tensor
+    for options in ({"shifts": -2}, {"dims": 0}):
+        assert rolled({"unknown": "exact"}, **options)[0] is tensor
+    with no_exchange("inference"):
+        assert rolled({"unknown": "exact"})[0] is tensor
+
+
+def packed_params(bounds: Any, padded: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(cu_seqlens_q=bounds, cu_seqlens_q_padded=padded)
+
+
+def test_batches_that_no_layout_fits_are_left_to_megatron():
+    settings, bounds = drop_in.Settings(padding="megatron"), torch.tensor([0, 4, 8])
+    for padded in (None, bounds):
+        assert layout_of(packed_params(bounds, padded), 4, 2, settings) == SequenceLayout.packed([0, 4, 8], 2)
+    for packed, reason in (
+        (packed_params(bounds, bounds.clone()), "padded documents with padding='megatron'"),
+        (packed_params(torch.tensor([0, 5, 8])), "document 0"),
+        (packed_params(torch.tensor([0, 4, 12])), "seq_len must be at least"),
+        (packed_params(None), "cu_seqlens_q"),
+    ):
+        with pytest.raises(LeftToMegatronError, match=reason):
+            layout_of(packed, 4, 2, settings)
+    for cp_size, kind in ((1, "contiguous"), (2, "zigzag_stream")):
+        settings = drop_in.Settings(layout="zigzag_stream")
+        assert layout_of(None, 4, cp_size, settings) == SequenceLayout.packed([0, 4 * cp_size], cp_size, kind)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.ones(2, 3), True),
+        (torch.ones(2, 3, requires_grad=True), False),
+        (torch.ones(2, 3, dtype=torch.int16), False),
+        (torch.ones(0, 3), False),
+        ([1, 2], False),
+    ],
+)
+def test_what_an_exchange_can_carry(tensor, expected):
+    assert can_roll(tensor) == expected
+
+
+def test_a_tensor_of_inference_mode_cannot_be_carried():
+    with torch.inference_mode():
+        assert not can_roll(torch.ones(3))
+
+
+def test_tensors_of_different_lengths_are_left_to_megatron(monkeypatch):
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    tensors = {"labels": torch.ones(1, 4), "loss_mask": torch.ones(1, 8)}
+    with pytest.raises(LeftToMegatronError, match=r"different lengths: \[4, 8\]"):
+        Prefetch(tensors, {"labels": 1, "loss_mask": 1}, cast(dist.ProcessGroup, None), None)
 
 
 def test_the_roller_that_was_used_least_recently_makes_room(monkeypatch):
