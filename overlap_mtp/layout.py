@@ -145,9 +145,7 @@ class SequenceLayout:
                 f"got {valid[at]}"
             )
         if seq_len > bounds[-1]:
-            used = int(
-                bounds.searchsorted(bounds[-1])
-            )  # empty documents at the end are of no use before a tail
+            used = int(bounds.searchsorted(bounds[-1]))  # empty documents at the end are left out
             bounds, valid = np.append(bounds[: used + 1], seq_len), np.append(valid[:used], TAIL)
         return cls(bounds, valid, cp_size, kind, is_packed=True)
 

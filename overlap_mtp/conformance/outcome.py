@@ -39,9 +39,8 @@ class RankResult:
 
     cp_rank: int
     differences: dict[Step, Difference] = field(default_factory=dict)
-    faults: dict[Step, str] = field(
-        default_factory=dict
-    )  # other than values: dtype, shape, a changed input, a sum
+    # Other than values: dtype, shape, a changed input, a sum.
+    faults: dict[Step, str] = field(default_factory=dict)
     error: str = ""  # the exception that the roll raised
     lost: Literal["", "hung", "crashed"] = ""
     waited: bool = False  # it hung, but only after another rank had already failed

@@ -19,9 +19,8 @@ class Outputs:
     """The rolls of one microbatch, to be written."""
 
     depths: list[dict[str, torch.Tensor]]  # [num_depths], each tensor of the batch's shape
-    addresses: list[
-        int
-    ]  # of all columns of depth 1 in the order of the names, then of depth 2, ...; 0 for none
+    # Of all columns of depth 1 in the order of the names, then of depth 2, ...; 0 for none.
+    addresses: list[int]
 
 
 def allocate_outputs(

@@ -41,7 +41,7 @@ class Entry:
 
     def replaced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Tensors
-    ) -> tuple[list[Any], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with these tensors in place of what was given."""
         by_position, by_name = list(args), dict(kwargs)
         for name, tensor in tensors.items():
@@ -50,7 +50,7 @@ class Entry:
                 by_position[at] = tensor
             else:
                 by_name[name] = tensor
-        return by_position, by_name
+        return tuple(by_position), by_name
 
 
 def patched_forward(entry: Entry) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def patched_forward(entry: Entry) -> Callable[..., Any]:
             aliases = _prefetch(self, entry, functools.partial(entry.get, args, kwargs))
         except LeftToMegatronError as error:
             reason = str(error)
-        args, kwargs = entry.replaced(args, kwargs, aliases)  # type: ignore[assignment]
+        args, kwargs = entry.replaced(args, kwargs, aliases)
         with no_exchange(reason):
             return entry.function(self, *args, **kwargs)
 

@@ -128,8 +128,9 @@ class Roller(ABC):
                 bool, uint8, int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold
                 the roller's `ignore_index`. Names with None are left out.
             layout: of the batch. Only `merged`, `overlap` and `prefetch` on GPUs use a DeviceLayout as it is.
-            ready: a CUDA event after which the batch may be read. Default: after all work queued on the current
-                stream. An earlier event lets an overlapped exchange begin in the middle of a long kernel.
+            ready: a CUDA event after which the batch, and the bounds of a DeviceLayout, may be read. Default: after all
+                work queued on the current stream. An earlier event lets an overlapped exchange begin in the middle of a
+                long kernel.
 
         Returns:
             The rolls.
