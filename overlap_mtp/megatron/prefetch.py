@@ -32,6 +32,10 @@ class Mark(NamedTuple):
     depth: int  # how far it is rolled
     version: int  # of the tensor when it was marked
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Deep copies and files of a marked tensor have None for a mark: an exchange cannot leave its process."""
+        return type(None), ()
+
 
 class Prefetch:
     """The exchange of one forward."""
@@ -107,10 +111,10 @@ def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> 
     return tensor
 
 
-def _clone(alias: torch.Tensor, mark: Mark, *args: Any, **options: Any) -> torch.Tensor:
+def _clone(alias: torch.Tensor, mark: Mark | None, *args: Any, **options: Any) -> torch.Tensor:
     """Clone a marked tensor, given its alias, with its mark if writes to the clone can be noticed."""
     copy = alias.clone(*args, **options)
-    if mark.version != alias._version or copy.is_inference():
+    if mark is None or mark.version != alias._version or copy.is_inference():
         return copy
     return _marked(copy, mark.prefetch, mark.name, mark.depth)
 

@@ -61,7 +61,7 @@ def _answer(
     tensor: torch.Tensor, shifts: int, dims: int, cp_group: Any, packed: Any
 ) -> tuple[torch.Tensor | None, str]:
     """(the rolled tensor, "") or (None, why there is none)."""
-    if not hasattr(tensor, MARK):
+    if getattr(tensor, MARK, None) is None:
         if tensor.requires_grad:
             return None, "a tensor that needs a gradient"
         return None, _reasons[-1] if _reasons else UNKNOWN

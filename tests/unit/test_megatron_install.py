@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import re
@@ -253,23 +255,37 @@ def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
     def marked() -> torch.Tensor:
         return _marked(torch.arange(4), cast(Prefetch, None), "labels", 1)
 
-    copy = marked().clone()
-    assert copy.tolist() == [0, 1, 2, 3]
-    mark = mark_of(copy.clone())
+    cloned = marked().clone()
+    assert cloned.tolist() == [0, 1, 2, 3]
+    mark = mark_of(cloned.clone())
     assert mark is not None
     assert (mark.name, mark.depth) == ("labels", 1)
     written = marked()
     written.fill_(5)
     assert written.clone().tolist() == [5] * 4
     assert mark_of(written.clone()) is None
-    copy.fill_(5)
-    assert mark_of(copy) is None
+    cloned.fill_(5)
+    assert mark_of(cloned) is None
+
+
+def test_a_marked_tensor_can_be_copied_and_saved():
+    file, marked = io.BytesIO(), _marked(torch.arange(4), cast(Prefetch, FakePrefetch()), "labels", 1)
+    torch.save(marked, file)
+    file.seek(0)
+    for one in (copy.deepcopy(marked), torch.load(file, weights_only=False)):
+        assert (one.tolist(), mark_of(one)) == ([0, 1, 2, 3], None)
+        one.fill_(7)
+        assert (one.clone().tolist(), mark_of(one.clone())) == ([7] * 4, None)
+    assert mark_of(marked.clone()) is not None
 
 
 class FakePrefetch:
     """Answers the first roll of a tensor."""
 
     cp_group, packed = "group", "documents"
+
+    def __getstate__(self) -> None:
+        raise TypeError("a process group cannot be pickled")
 
     def was_written(self, _name: str) -> bool:
         return False
