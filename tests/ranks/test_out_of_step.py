@@ -40,11 +40,17 @@ def outcome(batch: Microbatch, roller: Roller, *, is_bad: bool = False) -> Outco
 
 
 def skip_a_bad_batch(
-    group: dist.ProcessGroup, schedule: str, bad_ranks: tuple[int, ...], check_layouts: bool = True
+    group: dist.ProcessGroup, schedule: str, bad_ranks: tuple[int, ...], is_mixed: bool = False
 ) -> list[Outcome]:
-    """Outcomes of seven microbatches. The third is bad on some ranks, and every rank goes on after an error."""
-    roller = make_roller(schedule, group, NUM_DEPTHS, check_layouts=check_layouts)
+    """Outcomes of seven microbatches. The third is bad on some ranks, and every rank goes on after an error.
+
+    `is_mixed`: its tensors have several shapes.
+    """
+    roller = make_roller(schedule, group, NUM_DEPTHS, check_layouts=True)
     batches = [Microbatch.of(group, variant=step, shift=1000 * step) for step in range(7)]
+    for batch in batches if is_mixed else ():
+        ids = batch.full["input_ids"]
+        batch.full |= {"padding_mask": ids[0] % 3 == 0, "position_ids": torch.stack([ids, ids + 1, ids + 2])}
     return [
         outcome(batch, roller, is_bad=step == 2 and group.rank() in bad_ranks)
         for step, batch in enumerate(batches)
@@ -78,9 +84,10 @@ def test_sync_finds_a_bad_batch_at_once_and_can_go_on(ranks: RankPool, bad_rank)
         assert outcomes == [[]] * 6
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("schedule", ["sync", *PACKED])
-def test_a_bad_batch_on_all_ranks_leaves_them_in_step(ranks: RankPool, schedule):
-    for outcomes in run(ranks, skip_a_bad_batch, 3, schedule, (0, 1, 2)):
+def test_a_bad_batch_on_all_ranks_leaves_them_in_step(ranks: RankPool, schedule, is_mixed):
+    for outcomes in run(ranks, skip_a_bad_batch, 3, schedule, (0, 1, 2), is_mixed):
         assert outcomes.pop(2).startswith("ValueError")
         assert outcomes == [[]] * 6
 
