@@ -20,6 +20,7 @@ from overlap_mtp.exchange.plan import (
     make_plans,
     write_references,
 )
+from overlap_mtp.exchange.spec import column_addresses
 from overlap_mtp.kernels import pack as triton_pack
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels import unroll as triton_unroll
@@ -145,6 +146,19 @@ def test_kernels_take_tensors_of_other_shapes_and_depths(layout, rows, seed):
     depths = {"position_ids": 1, "labels": 2}
     for carried_out in ((pack, unroll), (interpreted_pack, interpreted_unroll)):
         assert not any(wrong_rolls(layout, full, 3, layout.num_documents, *carried_out, depths))
+
+
+def test_columns_have_equally_many_rows():
+    """4 and 6 rows are two and three columns of two rows."""
+    four, six = torch.arange(16, dtype=torch.int32).view(4, 4), torch.arange(24).view(2, 3, 4)
+    spec = spec_of({"four": four, "six": six}, SequenceLayout.dense(4, 1), 1, 1)
+    assert (spec.batch_rows, spec.parts, spec.num_columns, spec.words_per_token) == (2, (2, 3), 5, 10)
+    assert spec.widths == (4, 4, 8, 8, 8)
+    columns = spec.columns([four, six])
+    assert torch.equal(torch.cat(columns[:2]), four)
+    assert torch.equal(torch.cat(columns[2:]), six.view(6, 4))
+    assert column_addresses([four, six], spec.parts) == [column.data_ptr() for column in columns]
+    assert column_addresses([four, None], spec.parts) == [*(one.data_ptr() for one in columns[:2]), 0, 0, 0]
 
 
 def bounds_written(layout: DeviceLayout, max_documents: int, mark: int = 0) -> tuple[np.ndarray, list[int]]:
