@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from overlap_mtp import SequenceLayout
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import __main__ as front
-from overlap_mtp.megatron import settings
+from overlap_mtp.megatron import prefetch, settings
 from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
 from overlap_mtp.megatron.prefetch import Mark, Prefetch, _marked, can_roll, mark_of
 from overlap_mtp.megatron.rolls import no_exchange, patched_roll
@@ -427,6 +428,32 @@ def test_tensors_of_different_lengths_are_left_to_megatron(monkeypatch):
     tensors = {"labels": torch.ones(1, 4), "loss_mask": torch.ones(1, 8)}
     with pytest.raises(LeftToMegatronError, match=r"different lengths: \[4, 8\]"):
         Prefetch(tensors, {"labels": 1, "loss_mask": 1}, cast(dist.ProcessGroup, None), None)
+
+
+def test_which_batches_share_a_roller(monkeypatch):
+    """More documents than there is room for double the room. What is past an end is 0 in all tensors."""
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings(max_documents=4))
+    roller_for = mock.Mock()
+    monkeypatch.setattr(prefetch, "roller_for", roller_for)
+    tensors = {name: torch.ones(1, 24) for name in ("labels", "padding_mask")}
+
+    def asked_for(documents: int, labels: int = 2) -> tuple[Any, int, int]:
+        packed = packed_params(torch.arange(0, 24 + 1, 24 // documents)) if documents else None
+        group = cast(dist.ProcessGroup, SimpleNamespace(size=lambda: 1))
+        Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed)
+        (_, kind, num_depths), options = roller_for.call_args
+        assert options["fills"].items() >= {"labels": 0, "padding_mask": 0}.items()
+        assert options["depths"] == {"labels": labels, "padding_mask": 2}
+        return kind, num_depths, options["max_documents"]
+
+    found = {documents: asked_for(documents) for documents in (0, 1, 2, 4, 6, 8, 12)}
+    assert {documents: room for documents, (*_, room) in found.items()} == {
+        **{0: 1, 1: 5, 2: 5, 4: 5},
+        **{6: 10, 8: 10, 12: 20},
+    }
+    assert len({kind for kind, *_ in found.values()}) == 4
+    assert asked_for(4, labels=3)[:2] == (mock.ANY, 3)
+    assert asked_for(4, labels=1)[0] != found[4][0]
 
 
 def test_the_roller_that_was_used_least_recently_makes_room(monkeypatch):
