@@ -440,7 +440,8 @@ def test_which_batches_share_a_roller(monkeypatch):
     def asked_for(documents: int, labels: int = 2) -> tuple[Any, int, int]:
         packed = packed_params(torch.arange(0, 24 + 1, 24 // documents)) if documents else None
         group = cast(dist.ProcessGroup, SimpleNamespace(size=lambda: 1))
-        Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed)
+        made = Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed)
+        assert made.answer(Mark(made, "labels", labels, 0)) is None  # no tensor is rolled further
         (_, kind, num_depths), options = roller_for.call_args
         assert options["fills"].items() >= {"labels": 0, "padding_mask": 0}.items()
         assert options["depths"] == {"labels": labels, "padding_mask": 2}

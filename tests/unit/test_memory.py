@@ -86,3 +86,14 @@ def test_a_batch_is_free_when_its_user_lets_go_of_it(schedule):
     assert still_alive(alive) == []
     assert isinstance(batch.full["labels"], torch.Tensor)
     roller.close()
+
+
+@pytest.mark.parametrize("schedule", PACKED)
+def test_a_write_to_one_roll_is_no_write_to_another(schedule):
+    """Autograd keeps rolled ids, and refuses a backward pass after a write to them."""
+    batch = Microbatch.of(None)
+    rolls = batch.start(make_roller(schedule, None, 2))
+    others = [rolls.at(1)["labels"], rolls.at(2)["input_ids"]]
+    versions = [one._version for one in others]
+    rolls.at(1)["input_ids"].fill_(3)
+    assert [one._version for one in others] == versions
