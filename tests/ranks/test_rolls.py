@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlap_mtp import SCHEDULES, make_roller, roll_tensor
+from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, roll_tensor
 
 from cases import Microbatch
 from rank_bodies import (
@@ -83,6 +83,10 @@ def test_roll_tensor_takes_documents(pool: RankPool, layout, shifts):
         assert packed_roll_tensor_differs(None, layout, shifts) == []
     else:
         pool.check(packed_roll_tensor_differs, layout.cp_size, layout, shifts)
+
+
+def test_roll_tensor_takes_a_tail_that_makes_the_length_odd(pool: RankPool):
+    pool.check(packed_roll_tensor_differs, 2, SequenceLayout.packed([0, 4, 8], 2, seq_len=10), -1)
 
 
 def test_roll_tensor_of_nothing_is_nothing():
