@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,33 @@ class RollOptions:
     max_documents: int
     fills: Mapping[str, float]  # by name; 0 for others
     depths: Mapping[str, int]  # by name; num_depths for others
+
+
+def roll_options(
+    num_depths: int,
+    max_documents: int,
+    ignore_index: int,
+    fills: Mapping[str, float] | None,
+    depths: Mapping[str, int] | None,
+) -> RollOptions:
+    """Check the arguments of `make_roller` of these names, and collect them.
+
+    Raises:
+        ValueError: if one of them is out of range.
+    """
+    if num_depths < 1:
+        raise ValueError(f"num_depths must be >= 1, got {num_depths}")
+    if max_documents < 1:
+        raise ValueError(f"max_documents must be >= 1, got {max_documents}")
+    if not -(2**63) <= operator.index(ignore_index) < 2**63:
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
+    for name, fill in (fills or {}).items():
+        if fill != fill:
+            raise ValueError(f"the fill of {name} must be a number, got {fill}")
+    for name, own in (depths or {}).items():
+        if not 1 <= operator.index(own) <= num_depths:
+            raise ValueError(f"the depths of {name} must be in [1, {num_depths}] (num_depths), got {own}")
+    return RollOptions(num_depths, max_documents, fills_of(ignore_index, fills), dict(depths or {}))
 
 
 @lru_cache

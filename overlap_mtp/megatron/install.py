@@ -24,8 +24,7 @@ ENTRIES = ("forward", "build_schedule_plan")
 ROLL_PARAMETERS = ["tensor", "shifts", "dims", "cp_group", "packed_seq_params"]
 ENTRY_PARAMETERS = {"self", "input_ids", "position_ids", "labels", "packed_seq_params", "loss_mask"}
 
-_undo: list[tuple[Any, str, Any]] = []  # (owner, name, what it was before)
-_original_roll: Callable[..., Any] | None = None
+_undo: list[tuple[Any, str, Any, Any]] = []  # (owner, name, what it was before, what we put there)
 
 
 class Installed:
@@ -57,7 +56,8 @@ def install(**settings: Any) -> Installed:
             say it.
         unknown: who rolls tensors that no forward has announced, for example in calls of your own: "megatron", or
             "exact" for `overlap_mtp.roll_tensor`, which blocks, too, but is right for padded documents. Tensors that
-            need a gradient, and other shifts or dimensions, are left to Megatron-LM.
+            need a gradient, other shifts or dimensions, other settings of `padding` and `layout`, and documents that
+            it cannot roll are left to Megatron-LM.
         max_documents: room for packed documents. More double it, which the ranks agree on once.
 
     Returns:
@@ -68,16 +68,16 @@ def install(**settings: Any) -> Installed:
         RuntimeError: if this version of it does not roll as the drop-in expects. Nothing is patched then.
         ValueError: if a setting is illegal.
     """
-    global _original_roll
     chosen = Settings(**settings)
     if not _undo:
         mtp = importlib.import_module(MTP)
         entries = list(_entries())
         version = importlib.import_module("megatron.core").__version__
         _check(mtp, entries, version)
-        status().version, _original_roll = version, mtp.roll_tensor
-        roll = patched_roll(mtp.roll_tensor)
-        for module in _holders(mtp.roll_tensor):
+        status().version = version
+        original = mtp.roll_tensor
+        roll = patched_roll(original)
+        for module in _holders(original):
             _set(module, "roll_tensor", roll)
         for owner, name in entries:
             entry = Entry.of(getattr(owner, name), owner.__name__)
@@ -89,16 +89,14 @@ def install(**settings: Any) -> Installed:
 
 def uninstall() -> None:
     """Take all patches back. Exchanges under way are still joined by the forwards that started them."""
-    global _original_roll
-    if not _undo:
-        return
-    roll = importlib.import_module(MTP).roll_tensor
     while _undo:
-        owner, name, before = _undo.pop()
-        setattr(owner, name, before)
-    for module in _holders(roll):  # that imported it in the meantime
-        module.__dict__["roll_tensor"] = _original_roll
-    status().settings = _original_roll = None
+        owner, name, before, ours = _undo.pop()
+        if vars(owner).get(name) is ours:  # and not what somebody else has put there since
+            setattr(owner, name, before)
+        if name == "roll_tensor":
+            for module in _holders(ours):  # that imported it in the meantime
+                setattr(module, name, before)
+    status().settings = None
 
 
 def _entries() -> Iterator[tuple[type, str]]:
@@ -147,5 +145,5 @@ def _check(mtp: ModuleType, entries: list[tuple[type, str]], version: str) -> No
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
-    _undo.append((owner, name, vars(owner)[name]))
+    _undo.append((owner, name, vars(owner)[name], value))
     setattr(owner, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -46,11 +47,12 @@ def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
                 mark: Mark = getattr(answer, MARK)
                 return answer, answer.sum() if return_sum and mark.name in SUMMED else None
             status().fallbacks[reason] += 1
-            exact = settings.unknown == "exact" and settings.layout == "zigzag"
+            exact = (settings.unknown, settings.padding, settings.layout) == ("exact", "exact", "zigzag")
             if exact and reason == UNKNOWN and shifts == -1 and dims in (-1, tensor.ndim - 1):
-                rolled, _ = overlap_mtp_roll(tensor, -1, -1, cp_group, packed_seq_params, return_sum=False)
-                assert rolled is not None
-                return rolled, rolled.sum() if return_sum else None
+                with contextlib.suppress(ValueError):  # documents that we cannot roll
+                    rolled, _ = overlap_mtp_roll(tensor, -1, -1, cp_group, packed_seq_params, False)
+                    assert rolled is not None
+                    return rolled, rolled.sum() if return_sum else None
         options = {"return_sum": return_sum} if sum_is_optional else {}
         return original(tensor, shifts, dims, cp_group, packed_seq_params, **options)
 

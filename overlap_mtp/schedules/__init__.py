@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Mapping
 
@@ -10,7 +9,7 @@ import torch.distributed as dist
 
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.select import TRANSPORTS
-from overlap_mtp.exchange.spec import RollOptions, fills_of
+from overlap_mtp.exchange.spec import roll_options
 from overlap_mtp.schedules.packed import TIMINGS, PackedRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
 from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls
@@ -67,21 +66,9 @@ def make_roller(
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    if num_depths < 1:
-        raise ValueError(f"num_depths must be >= 1, got {num_depths}")
-    if max_documents < 1:
-        raise ValueError(f"max_documents must be >= 1, got {max_documents}")
-    if not -(2**63) <= operator.index(ignore_index) < 2**63:
-        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
-    for name, fill in (fills or {}).items():
-        if fill != fill:
-            raise ValueError(f"the fill of {name} must be a number, got {fill}")
-    for name, own in (depths or {}).items():
-        if not 1 <= own <= num_depths:
-            raise ValueError(f"the depths of {name} must be in [1, {num_depths}] (num_depths), got {own}")
+    options = roll_options(num_depths, max_documents, ignore_index, fills, depths)
     if check_layouts is None:
         check_layouts = os.environ.get("OVERLAP_MTP_CHECK_LAYOUTS") == "1"
-    options = RollOptions(num_depths, max_documents, fills_of(ignore_index, fills), dict(depths or {}))
     config = RollerConfig(
         schedule,
         exchange_group_of(cp_group),

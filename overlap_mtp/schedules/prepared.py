@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, check_fill, fills_of
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, check_fill, roll_options
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached
@@ -49,16 +49,14 @@ def prepare(
         like any other batch and give them to `start` of a `prepared` roller.
 
     Raises:
-        ValueError: if `num_depths` is below 1, a tensor has another length, or `labels` cannot hold `ignore_index`.
+        ValueError: if an argument is out of range, a tensor has another length, or `labels` cannot hold `ignore_index`.
     """
-    if num_depths < 1:
-        raise ValueError(f"num_depths must be >= 1, got {num_depths}")
-    all_fills = fills_of(ignore_index, fills)
+    options = roll_options(num_depths, 1, ignore_index, fills, depths)
     prepared = {name: tensor for name, tensor in batch.items() if tensor is not None}
     for name, tensor in list(prepared.items()):
-        fill = all_fills.get(name, 0)
+        fill = options.fills.get(name, 0)
         check_fill(name, tensor.dtype, fill)
-        for depth in range(1, (depths or {}).get(name, num_depths) + 1):
+        for depth in range(1, options.depths.get(name, num_depths) + 1):
             prepared[prepared_name(name, depth)] = roll_reference(tensor, layout, depth, fill)
     return prepared
 

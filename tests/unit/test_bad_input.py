@@ -84,6 +84,10 @@ def test_fills_have_the_precision_of_their_tensor(schedule):
         (lambda: prepare(full_batch(packed(1)), packed(1), 0), ["num_depths", "1", "0"]),
         (lambda: prepare(full_batch(packed(1)), packed(1), -1), ["num_depths", "1", "-1"]),
         (
+            lambda: prepare(full_batch(packed(1)), packed(1), 2, depths={"labels": 3}),
+            ["depths", "labels", "2", "3"],
+        ),
+        (
             lambda: prepare({"labels": torch.ones(4).byte()}, SequenceLayout.dense(4, 1), 1),
             ["labels", "uint8", "-100", "int64"],
         ),
