@@ -368,7 +368,7 @@ def length_unit(cp_size: int, kind: Kind) -> int:
 
 
 def check_cp(cp_size: int, kind: str) -> None:
-    if cp_size < 1:
+    if operator.index(cp_size) < 1:
         raise ValueError(f"cp_size must be >= 1, got {cp_size}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -45,11 +45,10 @@ class Switch:
     """
 
     def __init__(self, schedule: str, transport: str, traced: bool = False) -> None:
-        settings = {"schedule": schedule, "transport": transport}
-        drop_in.install(**settings)
+        drop_in.install(schedule=schedule, transport=transport)
         drop_in.uninstall()  # by now it has imported all modules that it changes
         before = _attributes()
-        drop_in.install(**settings)
+        drop_in.install(schedule=schedule, transport=transport)
         after = _attributes()
         changed = [key for key, (_, value) in before.items() if key in after and after[key][1] is not value]
         self._original = {key: before[key] for key in changed}

@@ -14,23 +14,26 @@ import torch.distributed as dist
 
 from overlap_mtp.conformance.cases import Case, cases_for
 from overlap_mtp.conformance.outcome import RESULTS, Outcome
+from overlap_mtp.conformance.targets import MEGATRON, load_target
 from overlap_mtp.conformance.workers import ControlGroup, check_in_workers
+from overlap_mtp.layout import KINDS
 
 DESCRIPTION = """\
 Check that a roll does what multi-token prediction under context parallelism needs, bit for bit.
 
   python -m overlap_mtp.conformance overlap_mtp --ranks 1 2 4
-  python -m overlap_mtp.conformance my_framework.mtp:roll_tensor --quick
+  python -m overlap_mtp.conformance my_framework.mtp:roll_tensor --layout zigzag --quick
   torchrun --nproc-per-node 8 -m overlap_mtp.conformance megatron --device cuda
 
 TARGET is megatron, overlap_mtp, or module:function, a function with the signature of Megatron-LM's roll_tensor:
-(tensor, shifts, dims, cp_group, packed_seq_params) -> (rolled, sum). It is called with shifts=-1, once for each depth.
-If it has a parameter `layout`, it gets the SequenceLayout, too.
+(tensor, shifts, dims, cp_group, packed_seq_params) -> (rolled, sum), or without the sum. It is called with shifts=-1,
+once for each depth. If it has a parameter `layout`, it gets the SequenceLayout, too. Megatron-LM's arguments cannot say
+how the sequence is cut: check a roll for one cut with --layout.
 """
 EPILOG = """\
 Each line is a case: right; wrong (how many tokens, where, and what was expected); refused (it raised); hung (it took
 longer than --deadline); crashed (its process ended). The status is 0 if all cases are right, 1 if not, 2 if the command
-makes no sense.
+is not valid.
 """
 
 
@@ -53,12 +56,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="leave out a third of the cases")
+    parser.add_argument(
+        "--layout", choices=KINDS, help="run the cases of this layout; Megatron-LM's is zigzag"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="run the cases whose names hold this")
     parser.add_argument(
         "--deadline", type=float, default=30, metavar="S", help="of a case (default: %(default)s s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes there")
     options = parser.parse_args(arguments)
+    if options.json:
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--json: {error}")
     is_under_torchrun = "RANK" in os.environ
     if is_under_torchrun and options.ranks:
         parser.error("--ranks starts ranks, and torchrun has done so: leave it out")
@@ -79,7 +90,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def select(cp_size: int, options: argparse.Namespace) -> list[Case]:
     """The cases that the options ask for."""
-    return [case for case in cases_for(cp_size, options.quick) if options.only in case.name]
+    cases = cases_for(cp_size, options.quick)
+    if options.layout:
+        cases = [case for case in cases if case.layouts[0].kind == options.layout]
+    return [case for case in cases if options.only in case.name]
 
 
 def summary(cp_size: int, outcomes: list[Outcome]) -> str:
@@ -129,7 +143,6 @@ def write(options: argparse.Namespace, runs: dict[int, list[Outcome]]) -> None:
             for cp_size, outcomes in runs.items()
         ],
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -139,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     try:
+        if options.target != MEGATRON:  # here, so that a wrong one is said before any case
+            load_target(options.target, options.schedule)
         return check(options)
     except ValueError as error:
         print(f"python -m overlap_mtp.conformance: {error}", file=sys.stderr)

@@ -61,7 +61,7 @@ def roll_options(
     Raises:
         ValueError: if one of them is out of range.
     """
-    if num_depths < 1:
+    if operator.index(num_depths) < 1:
         raise ValueError(f"num_depths must be >= 1, got {num_depths}")
     if max_documents < 1:
         raise ValueError(f"max_documents must be >= 1, got {max_documents}")

@@ -12,9 +12,10 @@ import atexit
 import os
 import runpy
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from overlap_mtp.megatron import install, status
+from overlap_mtp.megatron import Settings, install, status
 
 VARIABLE = "OVERLAP_MTP_MEGATRON"
 
@@ -40,11 +41,17 @@ def settings_from(text: str) -> dict[str, object] | None:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
             raise ValueError(f'{VARIABLE} must be 0, 1 or "name=value,name=value", got {text!r}')
-        settings[name] = int(value) if value.isdigit() else value
+        settings[name] = int(value) if value.lstrip("-").isdigit() else value
+    known = [one.name for one in fields(Settings)]
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(f"{VARIABLE} has no setting {unknown[0]!r}: the settings are {', '.join(known)}")
     return settings
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m overlap_mtp.megatron SCRIPT [its arguments]")
     sys.argv = sys.argv[1:]
@@ -55,7 +62,7 @@ def main() -> None:
     try:
         settings = settings_from(os.environ.get(VARIABLE, ""))
         if settings is not None:
-            install(**settings)
+            install(**settings)  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         sys.exit(f"overlap_mtp.megatron: {error}")
     if settings is not None and os.environ.get("RANK", "0") == "0":

@@ -7,8 +7,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
+from overlap_mtp.layout import Kind
 from overlap_mtp.megatron.forward import Entry, patched_forward
 from overlap_mtp.megatron.rolls import patched_roll
 from overlap_mtp.megatron.settings import Settings, reset_status, status
@@ -39,7 +40,15 @@ class Installed:
         uninstall()
 
 
-def install(**settings: Any) -> Installed:
+def install(
+    *,
+    schedule: str = "prefetch",
+    transport: str = "auto",
+    padding: Literal["exact", "megatron"] = "exact",
+    layout: Kind = "zigzag",
+    max_documents: int = 128,
+    unknown: Literal["megatron", "exact"] = "megatron",
+) -> Installed:
     """Let Megatron-LM's models prefetch their rolls. Call it on all ranks, before or after models are made.
 
     Calling it again replaces the settings.
@@ -68,7 +77,7 @@ def install(**settings: Any) -> Installed:
         RuntimeError: if this version of it does not roll as the drop-in expects. Nothing is patched then.
         ValueError: if a setting is illegal.
     """
-    chosen = Settings(**settings)
+    chosen = Settings(schedule, transport, padding, layout, max_documents, unknown)
     if not _undo:
         mtp = importlib.import_module(MTP)
         entries = list(_entries())
@@ -121,7 +130,7 @@ def _holders(roll: Callable[..., Any]) -> list[ModuleType]:
 def _check(mtp: ModuleType, entries: list[tuple[type, str]], version: str) -> None:
     """Raise RuntimeError unless megatron-core has the functions that we patch, and rolls by them."""
     problems = []
-    roll = list(inspect.signature(mtp.roll_tensor).parameters)
+    roll = list(inspect.signature(mtp.roll_tensor).parameters) if hasattr(mtp, "roll_tensor") else []
     if roll[:5] != ROLL_PARAMETERS or roll[5:] not in ([], ["return_sum"]):
         problems.append(f"roll_tensor({', '.join(roll)})")
     for owner, name in entries:
@@ -131,16 +140,19 @@ def _check(mtp: ModuleType, entries: list[tuple[type, str]], version: str) -> No
             problems.append(f"{owner.__name__}.{name} without {', '.join(sorted(missing))}")
     if ("GPTModel", "forward") not in [(owner.__name__, name) for owner, name in entries]:
         problems.append("no GPTModel.forward with a loss_mask")
-    gpt = importlib.import_module(MODELS[0][0]).GPTModel
-    loss = getattr(mtp, "process_mtp_loss", None) or gpt._postprocess
-    embeddings = getattr(mtp.MultiTokenPredictionLayer, "_get_embeddings", None)
+    gpt = getattr(importlib.import_module(MODELS[0][0]), "GPTModel", None)
+    loss = getattr(mtp, "process_mtp_loss", None) or getattr(gpt, "_postprocess", None)
+    layer = getattr(mtp, "MultiTokenPredictionLayer", None)
+    embeddings = getattr(layer, "_get_embeddings", None)
     for what, function in (("its MTP layers do", embeddings), ("its MTP loss does", loss)):
-        if function is None or "roll_tensor" not in inspect.unwrap(function).__code__.co_names:
+        code = getattr(function and inspect.unwrap(function), "__code__", None)
+        if code is None or "roll_tensor" not in code.co_names:
             problems.append(f"{what} not roll by roll_tensor")
     if problems:
         raise RuntimeError(
-            f"overlap_mtp.megatron does not know megatron-core {version} ({'; '.join(problems)}). It supports 0.16.1 "
-            "and versions that roll in the same way. Nothing was patched"
+            f"overlap_mtp.megatron does not know this megatron-core, which says that it is {version}: "
+            f"{'; '.join(problems)}. It supports 0.16.1 and versions that roll in the same way. Nothing was patched: "
+            "train without `install`"
         )
 
 

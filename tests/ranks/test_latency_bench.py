@@ -11,7 +11,7 @@ from scaling_model import SCHEDULES, Measured
 
 from latency import megatron_rolls
 from latency.candidate import Candidate, Method
-from latency.cases import TENSORS, Case, Workload
+from latency.cases import TENSORS, Case, Workload, new_layout
 from overlap_mtp import SequenceLayout, make_roller
 
 from rank_pool import device_of
