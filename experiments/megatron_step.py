@@ -93,7 +93,7 @@ class Options:
     sequence_parallel: bool = False
     """Share the tokens between layers among the tp ranks."""
     train_steps: int = 0
-    """Also train so many steps with and without the drop-in, and compare all losses."""
+    """Also train this number of steps with and without the drop-in, and compare all losses."""
     optimizer: Literal["sgd", "adam"] = "adam"
     """Of --train-steps."""
     checkout: Path | None = None

@@ -101,9 +101,10 @@ class DeviceLayout:
         return replace(layout, batch=self.batch)
 
 
-def layout_from(
-    packed_seq_params: Any, local_len: int, cp_size: int, kind: Kind = "zigzag"
-) -> SequenceLayout | DeviceLayout:
+Layout = SequenceLayout | DeviceLayout
+
+
+def layout_from(packed_seq_params: Any, local_len: int, cp_size: int, kind: Kind = "zigzag") -> Layout:
     """Return the layout that Megatron-LM's PackedSeqParams describe. It never waits for the device.
 
     Args:

@@ -1,4 +1,4 @@
-"""Does a step give the same bits whoever rolls? Losses, MTP losses by depth, and every gradient."""
+"""Compare the losses, MTP losses and gradients of a step under all modes, bit for bit."""
 
 from __future__ import annotations
 

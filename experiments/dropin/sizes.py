@@ -51,7 +51,7 @@ class Problem:
         return 2 * self.cp
 
     def check_documents(self, documents: int) -> None:
-        """Raise ValueError if so many documents do not fit into the sequence."""
+        """Raise ValueError if the sequence has no room for this number of documents."""
         most = self.seq_len // self.length_unit
         if not 0 <= documents <= most:
             raise ValueError(f"documents must be in [0, {most}] at this size, got {documents}")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.conformance.cases import Bounds
-from overlap_mtp.device_layout import DeviceLayout, layout_from
+from overlap_mtp.device_layout import Layout, layout_from
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules import SCHEDULES, make_roller
 
@@ -96,9 +96,9 @@ class Target(ABC):
             max_documents: the most documents of a batch.
 
         Returns:
-            A context manager. It gives a function that starts the rolls of a tensor, in a layout of which
-            packed_seq_params tells the documents in the given way. That returns a function that gives the tensor at a
-            depth; depths are asked for one after the other.
+            A context manager. It gives a function that starts the rolls of a tensor. Its arguments are the tensor, its
+            layout, and how packed_seq_params describes the documents. It returns a function that gives the rolled
+            tensor of a depth. Depths are asked for one after the other.
         """
 
 
@@ -152,7 +152,7 @@ class RollerTarget(Target):
 
         def start(tensor: torch.Tensor, layout: SequenceLayout, bounds: Bounds) -> RolledAt:
             params = packed_seq_params(layout, bounds, tensor.device)
-            told: SequenceLayout | DeviceLayout = layout
+            told: Layout = layout
             if params is not None and tensor.is_cuda:
                 told = layout_from(params, layout.local_len, layout.cp_size, layout.kind)
             rolls = roller.start({"tokens": tensor}, told)

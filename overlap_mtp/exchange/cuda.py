@@ -11,7 +11,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.outputs import OutputPool, Outputs, allocate_outputs
 from overlap_mtp.exchange.plan import (
     FINGERPRINT,
@@ -20,7 +20,7 @@ from overlap_mtp.exchange.plan import (
     write_metadata,
     write_references,
 )
-from overlap_mtp.exchange.spec import ExchangeSpec, Layout, column_addresses
+from overlap_mtp.exchange.spec import ExchangeSpec, column_addresses
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.kernels.bounds import write_bounds
 from overlap_mtp.kernels.common import ExchangeConstants

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.outputs import allocate_outputs
 from overlap_mtp.exchange.plan import make_metadata
-from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport
 from overlap_mtp.kernels import reference
 from overlap_mtp.layout import SequenceLayout

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
-from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import TransportConfig
 from overlap_mtp.kernels.pack import pack
 from overlap_mtp.kernels.unroll import unroll

@@ -27,7 +27,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.layout import IntArray, SequenceLayout
 
 HEADER = -1  # in place of a row's sequence: the row carries the fingerprint
@@ -97,7 +97,7 @@ class ExchangePlan:
     def first_recv_row(self, peer: int) -> int:
         return sum(self.recv_rows[:peer])
 
-    def num_sequences(self, layout: SequenceLayout | DeviceLayout) -> int:
+    def num_sequences(self, layout: Layout) -> int:
         """How many sequences a batch has: its documents in use, or the one stream. A DeviceLayout may have fewer."""
         return layout.num_used_documents if self.by_document else 1
 

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.layout import IntArray, SequenceLayout
+from overlap_mtp.layout import IntArray
 from overlap_mtp.tensors import IGNORE_INDEX, INTEGER_VIEW
 
 Batch = Mapping[str, torch.Tensor]
-Layout = SequenceLayout | DeviceLayout
 
 
 def fills_of(ignore_index: int = IGNORE_INDEX, fills: Mapping[str, float] | None = None) -> dict[str, float]:

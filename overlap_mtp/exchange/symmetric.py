@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
 from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import Layout
 from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.put_pack import put_pack

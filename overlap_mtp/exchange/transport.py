@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec, Layout
+from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.layout import SequenceLayout
 
 WORD_BYTES = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from overlap_mtp.device_layout import DeviceLayout, layout_from
+from overlap_mtp.device_layout import Layout, layout_from
 from overlap_mtp.layout import Kind, SequenceLayout
 from overlap_mtp.megatron.settings import Settings
 
@@ -14,9 +14,7 @@ class LeftToMegatronError(Exception):
     """A batch that is left to Megatron-LM, and why."""
 
 
-def layout_of(
-    packed: Any | None, local_len: int, cp_size: int, settings: Settings
-) -> SequenceLayout | DeviceLayout:
+def layout_of(packed: Any | None, local_len: int, cp_size: int, settings: Settings) -> Layout:
     """Return the layout of a batch. It never waits for the device.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,14 +78,11 @@ def _answer(
     return answer, "" if answer is not None else "more depths than the model has"
 
 
-class no_exchange:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def no_exchange(reason: str) -> Iterator[None]:
     """Say why the rolls of the forward in this context have no exchange; "" if they have one."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __enter__(self) -> None:
-        _reasons.append(self._reason or "a tensor that its forward does not know")
-
-    def __exit__(self, *_: object) -> None:
+    _reasons.append(reason or "a tensor that its forward does not know")
+    try:
+        yield
+    finally:
         _reasons.pop()

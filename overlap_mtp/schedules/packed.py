@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.plan import make_plans
 from overlap_mtp.exchange.select import make_transport
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Tokens

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, check_fill, roll_options
+from overlap_mtp.device_layout import Layout
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_fill, roll_options
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from overlap_mtp.device_layout import DeviceLayout
+from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, Layout, RollOptions, check_batch
+from overlap_mtp.exchange.spec import Batch, ExchangeSpec, RollOptions, check_batch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.agreement import agree
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.device_layout import DeviceLayout, layout_from
+from overlap_mtp.device_layout import DeviceLayout, Layout, layout_from
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
-from overlap_mtp.exchange.spec import Batch, Layout
+from overlap_mtp.exchange.spec import Batch
 from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
 from overlap_mtp.schedules.roller import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from overlap_mtp.exchange.spec import Layout
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import Roller, Rolls, Tokens
 
