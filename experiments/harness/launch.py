@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
 from harness.signals import INTERRUPTED, join, listen
-from overlap_mtp.training.access import TOKEN, keep_to_loopback, new_token
+from overlap_mtp.training.access import TOKEN, keep_to_loopback, new_token, reserve_port
 from overlap_mtp.training.rendezvous import PeerError, connect
 from overlap_mtp.training.watchdog import Watchdog, end_process
 
@@ -46,14 +46,16 @@ def run_on_ranks(
     if "RANK" in os.environ:
         _run_rank(int(os.environ["LOCAL_RANK"]), device, deadline, function, arguments)
         return
-    # Only the ranks get these variables: what this process starts later is no rank of this run.
-    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), TOKEN: new_token(), **sizes}
-    context = spawn(  # type: ignore[no-untyped-call]
-        _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
-    )
-    # After a rank has died, the others have time to name it.
-    join(context, deadline.total_seconds() / 2 if deadline else None)
+    with reserve_port() as reserved:
+        host, port = reserved.getsockname()
+        # Only the ranks get these variables: what this process starts later is no rank of this run.
+        sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+        environment = {"MASTER_ADDR": host, "MASTER_PORT": str(port), TOKEN: new_token(), **sizes}
+        context = spawn(  # type: ignore[no-untyped-call]
+            _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
+        )
+        # After a rank has died, the others have time to name it.
+        join(context, deadline.total_seconds() / 2 if deadline else None)
 
 
 def check_environment() -> None:
@@ -159,10 +161,3 @@ def _run_rank(
         end_process(str(error))  # threads of the groups may still wait for the peer
     if status:
         sys.exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port

@@ -65,6 +65,17 @@ def keep_to_loopback() -> None:
             os.environ.setdefault(variable, "lo")
 
 
+def reserve_port() -> socket.socket:
+    """Return a socket that holds a free port of the loopback interface, so that no other process is given it.
+
+    It does not listen. While it is open, `listener`, torch's store and no socket without SO_REUSEADDR can listen there.
+    """
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind(("127.0.0.1", 0))
+    return one
+
+
 def listener(address: str, port: int) -> int | None:
     """Return a socket's descriptor for a store that listens at one address, if all ranks are on this host.
 

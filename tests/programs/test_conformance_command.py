@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from overlap_mtp.training.access import reserve_port
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -68,13 +69,12 @@ def test_all_right_on_one_rank_and_two():
 @pytest.mark.slow
 def test_ranks_of_torchrun(tmp_path):
     """A target that is wrong on one rank: both know, and go on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        address = ("--master-addr", "127.0.0.1", "--master-port", str(one.getsockname()[1]))
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *address)
     file = tmp_path / "outcomes.json"
     names = ("--only", "zigzag, packed, ", "--quick", "--deadline", "2", "--json", str(file))
-    assert run("odd_rolls:odd_roll", *names, launcher=launcher).returncode == 1
+    with reserve_port() as reserved:
+        address = ("--master-addr", "127.0.0.1", "--master-port", str(reserved.getsockname()[1]))
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *address)
+        assert run("odd_rolls:odd_roll", *names, launcher=launcher).returncode == 1
     counts = Counter(one["result"] for one in outcomes_in(file))
     assert counts == {"right": 7, "wrong": 1, "refused": 2, "hung": 1, "crashed": 1}
 

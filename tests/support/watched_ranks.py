@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 import traceback
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from overlap_mtp.training.access import reserve_port
 from overlap_mtp.training.rendezvous import connect
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
 
@@ -119,9 +119,8 @@ def rank_main(scenario: Scenario, rank: int, port: int, folder: Path) -> None:
 
 def run(scenario: Scenario, folder: Path) -> dict[int, tuple[int, str]]:
     """Return the exit status and stderr of each rank. All must end by themselves, within the deadline."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    reserved = reserve_port()
+    port = reserved.getsockname()[1]
     fault, odd, _, backend, world_size = scenario
     context = forks() if backend == "gloo" else mp.get_context("spawn")
     started = [rank for rank in range(world_size) if fault != "is absent" or rank != odd]
@@ -154,3 +153,4 @@ def run(scenario: Scenario, folder: Path) -> dict[int, tuple[int, str]]:
         for process in processes.values():
             process.kill()
             process.join()
+        reserved.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from overlap_mtp.training import watchdog as module
-from overlap_mtp.training.access import TOKEN, keep_to_loopback, listener, read_signed, sign
+from overlap_mtp.training.access import TOKEN, keep_to_loopback, listener, read_signed, reserve_port, sign
 from overlap_mtp.training.rendezvous import await_ranks
 from overlap_mtp.training.watchdog import Heartbeat, Watchdog
 
@@ -53,6 +54,19 @@ def test_gloo_and_nccl_keep_to_loopback_if_all_ranks_are_here(monkeypatch, ranks
         keep_to_loopback()
         assert [os.environ.pop(name, None) for name in variables] == [expected] * 2
         assert ranks_here == "2" or listener("127.0.0.1", 0) is None
+
+
+def test_a_reserved_port_is_for_the_store_alone(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with reserve_port() as reserved, socket.socket() as stranger:
+        address = reserved.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(address)
+        with socket.socket(fileno=listener(*address)), socket.create_connection(address) as one:
+            assert one.getpeername() == address
 
 
 @pytest.mark.parametrize("word", ["[0, 1]", sign("another key", "[0, 1]")])
