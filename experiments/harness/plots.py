@@ -10,6 +10,7 @@ import numpy as np
 COLOURS = {
     "sync": "#b3402a",
     "merged": "#d98b3a",
+    "batched": "#c9b23f",
     "overlap": "#4f8a8b",
     "prefetch": "#1f5f8b",
     "prepared": "#7a7a7a",

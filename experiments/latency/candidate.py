@@ -15,7 +15,12 @@ from latency.megatron_rolls import MegatronRoller
 from overlap_mtp import SequenceLayout, make_roller
 from overlap_mtp.schedules.roller import Rolls
 
-EXCHANGING = ("merged", "overlap", "prefetch")  # the schedules that run over a choice of transports
+EXCHANGING = (
+    "merged",
+    "batched",
+    "overlap",
+    "prefetch",
+)  # the schedules that run over a choice of transports
 MEGATRON = "megatron"
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 WARM_UPS = 3

@@ -55,7 +55,7 @@ def install(
 
     Args:
         schedule: how rolls are carried: "prefetch" (one exchange for all depths, under the decoder), "overlap",
-            "merged" or "sync".
+            or those that block: "batched", "merged" and "sync".
         transport: as in `overlap_mtp.make_roller`.
         padding: of packed documents that are padded (`cu_seqlens_q` differs from `cu_seqlens_q_padded`): "exact"
             rolls each document within its valid tokens; "megatron" leaves such batches to Megatron-LM, which gives

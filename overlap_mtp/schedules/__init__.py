@@ -1,4 +1,4 @@
-"""When the boundary exchange happens: five schedules behind one interface."""
+"""When the boundary exchange happens: six schedules behind one interface."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def make_roller(
     """Make a roller. It communicates nothing: that begins with the first `start`.
 
     Args:
-        schedule: "sync", "merged", "overlap", "prefetch" or "prepared" ("none" skips the rolls, for timing only).
+        schedule: "sync", "merged", "batched", "overlap", "prefetch" or "prepared" ("none" skips the rolls, for timing
+            only).
         cp_group: the ranks that share a sequence; None for one rank that holds everything.
         num_depths: how many depths `at` will be asked for.
-        transport: of merged, overlap and prefetch: "process_group" (NCCL or gloo), "symmetric" (GPUs that share
-            memory), or "auto" for the fastest that all ranks can use.
+        transport: of merged, batched, overlap and prefetch: "process_group" (NCCL or gloo), "symmetric" (GPUs that
+            share memory), or "auto" for the fastest that all ranks can use.
         max_documents: the most documents of a packed batch. It sizes the messages: about 16 * num_depths bytes for a
             tensor and document. Empty documents at the end do not count.
         ignore_index: what rolled `labels` hold past the end of a document: the label that your loss ignores. Rolled

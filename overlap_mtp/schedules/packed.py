@@ -1,6 +1,8 @@
-"""merged, overlap and prefetch: all tensors and documents in one message, at three times.
+"""merged, batched, overlap and prefetch: all tensors and documents in one message, at four times.
 
 - merged: one exchange for each depth, waited for where it is started;
+- batched: one exchange for all depths, waited for at the first of them. It shows what is left to gain by overlapping
+  alone, because its messages are those of prefetch;
 - overlap: one exchange for each depth on the side stream. Depth k + 1 travels while MTP layer k computes. Values that
   are not known in advance, such as activations, need this order;
 - prefetch: one exchange for all depths on the side stream, under the trunk. Every token that any depth needs is known
@@ -34,6 +36,7 @@ class Timing(NamedTuple):
 
 TIMINGS = {
     "merged": Timing(is_overlapped=False, all_depths=False),
+    "batched": Timing(is_overlapped=False, all_depths=True),
     "overlap": Timing(is_overlapped=True, all_depths=False),
     "prefetch": Timing(is_overlapped=True, all_depths=True),
 }

@@ -127,7 +127,7 @@ class Roller(ABC):
             batch: this rank's tensors by name, [..., local_len] each (for example [B, local_len]) and on one device;
                 bool, uint8, int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold
                 the roller's `ignore_index`. Names with None are left out.
-            layout: of the batch. Only `merged`, `overlap` and `prefetch` on GPUs use a DeviceLayout as it is.
+            layout: of the batch. Only schedules that pack, on GPUs, use a DeviceLayout as it is.
             ready: a CUDA event after which the batch, and the bounds of a DeviceLayout, may be read. Default: after all
                 work queued on the current stream. An earlier event lets an overlapped exchange begin in the middle of a
                 long kernel.

@@ -33,7 +33,7 @@ def outcomes_of_mutants(group: dist.ProcessGroup) -> dict[str, str]:
     return {one.name: check_target(one, cases, group, stop_at_first=True)[-1].result for one in targets}
 
 
-@pytest.mark.parametrize("schedule", ["", "sync", "merged", "overlap", "prefetch"])
+@pytest.mark.parametrize("schedule", ["", "sync", "merged", "batched", "overlap", "prefetch"])
 def test_all_is_right(gpu_pool: RankPool, schedule):
     outcomes = gpu_pool.run(outcomes_of, 2, schedule)[0]
     assert [one for one in outcomes if not one.is_right] == []

@@ -20,7 +20,7 @@ import sweep
 import train
 
 ROOT = Path(__file__).parents[2]
-SCHEDULES = ["sync", "merged", "overlap", "prefetch", "prepared"]
+SCHEDULES = ["sync", "merged", "batched", "overlap", "prefetch", "prepared"]
 
 
 def run(program: str, *arguments: str) -> str:
@@ -53,7 +53,7 @@ def test_compare_modes(tmp_path, documents):
         assert len(result["times_ms"][schedule]) == 3
     assert not rows["none"]["rolls_equal"]
     # 2 ranks, 4 tensors, 2 depths: each rank sends to the other.
-    assert rows["prefetch"]["messages_per_step"] == 2
+    assert rows["batched"]["messages_per_step"] == rows["prefetch"]["messages_per_step"] == 2
     assert rows["merged"]["messages_per_step"] == rows["overlap"]["messages_per_step"] == 4
     assert rows["prepared"]["messages_per_step"] == 0
     assert rows["sync"]["messages_per_step"] >= 16
@@ -92,7 +92,7 @@ def test_roll_latency(tmp_path):
                 assert one["cold_us"]["median"] > 0
                 assert one["wall_us"]["low"] <= one["wall_us"]["median"] <= one["wall_us"]["high"]
     # 4 tensors, 2 depths; each of two ranks sends to the other, once a dense document or more often
-    assert rows["prefetch", 2, 8]["messages"] == 1
+    assert rows["batched", 2, 8]["messages"] == rows["prefetch", 2, 8]["messages"] == 1
     assert rows["merged", 2, 8]["messages"] == rows["overlap", 2, 8]["messages"] == 2
     assert rows["sync", 2, 1]["messages"] == 8
     assert rows["sync", 2, 8]["messages"] > 32

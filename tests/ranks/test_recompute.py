@@ -63,7 +63,7 @@ def wrong_when_recomputed(
 
 
 @pytest.mark.parametrize("documents", ["dense", "packed"])
-@pytest.mark.parametrize("schedule", ["sync", "merged", "overlap", "prefetch", "prepared"])
+@pytest.mark.parametrize("schedule", ["sync", "merged", "batched", "overlap", "prefetch", "prepared"])
 def test_recomputing_gives_the_same_bits_and_sends_no_roll(ranks: RankPool, schedule, documents):
     assert ranks.run(wrong_when_recomputed, 2, schedule, documents) == [[]] * 2
 

@@ -126,12 +126,18 @@ def documents(cp_size: int, number: int, kind: str = "zigzag") -> SequenceLayout
 
 @pytest.mark.parametrize(
     ("schedule", "num_depths"),
-    [("prefetch", 1), ("prefetch", 2), ("prefetch", 9), *product(("merged", "overlap"), (1, 3))],
+    [
+        ("batched", 2),
+        ("prefetch", 1),
+        ("prefetch", 2),
+        ("prefetch", 9),
+        *product(("merged", "overlap"), (1, 3)),
+    ],
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_an_exchange_sends_at_most_one_message_a_peer(pool: RankPool, cp_size, kind, schedule, num_depths):
-    exchanges = 1 if schedule == "prefetch" else num_depths
+    exchanges = 1 if schedule in ("batched", "prefetch") else num_depths
     dense = SequenceLayout.dense(8 * cp_size, cp_size, kind)
     few, many = documents(cp_size, 1, kind), documents(cp_size, 8, kind)
     for microbatches in ([dense] * 3, [few, many, few]):

@@ -15,8 +15,8 @@ from rank_pool import device_of
 from strategies import FILLS, same_bits
 
 Batch = dict[str, torch.Tensor]
-EXCHANGING = ("sync", "merged", "overlap", "prefetch")
-PACKED = ("merged", "overlap", "prefetch")
+EXCHANGING = ("sync", "merged", "batched", "overlap", "prefetch")
+PACKED = ("merged", "batched", "overlap", "prefetch")
 TRANSPORTS = ("process_group", "symmetric")
 NUM_DEPTHS = 2
 ODD_RANK = 1  # the rank that differs from the others
