@@ -121,7 +121,8 @@ def roller_for(cp_group: dist.ProcessGroup, kind: Hashable, num_depths: int, **o
     roller = of_group.pop(key, None)
     if roller is None:
         if len(of_group) >= MAX_ROLLERS:
-            of_group.pop(next(iter(of_group))).close()  # the one that was used least recently
+            # The one that was used least recently. It is not closed: a forward may still need what it has started.
+            of_group.pop(next(iter(of_group)))
         roller = make_roller(settings.schedule, cp_group, num_depths, settings.transport, **options)
     of_group[key] = roller
     return roller

@@ -48,7 +48,8 @@ def make_roller(
         transport: of merged, batched, overlap and prefetch: "process_group" (NCCL or gloo), "symmetric" (GPUs that
             share memory), or "auto" for the fastest that all ranks can use.
         max_documents: the most documents of a packed batch. It sizes the messages: about 16 * num_depths bytes for a
-            tensor and document. Empty documents at the end do not count.
+            tensor and document. Empty documents at the end do not count. Those of a DeviceLayout do, and so does one
+            more for a tail.
         ignore_index: what rolled `labels` hold past the end of a document: the label that your loss ignores. Rolled
             `padding_mask` holds 1 (True) there, all other tensors hold 0.
         check_layouts: of sync: compare each microbatch and its layout over the ranks before its rolls, by one small

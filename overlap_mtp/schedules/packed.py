@@ -188,6 +188,10 @@ class PackedRolls(Rolls):
             self.start_next()  # travels while the MTP layer of this depth computes
 
     def set_replay_layout(self, layout: SequenceLayout) -> None:
+        if isinstance(layout, DeviceLayout):
+            raise ValueError(
+                "set_replay_layout needs a SequenceLayout, got a DeviceLayout: pass layout.on_host()"
+            )
         before, now = (
             f"{'packed' if one.is_packed else 'dense'} {one.kind}, cp_size {one.cp_size}"
             for one in (self._layout, layout)

@@ -117,6 +117,13 @@ def test_illegal_arguments_of_every_schedule_are_refused(schedule):
     assert error_of(rolls.set_replay_layout, one.layout).startswith("RuntimeError: only")
 
 
+def test_a_replay_takes_no_layout_on_the_device():
+    one = Microbatch.of(None)
+    rolls = one.start(make_roller("prefetch", None, NUM_DEPTHS))
+    bounds = DeviceLayout(torch.tensor([0, one.layout.seq_len]), one.layout.seq_len, 1)
+    assert_names(error_of(rolls.set_replay_layout, bounds), "SequenceLayout", "layout.on_host")
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", ILLEGAL)
 def test_illegal_batches_are_refused(schedule, case):
