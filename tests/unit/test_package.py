@@ -1,4 +1,4 @@
-"""pyproject.toml describes the package as it is, and the drawn diagram is up to date."""
+"""pyproject.toml describes the package as it is, and the drawn diagrams are up to date."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def test_the_version_is_the_same_everywhere():
     assert overlap_mtp.__version__ == PYPROJECT["project"]["version"]
 
 
-def test_the_diagram_is_what_its_script_draws():
-    draw = runpy.run_path(str(ROOT / "docs/draw_schedules.py"))["draw"]
-    assert (ROOT / "docs/schedules.svg").read_text() == draw()
+def test_the_diagrams_are_what_their_script_draws():
+    diagrams = runpy.run_path(str(ROOT / "docs/draw_diagrams.py"))["DIAGRAMS"]
+    for name, draw in diagrams.items():
+        assert (ROOT / "docs" / name).read_text() == draw(), name

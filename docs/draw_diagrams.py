@@ -1,4 +1,4 @@
-"""Draw the README's diagram of three schedules: `python docs/draw_schedules.py` writes docs/schedules.svg."""
+"""Draw the diagrams of the pages: `python docs/draw_diagrams.py` writes schedules.svg and zigzag.svg beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ TRUNK, LOSS, MTP = 170, 40, 96  # durations, in pixels
 MESSAGES, PITCH, MESSAGE = 12, 8, 24  # in sync, small messages of a depth; the length of a packed one
 GREY = {"trunk": "#9aa1ab", "loss": "#d3d7dc", "MTP depth 1": "#b4bac3", "MTP depth 2": "#b4bac3"}
 RED, WAIT, INK = "#d62728", "#fbe3e3", "#24292f"
+RANKS = ["#4878a8", "#e0a03c", "#5a9a68", "#a0679c"]  # the colour of what a rank holds
+CHUNK, HALO = 72, 9  # pixels of a chunk, and of one token of a halo
 ROWS = [
     ("sync", "a small message per tensor, document and depth: compute waits for each", MESSAGES * PITCH),
     ("merged", "one message per depth: compute waits for each", MESSAGE),
@@ -57,10 +59,47 @@ def row(name: str, words: str, wait: int, y: int) -> list[str]:
     return [*found, line(x, compute - 5, x, exchange + 26, 'stroke-width="2"')]
 
 
-def draw() -> str:
+def draw_zigzag() -> str:
+    """One document on four ranks: who holds which chunk, and which tokens it needs from whom at two depths."""
+    chunks, height = 2 * len(RANKS), 264
+    owners = [min(chunk, chunks - 1 - chunk) for chunk in range(chunks)]
+    parts = [text(16, 24, "one document, cut into eight chunks", 'font-size="13"')]
+
+    def draw_chunk(chunk: int, y: int) -> list[str]:
+        x, rank = LEFT + CHUNK * chunk, owners[chunk]
+        label = 'text-anchor="middle" fill="white" font-weight="bold"'
+        return [
+            box(x, y, CHUNK, 26, RANKS[rank], 'stroke="white"'),
+            text(x + CHUNK / 2, y + 17, str(chunk), label),
+        ]
+
+    for chunk in range(chunks):
+        parts += draw_chunk(chunk, 36)
+    for rank in range(len(RANKS)):
+        y = 84 + 34 * rank
+        parts += [text(16, y + 17, f"rank {rank}"), box(LEFT, y, CHUNK * chunks, 26, "#f4f5f7")]
+        for chunk in (rank, chunks - 1 - rank):
+            parts += draw_chunk(chunk, y)
+        for chunk in (rank, chunks - 1 - rank):
+            if chunk + 1 < chunks and owners[chunk + 1] != rank:  # its own next chunk needs no message
+                x, owner = LEFT + CHUNK * (chunk + 1), RANKS[owners[chunk + 1]]
+                parts += [box(x + HALO * n, y, HALO, 26, owner, f'stroke="{RED}"') for n in range(2)]
+    y = height - 24
+    parts += [box(LEFT + HALO * n, y - 13, HALO, 16, RANKS[1], f'stroke="{RED}"') for n in range(2)]
+    words = "the tokens that two depths need after a chunk, in the colour of the neighbour that holds them"
+    return svg(height, "Zigzag chunks of one document on four ranks", [*parts, text(LEFT + 26, y, words)])
+
+
+def svg(height: int, title: str, parts: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    style = f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}"'
+    background = box(0, 0, WIDTH, height, "white", 'rx="6"')
+    return "\n".join([f"{head} {style}>", f"<title>{title}</title>", background, *parts, "</svg>\n"])
+
+
+def draw_schedules() -> str:
     ideal, bottom = LEFT + TRUNK + 3 * LOSS + 2 * MTP, HEIGHT - 56
-    parts = [box(0, 0, WIDTH, HEIGHT, "white", 'rx="6"')]
-    parts += [line(ideal, 34, ideal, bottom - 6, 'stroke-dasharray="4 4" opacity="0.5"')]
+    parts = [line(ideal, 34, ideal, bottom - 6, 'stroke-dasharray="4 4" opacity="0.5"')]
     for number, (name, words, wait) in enumerate(ROWS):
         parts += row(name, words, wait, 24 + 102 * number)
     parts += [line(LEFT, bottom, WIDTH - 22, bottom), text(16, bottom + 4, "time")]
@@ -73,11 +112,11 @@ def draw() -> str:
     for n, (fill, rest, words) in enumerate(legend):
         x, width = LEFT + (0, 190, 370, 496)[n], 2 if fill == INK else 16
         parts += [box(x + 16 - width, bottom + 24, width, 14, fill, rest), text(x + 22, bottom + 36, words)]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-    style = f'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}"'
-    title = "<title>When the exchange happens under sync, merged and prefetch</title>"
-    return "\n".join([f"{head} {style}>", title, *parts, "</svg>\n"])
+    return svg(HEIGHT, "When the exchange happens under sync, merged and prefetch", parts)
 
+
+DIAGRAMS = {"schedules.svg": draw_schedules, "zigzag.svg": draw_zigzag}
 
 if __name__ == "__main__":
-    Path(__file__).with_name("schedules.svg").write_text(draw())
+    for name, draw in DIAGRAMS.items():
+        Path(__file__).with_name(name).write_text(draw())
