@@ -1,13 +1,16 @@
-"""The README's example runs as it stands."""
+"""The examples of the pages run as they stand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from overlap_mtp import roll_reference
 
 from rank_pool import RankPool
 
@@ -24,10 +27,13 @@ class MTPLayer(nn.Module):
         return torch.tanh(self.merge(torch.cat([hidden, embedded], -1)))
 
 
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
 def run_example(group: dist.ProcessGroup) -> tuple[float, torch.Tensor]:
     """Loss and the embedding's gradient, summed over ranks."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (code,) = [block for block in blocks if "make_roller" in block]
+    (code,) = [block for block in blocks_of("README.md") if "make_roller" in block]
     torch.manual_seed(0)
     names = {
         "cp_group": group,
@@ -52,3 +58,29 @@ def test_the_example_gives_the_same_loss_on_any_number_of_ranks(pool: RankPool):
         for other_loss, other_gradient in pool.run(run_example, cp_size):
             assert abs(other_loss - loss) < 1e-5
             torch.testing.assert_close(other_gradient, gradient)
+
+
+def run_integration(group: dist.ProcessGroup) -> list[str]:
+    """What is wrong with what the blocks leave."""
+    model = nn.Linear(1, 1, bias=False)
+    names: dict[str, Any] = {"cp_group": group, "model": model}
+    for code in blocks_of("docs/integration.md"):
+        exec(code, names)
+    rank, layout, rolled = group.rank(), names["layout"], names["rolled"]
+    names["model"](torch.ones(1, 1)).sum().backward()  # each rank's gradient is 1
+    defined = layout.shard(roll_reference(names["tokens"][None], layout, 1), rank)
+    valid = torch.from_numpy(layout.valid(rank, 1))
+    checks = {
+        "next tokens": torch.equal(names["next_tokens"], defined),
+        "timed": torch.equal(rolled["input_ids"], defined),
+        "labels": torch.equal(rolled["labels"][0] != -100, valid),
+        "positions": names["position_ids"].max() < 16 * group.size(),
+        "gradient": names["model"].weight.grad.full_tensor().item() == group.size(),
+        "cost": names["cost"].host_us > 0,
+    }
+    names["roller"].close()
+    return [name for name, is_right in checks.items() if not is_right]
+
+
+def test_the_integration_page_gives_the_defined_rolls_and_a_sum_of_gradients(pool: RankPool):
+    assert pool.run(run_integration, 8) == [[]] * 8
