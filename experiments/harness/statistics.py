@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Times = npt.NDArray[np.float64]
 RESAMPLES = 2000
-LEAST_DELTA_MS = 1e-6  # a resampled difference below the clock's resolution counts as this much
+LEAST_MS = 1e-6  # a divisor below the clock's resolution counts as this much
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,19 @@ class Estimate:
 
 
 def _estimate(statistic: Callable[..., Times], *samples: Times, seed: int) -> list[Estimate]:
-    """Estimate each row of what `statistic` returns. The bootstrap draws whole rounds, the same for all samples."""
+    """Estimate each row of what `statistic` returns. The bootstrap draws whole rounds, the same for all samples.
+
+    scipy's bootstrap warns if a sample is not finite. If all rounds are the same, then so is every resample, and there
+    is nothing to draw.
+
+    Raises:
+        ValueError: a sample holds a value that is not finite.
+    """
+    for sample in samples:
+        if not np.isfinite(sample).all():
+            raise ValueError(f"samples must be finite, got {sample[~np.isfinite(sample)][0]}")
+    if all((sample == sample[0]).all() for sample in samples):
+        return [Estimate(*3 * (float(value),)) for value in statistic(*samples, axis=-1)]
     from scipy.stats import bootstrap  # here: it takes a second, which only rank 0 needs to spend
 
     found = bootstrap(
@@ -45,6 +57,9 @@ def median(samples: Times, seed: int = 0) -> Estimate:
     Args:
         samples: float64 [n].
         seed: of the resampling.
+
+    Raises:
+        ValueError: a sample is not finite.
     """
     return _estimate(lambda times, axis: np.median(times, axis)[None], samples, seed=seed)[0]
 
@@ -72,15 +87,18 @@ def compare(
         worst: the schedule that efficiency is measured against, or None. There is no efficiency if the interval of
             its own step delta reaches down to 0.
         seed: of the resampling.
+
+    Raises:
+        ValueError: a time is not finite.
     """
     base = times_ms[baseline]
 
     def added(times: Times, base: Times, axis: int) -> Times:
         delta = np.median(times - base, axis)
-        return np.stack([1000 * delta, 1 + delta / np.median(base, axis)])
+        return np.stack([1000 * delta, 1 + delta / np.maximum(np.median(base, axis), LEAST_MS)])
 
     def efficiency(times: Times, base: Times, slow: Times, axis: int) -> Times:
-        of_worst = np.maximum(np.median(slow - base, axis), LEAST_DELTA_MS)
+        of_worst = np.maximum(np.median(slow - base, axis), LEAST_MS)
         return (1 - np.median(times - base, axis) / of_worst)[None]
 
     has_efficiency = worst is not None and _estimate(added, times_ms[worst], base, seed=seed)[0].low > 0

@@ -51,6 +51,27 @@ def test_efficiency_needs_a_sync_that_is_slower_beyond_doubt(sync_ms, has_effici
     assert (efficiency is not None) == has_efficiency
 
 
+@pytest.mark.parametrize("rounds", [2, 3, 40])
+@pytest.mark.parametrize(
+    ("base", "sync", "ratio"),
+    [(10.0, 10.0, 1), (10.0, 11.0, 1.1), (0.0, 0.0, 1), (0.0, 1.0, 1 + 1e6), (1e300, 2e300, 2)],
+)
+def test_rounds_that_are_all_the_same_give_intervals_without_width(rounds, base, sync, ratio):
+    """Also steps shorter than the clock can tell, and sums that scipy would square past the largest float."""
+    times = {"prepared": np.full(rounds, base), "sync": np.full(rounds, sync), "none": np.full(rounds, base)}
+    compared = statistics.compare(times, "prepared", "sync")
+    found = compared["sync"].ratio
+    assert (found.value, found.low, found.high) == (pytest.approx(ratio), found.value, found.value)
+    assert (compared["none"].efficiency is not None) == (sync > base)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_times_that_are_no_numbers_are_refused(wrong):
+    times = {"prepared": np.array([1.0, 2.0]), "sync": np.array([wrong, 2.0])}
+    with pytest.raises(ValueError, match=f"must be finite, got {wrong}"):
+        statistics.compare(times, "prepared", "sync")
+
+
 def test_median_and_its_interval():
     hits = []
     for seed in range(40):
