@@ -257,6 +257,7 @@ class Comparison:
             }
         return {
             "experiment": "compare_modes",
+            "command": environment.command(),
             "where": environment.describe(self.device, self.ranks),
             "transport": {mode: step.timed.roller.transport for mode, step in self.steps.items()},
             "settings": self._recorded_settings(),

@@ -1,10 +1,13 @@
-"""What a record says about where it was made: hardware and versions, never hosts or paths."""
+"""What a record says about how and where it was made: command, hardware and versions, never hosts or whole paths."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,3 +42,31 @@ def describe(device: torch.device, ranks: int) -> dict[str, Any]:
         where["cuda"] = torch.version.cuda
         where["environment"] = {name: os.environ[name] for name in LINK_VARIABLES if name in os.environ}
     return where
+
+
+def command() -> str:
+    """Return the command of this run as one would type it in the repository's root.
+
+    Of an absolute path only the part below the working directory stays, or else its last part.
+    """
+    start = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        local, ranks = os.environ["LOCAL_WORLD_SIZE"], os.environ["WORLD_SIZE"]
+        hosts = [] if local == ranks else ["--nnodes", str(int(ranks) // int(local))]
+        start = shlex.join(["torchrun", *hosts, "--nproc-per-node", local])
+    program, *arguments = sys.argv
+    return f"{start} {shlex.join([f'experiments/{Path(program).name}', *map(_without_folders, arguments)])}"
+
+
+def _without_folders(argument: str) -> str:
+    """Shorten the absolute path in an argument, which may be `--option=path` or have several with commas between."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    parts = [Path(part) if part.startswith(("/", "~")) else part for part in value.split(",")]
+    here = Path.cwd()
+    short = [
+        part
+        if isinstance(part, str)
+        else str(part.relative_to(here) if part.is_relative_to(here) else part.name)
+        for part in parts
+    ]
+    return name + equals + ",".join(short)
