@@ -239,7 +239,8 @@ class Comparison:
             for mode in steps
         }
         times = {mode: ms.max(0) for mode, (ms, *_) in table.items()}
-        compared = statistics.compare(times, BASELINE, "sync" if "sync" in steps else None, SEED)
+        worst = next((mode for mode in steps if mode.partition(":")[0] == "sync"), None)
+        compared = statistics.compare(times, BASELINE, worst, SEED)
         rows = {}
         for mode, (_, host_us, stall_us, messages, sent_bytes, equal) in table.items():
             tokens = self.problem.batch_size * self.problem.seq_len
