@@ -1,12 +1,12 @@
 """What does the boundary exchange cost under each schedule, and do all schedules compute the same?
 
     make compare                                                  (two CPU ranks, or all GPUs)
-    python experiments/compare_modes.py --preset h4096 --documents packed --num-documents 32
+    python experiments/compare_modes.py --preset h4096 --num-documents 32
     torchrun --nproc-per-node 8 experiments/compare_modes.py --preset h4096
 
 Every round runs one step of each schedule on the same weights and batch, then one update. A step is forward and
-backward, without optimizer and gradient reduction; it builds and uploads the plan of its batch. Writes `results.json`
-and two pictures into `--out`.
+backward, without optimizer and gradient reduction; it builds and uploads the plan of its batch. Prints a table and what
+it says in one sentence; writes `results.json` and two pictures into `--out`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Options:
     """Tokens of the whole sequence, over all ranks; by default the preset's."""
     batch_size: int | None = None
     """Sequences in a batch; by default the preset's."""
-    documents: Literal["dense", "packed"] = "dense"
+    documents: Literal["dense", "packed"] = "packed"
     """Whether a sequence is one stream of text or packed documents."""
     num_documents: int = 8
     """Documents in a packed sequence."""
@@ -57,6 +57,8 @@ class Options:
     """No backward pass and no update."""
     out: Path = Path("out/compare")
     """Folder for the record and the pictures."""
+    wide: bool = False
+    """Print all columns of the table."""
     model: ModelOptions = field(default_factory=ModelOptions)
     settings: Settings = field(default_factory=Settings)
     where: RankOptions = field(default_factory=RankOptions)
@@ -80,12 +82,14 @@ class Options:
         return problem
 
 
-def compare_on_rank(device: torch.device, problem: Problem, settings: Settings, out: Path) -> None:
-    """Run one rank of the comparison; rank 0 shows progress, prints the table and writes the record."""
+def compare_on_rank(
+    device: torch.device, problem: Problem, settings: Settings, out: Path, wide: bool
+) -> None:
+    """Run one rank of the comparison; rank 0 shows progress, writes the record and prints what it says."""
     console = rank_console()
     result = Comparison(problem, settings, device).run(console)
     if result is not None:
-        publish(result, out / "results.json", "", console)
+        publish(result, out / "results.json", "", console, wide)
 
 
 def main() -> None:
@@ -94,7 +98,8 @@ def main() -> None:
         problem, where = options.problem(), options.where
         check_out(options.out, "results.json", "step_time.png", "step_delta.png")
         options.settings.check_profile_out()
-    run_on_ranks(compare_on_rank, where.ranks, where.device, problem, options.settings, options.out)
+    arguments = problem, options.settings, options.out, options.wide
+    run_on_ranks(compare_on_rank, where.ranks, where.device, *arguments)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
     python experiments/sweep.py --out experiments/results/step_time/2xH200/default
     torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents dense,32 --directions train
 
-Each comparison is one of `compare_modes` and has a record and pictures of its own. `summary.md` has a line for each
-schedule of each record in `--out`.
+Each comparison is one of `compare_modes` and has a record and pictures of its own. `summary.md` has a line for
+each schedule of each record in `--out`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import compare_modes
 import torch
 
 from compare.comparison import Comparison, Problem, Settings
-from compare.report import markdown_of, publish
+from compare.report import markdown_of, publish, read_record
 from harness.command import RankOptions, Words, check_among, check_out, parse_options, usage_errors
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
@@ -55,7 +54,7 @@ class Options:
     def _problem(self, preset: str, documents: str, direction: str) -> Problem:
         if documents != "dense" and not documents.isdecimal():
             raise ValueError(f"documents must be `dense` or whole numbers, got {documents!r}")
-        one = compare_modes.Options(preset, settings=self.settings, where=self.where)
+        one = compare_modes.Options(preset, documents="dense", settings=self.settings, where=self.where)
         if documents != "dense":
             one = replace(one, documents="packed", num_documents=int(documents))
         return replace(one, forward_only=DIRECTIONS[direction]).problem()
@@ -83,13 +82,8 @@ def write_summary(folder: Path) -> None:
     """
     compared = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-            if isinstance(record, dict) and record.get("experiment") == "compare_modes":
-                markdown_of({path.stem: record})
-                compared[path.stem] = record
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a record of a comparison: {error!r}") from None
+        if (record := read_record(path)) is not None:
+            compared[path.stem] = record
     (folder / "summary.md").write_text(markdown_of(compared))
 
 

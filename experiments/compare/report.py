@@ -1,86 +1,106 @@
-"""The record of a comparison as a table, in a terminal or in Markdown."""
+"""The record of a comparison as a table in the terminal, as Markdown and as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from compare.comparison import BASELINE, TIMING_ONLY
+from compare.columns import NARROW, NARROW_CAPTION, WIDE, WIDE_CAPTION
+from compare.sentence import sentence_of
 from harness import plots
 from harness.command import write_record
 
-CAPTION = (
-    "median [95 % interval]; step delta: step minus prepared step; stall: how long the rolls held up the compute "
-    "stream of the slowest rank, by CUDA events; messages and KB of all ranks together"
-)
-Row = dict[str, Any]
+FULL_WIDTH = 100  # columns; in a narrower terminal the name of a transport gets a line of its own
 
 
-def _interval(one: dict[str, float] | None, digits: int) -> str:
-    if one is None:
-        return "-"
-    value, low, high = (f"{one[part]:.{digits}f}" for part in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+def table_of(result: dict[str, Any], wide: bool, width: int) -> Table:
+    """Return the record as a table for the terminal, with a line for each schedule.
 
+    The narrow table fits into 100 columns. Print it without cropping: a column is at least as wide as its longest word,
+    so that no number is ever cut.
 
-def _efficiency(mode: str, row: Row) -> str:
-    return _interval(None if mode in (BASELINE, TIMING_ONLY) else row["efficiency"], 2)
-
-
-def _same(mode: str, row: Row) -> str:
-    if mode in (BASELINE, TIMING_ONLY):
-        return "the reference" if mode == BASELINE else "timing only"
-    return ", ".join("yes" if row[which] else "NO" for which in ("rolls_equal", "loss_equal"))
-
-
-COLUMNS: dict[str, Callable[[str, Row], str]] = {
-    "schedule": lambda mode, _: mode,
-    "step ms (p10-p90)": lambda _, row: f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
-    "/ prepared": lambda _, row: _interval(row["ratio"], 4),
-    "step delta µs": lambda _, row: _interval(row["step_delta_us"], 0),
-    "stall µs": lambda _, row: _interval(row["stall_us"], 0),
-    "efficiency": _efficiency,
-    "tokens/s": lambda _, row: f"{row['tokens_per_s']:,.0f}",
-    "host µs": lambda _, row: f"{row['host_us']:.0f}",
-    "messages": lambda _, row: f"{row['messages_per_step']:.0f}",
-    "KB": lambda _, row: f"{row['bytes_per_step'] / 1000:.1f}",
-    "loss": lambda _, row: f"{row['loss']:.5f}",
-    "same rolls, loss": _same,
-}
-
-
-def table_of(result: dict[str, Any]) -> Table:
-    """Return the record as a table for the terminal, with a line for each schedule."""
-    table = Table(title=plots.caption(result), caption=CAPTION)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "schedule" else "right")
-    for mode, row in result["rows"].items():
-        table.add_row(*(cell(mode, row) for cell in COLUMNS.values()))
+    Args:
+        result: the record.
+        wide: with all columns.
+        width: of the terminal.
+    """
+    columns, caption = (WIDE, WIDE_CAPTION) if wide else (NARROW, NARROW_CAPTION)
+    table = Table(
+        title=Text(plots.caption(result)),
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    lines = [[cell(mode, row) for cell in columns.values()] for mode, row in result["rows"].items()]
+    for at, heading in enumerate(columns):
+        if not at and width < FULL_WIDTH:
+            for line in lines:
+                line[0] = line[0].replace(":", ":\n")
+        longest = max(len(word) for text in (heading, *(line[at] for line in lines)) for word in text.split())
+        table.add_column(heading, justify="right" if at else "left", min_width=longest)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-def publish(result: dict[str, Any], path: Path, prefix: str, console: Console) -> None:
-    """Write the record and its two pictures, and print it as a table.
+def show(result: dict[str, Any], wide: bool, console: Console) -> None:
+    """Print the record as a table and, as the last line, as a sentence.
+
+    Args:
+        result: the record.
+        wide: all columns of the table.
+        console: to print on.
+    """
+    console.print(table_of(result, wide, console.width), crop=False)
+    console.print()
+    console.print(Text(sentence_of(result)), soft_wrap=not console.is_terminal)
+
+
+def publish(result: dict[str, Any], path: Path, prefix: str, console: Console, wide: bool = False) -> None:
+    """Write the record and its two pictures, and print it.
 
     Args:
         result: the record.
         path: of its file.
         prefix: of the pictures' names, in the same folder.
         console: to print on.
+        wide: print all columns of the table.
     """
     paths = [write_record(result, path), *plots.draw(result, path.parent, prefix)]
-    console.print(table_of(result))
     console.print("wrote " + ", ".join(str(one) for one in paths), soft_wrap=True)
+    show(result, wide, console)
 
 
 def markdown_of(results: dict[str, dict[str, Any]]) -> str:
     """Return the records, by name, as one Markdown table with a line for each schedule of each."""
-    lines = [f"| run | {' | '.join(COLUMNS)} |", "|" + (1 + len(COLUMNS)) * "---|"]
+    lines = [f"| run | {' | '.join(WIDE)} |", "|" + (1 + len(WIDE)) * "---|"]
     for name, result in results.items():
         for mode, row in result["rows"].items():
-            lines.append(f"| {name} | {' | '.join(cell(mode, row) for cell in COLUMNS.values())} |")
+            lines.append(f"| {name} | {' | '.join(cell(mode, row) for cell in WIDE.values())} |")
     return "\n".join(lines) + "\n"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read a record of a comparison, or return None if the file is JSON of another kind.
+
+    Raises:
+        ValueError: the file is no JSON, or says to be such a record and is not.
+        OSError: it cannot be read.
+    """
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or record.get("experiment") != "compare_modes":
+            return None
+        markdown_of({path.stem: record})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a record of a comparison: {error!r}") from None
+    return record

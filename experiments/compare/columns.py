@@ -1,0 +1,83 @@
+"""The columns of a comparison's tables: what each says of a schedule's row of the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from compare.comparison import BASELINE, TIMING_ONLY
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[str, Row], str]]  # by heading: the cell of a schedule and its row
+
+
+def _figure(value: float, like: float | None = None) -> str:
+    """Return a number with about four digits, and as many decimals as another one would have."""
+    size = abs(value if like is None else like)
+    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
+    return f"{value:,.{decimals}f}"
+
+
+def _ratio(mode: str, row: Row) -> str:
+    if mode == BASELINE:
+        return "1"
+    value, low, high = (row["ratio"][part] for part in ("value", "low", "high"))
+    return f"{_figure(value)} [{_figure(low, value)}, {_figure(high, value)}]"
+
+
+def _same(mode: str, row: Row) -> str:
+    if mode in (BASELINE, TIMING_ONLY):
+        return "reference" if mode == BASELINE else "-"
+    return "yes" if row["rolls_equal"] and row["loss_equal"] else "NO"
+
+
+NARROW: Columns = {
+    "schedule": lambda mode, _: mode,
+    "step (ms)": lambda _, row: _figure(row["median_ms"]),
+    f"/ {BASELINE}": _ratio,
+    "stall (µs)": lambda _, row: "-" if row["stall_us"] is None else f"{row['stall_us']['value']:,.0f}",
+    "messages": lambda _, row: f"{row['messages_per_step']:,.0f}",
+    "same bits": _same,
+}
+NARROW_CAPTION = (
+    f"median over rounds of the slowest rank; / {BASELINE}: ratio to the step without any exchange [95 % interval]; "
+    "stall: how long the rolls held up the compute stream, on GPUs; messages: of all ranks, in a step; "
+    f"{TIMING_ONLY}: rolls wrong tokens and sends nothing, for timing only"
+)
+
+
+def _interval(one: dict[str, float] | None, digits: int) -> str:
+    if one is None:
+        return "-"
+    value, low, high = (f"{one[part]:.{digits}f}" for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _efficiency(mode: str, row: Row) -> str:
+    return _interval(None if mode in (BASELINE, TIMING_ONLY) else row["efficiency"], 2)
+
+
+def _same_of_each(mode: str, row: Row) -> str:
+    if mode in (BASELINE, TIMING_ONLY):
+        return "the reference" if mode == BASELINE else "timing only"
+    return ", ".join("yes" if row[which] else "NO" for which in ("rolls_equal", "loss_equal"))
+
+
+WIDE: Columns = {
+    "schedule": lambda mode, _: mode,
+    "step ms (p10-p90)": lambda _, row: f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
+    "/ prepared": lambda _, row: _interval(row["ratio"], 4),
+    "step delta µs": lambda _, row: _interval(row["step_delta_us"], 0),
+    "stall µs": lambda _, row: _interval(row["stall_us"], 0),
+    "efficiency": _efficiency,
+    "tokens/s": lambda _, row: f"{row['tokens_per_s']:,.0f}",
+    "host µs": lambda _, row: f"{row['host_us']:.0f}",
+    "messages": lambda _, row: f"{row['messages_per_step']:.0f}",
+    "KB": lambda _, row: f"{row['bytes_per_step'] / 1000:.1f}",
+    "loss": lambda _, row: f"{row['loss']:.5f}",
+    "same rolls, loss": _same_of_each,
+}
+WIDE_CAPTION = (
+    "median [95 % interval]; step delta: step minus prepared step; stall: how long the rolls held up the compute "
+    "stream of the slowest rank, by CUDA events; messages and KB of all ranks together"
+)

@@ -1,0 +1,101 @@
+"""What a comparison found, as one sentence that a person can repeat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compare.comparison import BASELINE, TIMING_ONLY
+
+WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
+CLOSE = 0.05  # a ratio whose interval holds 1 and stays this close to it is as good as 1
+HIDES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
+
+MEANING = (
+    f"A step without any exchange is that of {BASELINE}, whose loader rolls the batch. Of the time that sync adds to "
+    "it, prefetch hides a share: it hides “all” if the 95 % interval of this share begins at "
+    f"{100 * HIDES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is wide, its two ends are given."
+)
+Row = dict[str, Any]
+
+
+def sentence_of(result: dict[str, Any]) -> str:
+    """Return what the record of a comparison says, in one sentence of up to three parts.
+
+    1. What `sync` costs: the ratio of its step to the baseline's. If the ratio's 95 % interval holds 1, this part says
+       that the difference is small (the interval is within `CLOSE` of 1) or that these rounds cannot tell. If the
+       interval is wider than `WIDE` of the added time, it gives both ends.
+    2. What `prefetch` hides, if `sync` costs anything: its efficiency, which is the share of `sync`'s added time that
+       its own step does not have. It hides "all of it" if the share's 95 % interval begins at `HIDES_AT_LEAST` or above
+       and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below, these rounds cannot tell.
+    3. Whether all schedules computed the same bits. If not, this part comes first and names those that differ.
+
+    Without `sync`, the first part is about `prefetch`; without both, about the first schedule that ran. If a schedule
+    ran over several transports, the first of them stands for it, and is named.
+
+    Args:
+        result: the record.
+    """
+    rows = result["rows"]
+    compared = [mode for mode in rows if mode not in (BASELINE, TIMING_ONLY)]
+    if not compared:
+        return f"Only {BASELINE} ran, so that there is nothing to compare it with."
+    sync, prefetch = _first(compared, "sync"), _first(compared, "prefetch")
+    costs = sync or prefetch or compared[0]
+    parts = [_cost(costs, rows[costs]["ratio"], result["settings"]["rounds"])]
+    if sync is None:
+        parts.append("sync did not run, so that nothing says what there is to hide")
+    elif prefetch is None:
+        parts.append("prefetch did not run")
+    elif rows[sync]["ratio"]["low"] > 1:
+        parts.append(_hidden(prefetch, rows[prefetch]["efficiency"]))
+    if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:
+        parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
+    else:
+        parts.append(f"{'all' if len(compared) > 1 else 'both'} schedules computed the same bits")
+    return "; ".join(parts) + "."
+
+
+def _first(modes: list[str], schedule: str) -> str | None:
+    """Return the first mode of a schedule, over whatever transport."""
+    return next((mode for mode in modes if mode.partition(":")[0] == schedule), None)
+
+
+def _cost(mode: str, ratio: dict[str, float], rounds: int) -> str:
+    value, low, high = ratio["value"], ratio["low"], ratio["high"]
+    without = "a step without any exchange"
+    if low > 1:
+        wide = high - low > WIDE * (value - 1)
+        if value < 1.1:
+            percent = f"between {100 * (low - 1):.1f} and {100 * (high - 1):.1f}"
+            return f"{mode} makes this step {percent if wide else f'{100 * (value - 1):.1f}'} % longer than {without}"
+        times = f"between {low:.2f} and {high:.2f}" if wide else f"{value:.2f}"
+        return f"{mode} makes this step {times} times as long as {without}"
+    if high < 1:
+        return f"the step with {mode} is shorter than {without}, so that it costs less than what else differs"
+    if low >= 1 - CLOSE and high <= 1 + CLOSE:
+        return f"{mode} adds at most {100 * (high - 1):.1f} % to {without}, perhaps nothing"
+    return (
+        f"these {rounds} rounds cannot tell whether {mode} makes this step longer than {without} "
+        f"(between {low:.2f} and {high:.2f} times as long)"
+    )
+
+
+def _hidden(mode: str, share: dict[str, float] | None) -> str:
+    if share is None:
+        return f"the record does not say how much of it {mode} hides"
+    value, low, high = (100 * share[part] for part in ("value", "low", "high"))
+    if low >= 100 * HIDES_AT_LEAST and round(high) >= 100:
+        return f"{mode} hides all of it"
+    if high <= 0:
+        return f"{mode} hides none of it"
+    if low <= 0:
+        return f"these rounds cannot tell how much of it {mode} hides"
+    if round(high) >= 100:
+        return f"{mode} hides at least {low:.0f} % of it"
+    if high - low > 100 * WIDE:
+        return f"{mode} hides between {low:.0f} and {high:.0f} % of it"
+    return f"{mode} hides {value:.0f} % of it"
+
+
+def _wrong(row: Row) -> str:
+    return " and ".join(what for what in ("rolls", "loss") if not row[f"{what}_equal"])

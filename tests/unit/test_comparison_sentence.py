@@ -1,0 +1,130 @@
+"""What a comparison's sentence says of costs, hidden shares and bits, and what it does not dare to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compare.sentence import sentence_of
+
+from comparison_records import record_of
+
+RESULTS = Path(__file__).parents[2] / "experiments/results/step_time"
+SYNC = {"sync": (1.86, 1.8, 1.95)}
+PREFETCH = {"prefetch": (1.01, 0.98, 1.03)}
+ALL = {"prefetch": (0.99, 0.95, 1.02)}
+WITHOUT = "a step without any exchange"
+SAME = "all schedules computed the same bits."
+
+
+def test_the_sentence_to_repeat():
+    assert sentence_of(record_of(SYNC | PREFETCH, ALL)) == (
+        f"sync makes this step 1.86 times as long as {WITHOUT}; prefetch hides all of it; {SAME}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        ((1.86, 1.7, 2.04), f"sync makes this step 1.86 times as long as {WITHOUT}"),
+        ((1.86, 1.68, 2.04), f"sync makes this step between 1.68 and 2.04 times as long as {WITHOUT}"),
+        ((1.9, 1.001, 9.0), f"sync makes this step between 1.00 and 9.00 times as long as {WITHOUT}"),
+        ((1.05, 1.045, 1.055), f"sync makes this step 5.0 % longer than {WITHOUT}"),
+        ((1.05, 1.001, 1.09), f"sync makes this step between 0.1 and 9.0 % longer than {WITHOUT}"),
+        ((1.0, 0.95, 1.05), f"sync adds at most 5.0 % to {WITHOUT}, perhaps nothing"),
+        ((1.002, 1.0, 1.004), f"sync adds at most 0.4 % to {WITHOUT}, perhaps nothing"),
+        (
+            (0.9, 0.8, 0.99),
+            f"the step with sync is shorter than {WITHOUT}, so that it costs less than what else differs",
+        ),
+        (
+            (1.2, 0.94, 1.5),
+            f"these 40 rounds cannot tell whether sync makes this step longer than {WITHOUT} "
+            "(between 0.94 and 1.50 times as long)",
+        ),
+        (
+            (1.2, 1.0, 1.5),
+            f"these 40 rounds cannot tell whether sync makes this step longer than {WITHOUT} "
+            "(between 1.00 and 1.50 times as long)",
+        ),
+    ],
+)
+def test_what_sync_costs(ratio, words):
+    found = sentence_of(record_of({"sync": ratio} | PREFETCH, ALL))
+    hidden = "; prefetch hides all of it" if ratio[1] > 1 else ""
+    assert found == f"{words}{hidden}; {SAME}"
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        ((0.97, 0.9, 1.0), "prefetch hides all of it"),
+        ((0.98, 0.97, 0.996), "prefetch hides all of it"),
+        ((1.1, 1.02, 1.2), "prefetch hides all of it"),
+        ((0.98, 0.97, 0.99), "prefetch hides 98 % of it"),
+        ((0.97, 0.89, 1.0), "prefetch hides at least 89 % of it"),
+        ((0.6, 0.5, 0.7), "prefetch hides 60 % of it"),
+        ((0.5, 0.2, 0.7), "prefetch hides between 20 and 70 % of it"),
+        ((0.4, 0.1, 1.3), "prefetch hides at least 10 % of it"),
+        ((0.3, -0.1, 0.8), "these rounds cannot tell how much of it prefetch hides"),
+        ((0.3, 0.0, 1.8), "these rounds cannot tell how much of it prefetch hides"),
+        ((-0.5, -0.9, -0.1), "prefetch hides none of it"),
+        (None, "the record does not say how much of it prefetch hides"),
+    ],
+)
+def test_what_prefetch_hides(share, words):
+    assert sentence_of(record_of(SYNC | PREFETCH, {"prefetch": share})).split("; ")[1] == words
+
+
+def test_bits_that_differ_are_said_first():
+    rows, wrong = (
+        SYNC | {"overlap": (1.0, 0.9, 1.1)} | PREFETCH,
+        {"overlap": ("loss",), "sync": ("rolls", "loss")},
+    )
+    found = sentence_of(record_of(rows, ALL, wrong))
+    assert found == (
+        f"WRONG BITS in sync (rolls and loss), overlap (loss); sync makes this step 1.86 times as long as {WITHOUT}; "
+        "prefetch hides all of it."
+    )
+    assert sentence_of(record_of(rows, ALL, {"prepared": ("rolls",)})).startswith(
+        "WRONG BITS in prepared (rolls); "
+    )
+    rows |= {"none": (0.9, 0.8, 0.95)}  # rolls wrong tokens, as it should
+    assert sentence_of(record_of(rows, ALL, {"none": ("rolls", "loss")})).endswith(SAME)
+
+
+def test_schedules_that_did_not_run():
+    assert sentence_of(record_of(SYNC)) == (
+        f"sync makes this step 1.86 times as long as {WITHOUT}; prefetch did not run; "
+        "both schedules computed the same bits."
+    )
+    no_sync = "sync did not run, so that nothing says what there is to hide"
+    assert sentence_of(record_of({"merged": (2.0, 1.9, 2.1)} | PREFETCH)) == (
+        f"prefetch adds at most 3.0 % to {WITHOUT}, perhaps nothing; {no_sync}; {SAME}"
+    )
+    assert sentence_of(record_of({"merged": (2.0, 1.9, 2.1)})) == (
+        f"merged makes this step 2.00 times as long as {WITHOUT}; {no_sync}; both schedules computed the same bits."
+    )
+    for alone in ({}, {"none": (1.0, 1.0, 1.0)}):
+        assert (
+            sentence_of(record_of(alone)) == "Only prepared ran, so that there is nothing to compare it with."
+        )
+
+
+def test_the_first_transport_stands_for_its_schedule_and_is_named():
+    modes = ("prefetch:process_group", "prefetch:symmetric")
+    record = record_of(SYNC | dict.fromkeys(modes, PREFETCH["prefetch"]), {modes[0]: ALL["prefetch"]})
+    assert "; prefetch:process_group hides all of it; " in sentence_of(record)
+    record = record_of({"sync:process_group": (1.86, 1.8, 1.95)} | PREFETCH, ALL)
+    assert sentence_of(record).startswith("sync:process_group makes this step 1.86 times")
+
+
+def test_every_record_of_the_results_has_a_sentence():
+    paths = list(RESULTS.glob("*/*/*.json"))
+    for path in paths:
+        sentence = sentence_of(json.loads(path.read_text()))
+        assert sentence.endswith(SAME), path
+        assert ". " not in sentence, path
+    assert len(paths) > 30
