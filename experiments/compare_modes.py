@@ -6,7 +6,7 @@
 
 Every round runs one step of each schedule on the same weights and batch, then one update. A step is forward and
 backward, without optimizer and gradient reduction; it builds and uploads the plan of its batch. Prints a table and what
-it says in one sentence; writes `results.json` and two pictures into `--out`.
+it says in one sentence; writes `results.json`, two pictures and a page, `report.html`, into `--out`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Options:
     forward_only: bool = False
     """No backward pass and no update."""
     out: Path = Path("out/compare")
-    """Folder for the record and the pictures."""
+    """Folder for the record, the pictures and the page."""
     wide: bool = False
     """Print all columns of the table."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -96,7 +96,7 @@ def main() -> None:
     options = parse_options(Options, "Compare the schedules in interleaved training steps on real text.")
     with usage_errors():
         problem, where = options.problem(), options.where
-        check_out(options.out, "results.json", "step_time.png", "step_delta.png")
+        check_out(options.out, "results.json", "step_time.png", "step_delta.png", "report.html")
         options.settings.check_profile_out()
     arguments = problem, options.settings, options.out, options.wide
     run_on_ranks(compare_on_rank, where.ranks, where.device, *arguments)

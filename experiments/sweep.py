@@ -3,7 +3,7 @@
     python experiments/sweep.py --out experiments/results/step_time/2xH200/default
     torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents dense,32 --directions train
 
-Each comparison is one of `compare_modes` and has a record and pictures of its own. `summary.md` has a line for
+Each comparison is one of `compare_modes` and has a record, pictures and a page of its own. `summary.md` has a line for
 each schedule of each record in `--out`.
 """
 

@@ -1,4 +1,4 @@
-"""The record of a comparison as a table in the terminal, as Markdown and as pictures."""
+"""The record of a comparison as a table in the terminal, as Markdown, as pictures and as a page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compare.columns import NARROW, NARROW_CAPTION, WIDE, WIDE_CAPTION
+from compare.page import write_page
 from compare.sentence import sentence_of
 from harness import plots
 from harness.command import write_record
@@ -66,16 +67,17 @@ def show(result: dict[str, Any], wide: bool, console: Console) -> None:
 
 
 def publish(result: dict[str, Any], path: Path, prefix: str, console: Console, wide: bool = False) -> None:
-    """Write the record and its two pictures, and print it.
+    """Write the record, its two pictures and its page, and print it.
 
     Args:
         result: the record.
         path: of its file.
-        prefix: of the pictures' names, in the same folder.
+        prefix: of the names of the pictures and the page, in the same folder.
         console: to print on.
         wide: print all columns of the table.
     """
     paths = [write_record(result, path), *plots.draw(result, path.parent, prefix)]
+    paths.append(write_page(result, path.parent / f"{prefix}report.html"))
     console.print("wrote " + ", ".join(str(one) for one in paths), soft_wrap=True)
     show(result, wide, console)
 

@@ -18,6 +18,11 @@ COLOURS = {
 }
 
 
+def colour_of(mode: str) -> str:
+    """Return the colour of a schedule, over whatever transport it runs."""
+    return COLOURS.get(mode.partition(":")[0], "#555555")
+
+
 def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     """Draw the record of a comparison.
 
@@ -58,7 +63,7 @@ def _draw_bars(bars: dict[str, Any], labels: list[str], what: str, title: str, p
     figure, [[axes]] = subplots(1, 1, (7, 3.8))
     values, low, high = np.array(list(bars.values())).T
     errors = np.maximum(0, [values - low, high - values])
-    colours = [COLOURS.get(mode.partition(":")[0], "#555555") for mode in bars]  # whatever the transport
+    colours = [colour_of(mode) for mode in bars]
     drawn = axes.bar(list(bars), values, color=colours, yerr=errors, capsize=4, error_kw={"linewidth": 1})
     axes.bar_label(drawn, labels, padding=4, fontsize=9)
     axes.set_xticks(range(len(bars)), [mode.replace(":", "\n") for mode in bars], fontsize=8)

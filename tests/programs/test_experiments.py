@@ -19,12 +19,16 @@ import soak
 import sweep
 import train
 
+from compare.page import page_of
+from compare.sentence import sentence_of
+
 ROOT = Path(__file__).parents[2]
 SCHEDULES = ["sync", "merged", "batched", "overlap", "prefetch", "prepared"]
 
 
 def run(program: str, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONWARNINGS"] = "error::RuntimeWarning"
     command = [sys.executable, f"experiments/{program}.py", "--device", "cpu", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -42,7 +46,7 @@ def read_record(path: Path) -> dict:
 def test_compare_modes(tmp_path, documents):
     rounds = ["--ranks", "2", "--rounds", "3", "--warmup", "1", "--out", str(tmp_path)]
     sizes = ["--seq-len", "128", "--documents", documents, "--num-documents", "3"]
-    run("compare_modes", *rounds, *sizes)
+    said = run("compare_modes", *rounds, *sizes)
     result = read_record(tmp_path / "results.json")
     rows = result["rows"]
     assert list(rows) == [*SCHEDULES, "none"]
@@ -57,7 +61,15 @@ def test_compare_modes(tmp_path, documents):
     assert rows["merged"]["messages_per_step"] == rows["overlap"]["messages_per_step"] == 4
     assert rows["prepared"]["messages_per_step"] == 0
     assert rows["sync"]["messages_per_step"] >= 16
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "step_time.png", "step_delta.png"}
+    command = f"python experiments/compare_modes.py --device cpu {' '.join(rounds[:-1])} {tmp_path.name} "
+    assert result["command"] == command + " ".join(sizes)
+    lines = said.splitlines()
+    assert lines[-1] == sentence_of(result)
+    assert lines[-1].endswith("all schedules computed the same bits.")
+    assert any(line.split()[::2] == ["prepared", "1", "0"] for line in lines)
+    pictures = {"step_time.png", "step_delta.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html", *pictures}
+    assert (tmp_path / "report.html").read_text() == page_of(result)
 
 
 def test_sweep(tmp_path):
@@ -69,6 +81,7 @@ def test_sweep(tmp_path):
         assert record["settings"]["num_documents"] == documents
         assert list(record["rows"]) == ["prefetch", "prepared"]
         assert (tmp_path / f"{name}-step_delta.png").exists()
+        assert (tmp_path / f"{name}-report.html").read_text() == page_of(record)
         assert f"| {name} | prefetch |" in (tmp_path / "summary.md").read_text()
 
 
@@ -114,7 +127,7 @@ def test_soak(tmp_path):
     [
         (compare_modes, "--modes sync,fast", "modes must be among"),
         (compare_modes, "--preset huge", "preset must be one of tiny, small, h2048, h4096"),
-        (compare_modes, "--seq-len 130", "next legal length is 132"),
+        (compare_modes, "--documents dense --seq-len 130", "next legal length is 132"),
         (compare_modes, "--data no-such-file.txt", "no-such-file.txt does not exist"),
         (compare_modes, "--documents packed --num-documents 500", "num_documents must be in"),
         (compare_modes, "--rounds 1", "--rounds must be at least 2, got 1"),
