@@ -3,8 +3,8 @@
     python experiments/comparison_report.py out/compare/results.json
     python experiments/comparison_report.py out/compare/results.json --timeline out/timeline.png
 
-Writes `report.html` beside the record. `--timeline` puts a picture of a profile into it, which
-`profiles/report.py --plot` draws.
+Writes `report.html` beside `results.json`, or `NAME-report.html` beside a record `NAME.json` of a sweep. `--timeline`
+puts a picture of a profile into it, which `profiles/report.py --plot` draws.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def main() -> None:
         if options.timeline is not None:
             check_picture(options.timeline)
         folder = options.out or options.record.parent
-        check_out(folder, "report.html")
+        name = "report.html" if options.record.stem == "results" else f"{options.record.stem}-report.html"
+        check_out(folder, name)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    page = write_page(result, folder / "report.html", options.timeline)
+    page = write_page(result, folder / name, options.timeline)
     console.print(f"wrote {page}", soft_wrap=True)
     show(result, options.wide, console)
 

@@ -154,5 +154,5 @@ def _flat(record: Record) -> Iterator[tuple[str, str]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value)
-        elif value not in (None, False, ""):
+        elif value is not None and value is not False and value != "":
             yield name, "yes" if value is True else str(value)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compare.columns import NARROW, NARROW_CAPTION, WIDE, WIDE_CAPTION
-from compare.page import write_page
+from compare.page import page_of, write_page
 from compare.sentence import sentence_of
 from harness import plots
 from harness.command import write_record
@@ -103,6 +103,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if not isinstance(record, dict) or record.get("experiment") != "compare_modes":
             return None
         markdown_of({path.stem: record})
+        page_of(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a record of a comparison: {error!r}") from None
     return record

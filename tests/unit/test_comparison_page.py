@@ -11,13 +11,15 @@ from pathlib import Path
 import comparison_report
 import pytest
 
-from compare.page import page_of, write_page
+from compare.page import page_of
+from compare.report import read_record
 from compare.sentence import MEANING, sentence_of
 from harness.command import write_record
 from harness.plots import COLOURS, caption
 
 from comparison_records import record_of
 
+RESULTS = Path(__file__).parents[2] / "experiments/results/step_time"
 PICTURE = Path(__file__).parents[2] / "docs/schedules.svg"
 RATIOS = {"sync": (1.86, 1.8, 1.95), "prefetch:process_group": (1.01, 0.98, 1.03), "none": (0.9, 0.8, 0.95)}
 RECORD = record_of(RATIOS, {"prefetch:process_group": (0.99, 0.95, 1.02)}, {"none": ("rolls", "loss")})
@@ -193,5 +195,24 @@ def test_wrong_bits_stand_out():
     assert [p["class"] for p in page.all("p") if "sentence" in p["class"]] == ["sentence"]
 
 
-def test_write_page(tmp_path):
-    assert write_page(RECORD, tmp_path / "x.html").read_text() == page_of(RECORD)
+def test_settings_that_are_0_are_shown_and_those_that_are_not_set_are_not():
+    record = record_of(RATIOS)
+    record["settings"] |= {"seed": 0, "profile": None, "compiled": False, "captured": True, "name": ""}
+    read = Reader(page_of(record))
+    facts = dict(zip(read.texts["dt"], read.texts["dd"], strict=True))
+    assert (facts["seed"], facts["captured"]) == ("0", "yes")
+    assert not {"profile", "compiled", "name"} & {*facts}
+
+
+def test_a_record_of_a_sweep_has_a_page_of_its_own(tmp_path, monkeypatch):
+    path = write_record(RECORD, tmp_path / "h4096-8-train.json")
+    monkeypatch.setattr(sys, "argv", ["program", str(path)])
+    comparison_report.main()
+    assert (tmp_path / "h4096-8-train-report.html").read_text() == page_of(RECORD)
+
+
+def test_every_record_of_the_results_has_a_page():
+    for path in RESULTS.glob("*/*/*.json"):
+        record = read_record(path)
+        assert record is not None
+        assert Reader(page_of(record)).texts["code"] == [record.get("command", "not recorded")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import pytest
@@ -80,7 +81,8 @@ def test_the_summary_of_a_sweep_keeps_its_columns():
 def test_a_file_that_is_no_record(tmp_path):
     (tmp_path / "x.json").write_text('{"experiment": "soak"}')
     assert read_record(tmp_path / "x.json") is None
-    for content in ("", "{", '{"experiment": "compare_modes", "rows": {"sync": {}}}'):
+    nowhere = json.dumps({name: part for name, part in USUAL.items() if name != "where"})
+    for content in ("", "{", '{"experiment": "compare_modes", "rows": {"sync": {}}}', nowhere):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ValueError, match=r"x\.json is not a record of a comparison"):
             read_record(tmp_path / "x.json")
