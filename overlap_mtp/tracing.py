@@ -1,15 +1,14 @@
 """NVTX ranges in the domain `overlap_mtp`, for Nsight Systems and (as record_function) for torch.profiler.
 
 These are all: `step <schedule>`, `trunk`, `depth <k>`, `loss` and `backward` of a training step; `pack`, `send-recv`,
-`join` and `unroll` of an exchange. A label is the name, its detail and the rank: "step prefetch r0", "send-recv r1".
-LABEL reads a label back. The payload is rank << 48 | depth << 40 | bytes. A range costs 0.3 µs if no tool listens.
-OVERLAP_MTP_TRACING=0 in the environment switches all of them off.
+`join` and `unroll` of an exchange. `overlap_mtp.labels` says what they are called. The payload is rank << 48 |
+depth << 40 | bytes. A range costs 0.3 µs if no tool listens. OVERLAP_MTP_TRACING=0 in the environment switches all of
+them off.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from functools import cache
 from typing import Any
 
@@ -17,9 +16,8 @@ import nvtx
 import torch
 import torch.distributed as dist
 
-NAMES = ("step", "trunk", "depth", "loss", "backward", "pack", "send-recv", "join", "unroll")
-LABEL = re.compile(rf"^(?P<name>{'|'.join(NAMES)})(?: (?P<detail>\S+))? r(?P<rank>\d+)$")
-DOMAIN = "overlap_mtp"
+from overlap_mtp.labels import DOMAIN, NAMES
+
 ENABLED = os.environ.get("OVERLAP_MTP_TRACING", "1") != "0"
 
 _DOMAIN = nvtx.get_domain(DOMAIN)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from overlap_mtp.labels import DOMAIN
 from overlap_mtp.profiling.intervals import FOREVER, Ints
 from overlap_mtp.profiling.trace import (
     LOST,
@@ -30,7 +31,6 @@ from overlap_mtp.profiling.trace import (
     label_of,
     printable,
 )
-from overlap_mtp.tracing import DOMAIN
 
 KNOWN_SCHEMAS = ("2", "3")  # major versions of EXPORT_SCHEMA_VERSION
 TABLES = {

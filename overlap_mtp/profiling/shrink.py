@@ -19,11 +19,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from overlap_mtp.labels import DOMAIN
 from overlap_mtp.profiling import kineto, nsys
 from overlap_mtp.profiling.json_stream import read_items
 from overlap_mtp.profiling.read import is_nsys, opened_text, read_profile, unpacked
 from overlap_mtp.profiling.trace import ProfileError, label_of, printable
-from overlap_mtp.tracing import DOMAIN
 
 # A match begins where a path begins, and is not tried again inside of one: that would take quadratic time.
 FOLDERS = re.compile(r"(?<![\w.~/-])(?:[\w.~-]*/)+(?=[\w.-])")

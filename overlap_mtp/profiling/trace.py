@@ -10,8 +10,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from overlap_mtp.labels import LABEL
 from overlap_mtp.profiling.intervals import Ints
-from overlap_mtp.tracing import LABEL
 
 UNKNOWN = -1
 UNNAMED = ""  # the name of a kernel whose name the profile does not hold

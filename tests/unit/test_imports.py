@@ -19,7 +19,7 @@ MODULES = {
     for path in (ROOT / folder).rglob("*.py")
 }
 LEVELS = [
-    "layout device_layout documents tensors tracing",
+    "layout device_layout documents labels tensors tracing",
     "reference",
     "exchange kernels",
     "schedules",
@@ -30,7 +30,7 @@ LIBRARY = [{f"overlap_mtp.{name}" for name in level.split()} for level in LEVELS
 MAY_IMPORT = {part: set().union(*LIBRARY[: n + 1]) for n, level in enumerate(LIBRARY) for part in level}
 MAY_IMPORT["overlap_mtp.__init__"] = set(MAY_IMPORT)
 MAY_IMPORT["overlap_mtp.megatron"] = {*MAY_IMPORT["overlap_mtp.schedules"], "overlap_mtp.megatron"}
-MAY_IMPORT["overlap_mtp.profiling"] = {"overlap_mtp.profiling", "overlap_mtp.tracing"}
+MAY_IMPORT["overlap_mtp.profiling"] = {"overlap_mtp.profiling", "overlap_mtp.labels"}
 MAY_IMPORT["overlap_mtp.conformance"] = {
     *("overlap_mtp.conformance", "overlap_mtp.layout", "overlap_mtp.device_layout"),
     *("overlap_mtp.reference", "overlap_mtp.schedules"),

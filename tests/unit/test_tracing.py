@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from overlap_mtp import Roller, make_roller, tracing
+from overlap_mtp.labels import LABEL
 from overlap_mtp.schedules.timed import TimedRoller
-from overlap_mtp.tracing import LABEL, BackwardSpan, span
+from overlap_mtp.tracing import BackwardSpan, span
 
 from cases import NUM_DEPTHS, Microbatch
 
