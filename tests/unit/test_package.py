@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import runpy
 import tomllib
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import overlap_mtp
 
@@ -21,6 +24,20 @@ def test_every_package_is_installed():
 
 def test_the_version_is_the_same_everywhere():
     assert overlap_mtp.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_public_names_are_those_of_their_modules():
+    """They are imported when they are first asked for, so nobody would notice a wrong entry before that."""
+    star: dict[str, object] = {}
+    exec("from overlap_mtp import *", star)
+    assert set(star) - {"__builtins__"} == set(overlap_mtp.__all__) == set(overlap_mtp._MODULES)
+    for name, module in overlap_mtp._MODULES.items():
+        assert star[name] is getattr(import_module(f"overlap_mtp.{module}"), name)
+    assert {*overlap_mtp.__all__, "__version__"} <= set(dir(overlap_mtp))
+    with pytest.raises(AttributeError, match="module 'overlap_mtp' has no attribute 'nonsense'"):
+        overlap_mtp.nonsense  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'overlap_mtp'"):
+        exec("from overlap_mtp import nonsense")
 
 
 def test_the_diagrams_are_what_their_script_draws():
