@@ -40,6 +40,17 @@ def test_public_names_are_those_of_their_modules():
         exec("from overlap_mtp import nonsense")
 
 
+def test_what_only_linux_has_is_asked_for_only_there():
+    """triton and nvtx have no wheels for macOS, where people read profiles."""
+    asked = {entry.partition(">=")[0]: entry for entry in PYPROJECT["project"]["dependencies"]}
+    assert {name for name, entry in asked.items() if entry.endswith("; sys_platform == 'linux'")} == {
+        "triton",
+        "nvtx",
+    }
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(extras["profiles"]) <= set(extras["experiments"])
+
+
 def test_the_diagrams_are_what_their_script_draws():
     diagrams = runpy.run_path(str(ROOT / "docs/draw_diagrams.py"))["DIAGRAMS"]
     for name, draw in diagrams.items():
