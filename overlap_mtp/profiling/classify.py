@@ -42,6 +42,7 @@ class Role(IntEnum):
     OPAQUE = 5  # a CUDA graph whose kernels were not traced
 
 
+COMMUNICATION = (Role.EXCHANGE, Role.MODEL, Role.EXPERTS)
 ROLE_OF_RANGE = {"pack": Role.EXCHANGE, "send-recv": Role.EXCHANGE, "join": Role.LOCAL, "unroll": Role.LOCAL}
 
 ROLE_OF_NAME = {
@@ -93,11 +94,6 @@ class DeviceTimeline:
     def times(self, mask: Mask) -> Union:
         """Return starts and ends of the activities in the mask."""
         return self.start[mask], self.end[mask]
-
-
-def base_name(schedule: str) -> str:
-    """Return `prefetch` for `prefetch:process_group`, which names a transport too."""
-    return schedule.split(":")[0]
 
 
 def classify(profile: Profile) -> list[DeviceTimeline]:

@@ -39,7 +39,10 @@ def notes_on(
     if any(timeline.steps for timeline in timelines) and all(
         (timeline.step == NONE).all() for timeline in timelines
     ):
-        yield "No activity could be tied to a step: the profile lacks the CUDA runtime calls."
+        yield (
+            "No activity could be tied to a step: the profile lacks the CUDA runtime calls. All of it counts as "
+            "outside of the steps (--outside-steps)."
+        )
     if any((timeline.role == Role.OPAQUE).any() for timeline in timelines):
         yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
     if lost := sum(timeline.num_lost for timeline in timelines):

@@ -10,121 +10,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
 from statistics import median
-from typing import Any
 
 import numpy as np
 
-from overlap_mtp.profiling.classify import DeviceTimeline, Mask, Role, base_name, classify
-from overlap_mtp.profiling.intervals import NONE, Ints, covered, length, merge, merge_each, sum_each
+from overlap_mtp.profiling.classify import COMMUNICATION, DeviceTimeline, Mask, Role, classify
+from overlap_mtp.profiling.intervals import NONE, Ints, covered, merge, merge_each, sum_each
 from overlap_mtp.profiling.notes import notes_on
+from overlap_mtp.profiling.report import DeviceTotal, Report, Row, Schedule
+from overlap_mtp.profiling.schedule_names import BASELINE, EVERYTHING, FLOOR, OUTSIDE, in_usual_order
 from overlap_mtp.profiling.trace import UNKNOWN, Profile
-from overlap_mtp.profiling.waits import peer_waits
-
-EVERYTHING, OUTSIDE = "all", "outside steps"  # stand for a schedule if there is no step
-FLOOR, BASELINE, JUDGED = "prepared", "sync", "prefetch"
-COMMUNICATION = (Role.EXCHANGE, Role.MODEL, Role.EXPERTS)
-JSON_VERSION = 2  # 1 had neither version nor units nor totals
+from overlap_mtp.profiling.waits import has_peer, peer_waits
 
 
-@dataclass(frozen=True)
-class Row:
-    """The communication of one range on one device; for kind "local" the exchange's own work on the device.
-
-    The numbers are sums over `steps` steps; None means that a number does not apply or is not known. `exposed_us` is
-    communication that no compute covers on the device. `peer_wait_us` is how much longer the kernels took than on
-    the rank where each took least.
-    """
-
-    device: str
-    schedule: str
-    range: str
-    kind: str  # exchange, experts (DeepEP and others), model (any other communication) or local
-    steps: int
-    time_us: float
-    hidden_us: float | None
-    exposed_us: float | None
-    hidden_fraction: float | None
-    peer_wait_us: float | None
-    launches: int
-    bytes: int | None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One schedule over all devices. Fractions are of the time of all devices together, `worst` of one device."""
-
-    name: str
-    steps: int
-    step_ms: float | None  # median; a step lasts from its first to its last activity, on its slowest device
-    exchange_hidden: float | None  # fraction of the ranges `pack` and `send-recv`
-    exchange_worst: float | None
-    all_hidden: float | None  # fraction of all communication
-    all_worst: float | None
-    efficiency: float | None  # E; None without `sync` and `prepared` steps
-
-
-@dataclass(frozen=True)
-class DeviceTotal:
-    """The whole recording on one device, in µs."""
-
-    device: str
-    communication_us: float
-    hidden_us: float
-    exposed_us: float
-    compute_us: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was found in one recording; `notes` says what limits it."""
-
-    sources: tuple[str, ...]
-    rows: tuple[Row, ...]
-    schedules: tuple[Schedule, ...]
-    notes: tuple[str, ...]
-    timelines: tuple[DeviceTimeline, ...]
-    totals: tuple[DeviceTotal, ...]
-
-    def judged(self) -> tuple[str, float | None]:
-        """Return what `--min-hidden` judges, and its hidden fraction on the worst device (None: there is none).
-
-        That is the exchange of the `prefetch` steps; without step ranges the exchange of the whole profile; without
-        any range of this project all communication.
-        """
-        by_name = {schedule.name: schedule for schedule in self.schedules}
-        if not any(timeline.has_ours for timeline in self.timelines):
-            return "all communication", by_name[EVERYTHING].all_worst
-        if any(timeline.steps for timeline in self.timelines):
-            shares = [one.exchange_worst for one in self.schedules if base_name(one.name) == JUDGED]
-            found = [share for share in shares if share is not None]
-            return f"the exchange in {JUDGED} steps", min(found, default=None)
-        return "the exchange", by_name[EVERYTHING].exchange_worst
-
-    def as_json(self) -> dict[str, Any]:
-        """Return everything but the activities themselves."""
-        what, fraction = self.judged()
-        return {
-            "version": JSON_VERSION,
-            "units": {"_us": "microseconds", "_ms": "milliseconds", "bytes": "bytes", "hidden": "fraction"},
-            "sources": list(self.sources),
-            "devices": [timeline.label for timeline in self.timelines],
-            "judged": {"what": what, "hidden_fraction": fraction},
-            "totals": [asdict(total) for total in self.totals],
-            "schedules": [asdict(schedule) for schedule in self.schedules],
-            "rows": [asdict(row) for row in self.rows],
-            "notes": list(self.notes),
-        }
-
-
-def report_on(profiles: Sequence[Profile]) -> Report:
+def report_on(profiles: Sequence[Profile], outside_steps: bool = False) -> Report:
     """Report on one recording.
 
     Args:
         profiles: one or several files (one for each rank). If two of them have a rank in common they count as
             several recordings, and labels name the file.
+        outside_steps: also report what ran outside of the steps, such as a warm-up. It matters only if there are steps.
     """
     groups = [classify(profile) for profile in profiles]
     labels = [timeline.label for group in groups for timeline in group]
@@ -136,14 +43,18 @@ def report_on(profiles: Sequence[Profile]) -> Report:
         ]
     else:  # one recording, whose ranks wait for each other
         groups = [[timeline for group in groups for timeline in group]]
-    measured = [_Measured(*one) for group in groups for one in zip(group, peer_waits(group), strict=True)]
+    measured = [
+        _Measured(timeline, wait, outside_steps)
+        for group in groups
+        for timeline, wait in zip(group, peer_waits(group), strict=True)
+    ]
     timelines = tuple(one.timeline for one in measured)
     rows = tuple(row for one in measured for row in one.rows())
-    notes = [*notes_on(profiles, timelines, any(row.kind != "local" for row in rows))]
+    notes = [*notes_on(profiles, timelines, any(one.is_communication.any() for one in measured))]
     names = {step.schedule for timeline in timelines for step in timeline.steps}
     if names and not {FLOOR, BASELINE} <= names:
         notes.append(f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}.")
-    totals = tuple(one.total() for one in measured)
+    totals = tuple(total for one in measured for total in one.totals())
     return Report(tuple(sources), rows, _schedules(measured), tuple(notes), timelines, totals)
 
 
@@ -160,12 +71,12 @@ def _distinct_names(profiles: Sequence[Profile]) -> list[str]:
 class _Measured:
     """A timeline, its compute, and which activities belong to the steps of each schedule."""
 
-    def __init__(self, timeline: DeviceTimeline, wait: Ints) -> None:
+    def __init__(self, timeline: DeviceTimeline, wait: Ints, outside_steps: bool) -> None:
         self.timeline, self._wait = timeline, wait
         self._compute = merge(*timeline.times(timeline.role == Role.COMPUTE))
         self.is_communication: Mask = np.isin(timeline.role, COMMUNICATION)
-        self.steps = Counter(step.schedule for step in timeline.steps)  # in the order of their first steps
-        self.schedules = list(self.steps)
+        self.steps = Counter(step.schedule for step in timeline.steps)
+        self.schedules = in_usual_order(self.steps)
         if not self.steps:
             self.schedules = [EVERYTHING]
             self._schedule = np.zeros(timeline.start.size, np.int64)  # an index into schedules, or NONE
@@ -174,7 +85,7 @@ class _Measured:
         of_step = np.array([numbers[step.schedule] for step in timeline.steps] + [NONE], np.int64)
         self._schedule = of_step[timeline.step]
         outside = self._schedule == NONE
-        if (self.is_communication & outside).any():
+        if outside_steps and (self.is_communication & outside).any():
             self._schedule[outside] = len(self.schedules)
             self.schedules.append(OUTSIDE)
 
@@ -191,13 +102,28 @@ class _Measured:
         pairs = zip(*(column.tolist() for column in found), strict=True)
         return dict(zip(self.schedules, pairs, strict=True))
 
-    def total(self) -> DeviceTotal:
-        time, hidden = self._overlaps(
-            self.is_communication, np.zeros(self.is_communication.sum(), np.int64), 1
-        )
-        compute = length(self._compute)
-        values = (int(time[0]), int(hidden[0]), int(time[0] - hidden[0]), compute)
-        return DeviceTotal(self.timeline.label, *(value / 1000 for value in values))
+    def totals(self) -> Iterator[DeviceTotal]:
+        """One total for each schedule, in the order of schedules."""
+        communication = self.overlaps(self.is_communication)
+        compute = self.overlaps(self.timeline.role == Role.COMPUTE)
+        waiting = has_peer(self.timeline) & (self._schedule != NONE)
+        group, wait = self._schedule[waiting], self._wait[waiting]
+        waits_known = np.bincount(group, wait == UNKNOWN, len(self.schedules)) == 0
+        waits_known &= np.bincount(group, minlength=len(self.schedules)) > 0
+        waited = sum_each(group, wait, len(self.schedules))
+        for number, schedule in enumerate(self.schedules):
+            time, hidden = communication[schedule]
+            yield DeviceTotal(
+                device=self.timeline.label,
+                schedule=schedule,
+                steps=self.steps[schedule],
+                communication_us=time / 1000,
+                hidden_us=hidden / 1000,
+                exposed_us=(time - hidden) / 1000,
+                hidden_fraction=hidden / time if time else None,
+                peer_wait_us=int(waited[number]) / 1000 if waits_known[number] else None,
+                compute_us=compute[schedule][0] / 1000,
+            )
 
     def rows(self) -> Iterator[Row]:
         """The rows in the order of schedules, roles, and the first activity of each range."""
@@ -251,7 +177,7 @@ def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
             *_fractions([each[name] for each in everything if name in each]),
             _efficiency(times, name),
         )
-        for name in dict.fromkeys(name for one in measured for name in one.schedules)
+        for name in in_usual_order(name for one in measured for name in one.schedules)
     )
 
 

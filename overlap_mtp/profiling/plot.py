@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role, base_name
+from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role
 from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge, sum_each
+from overlap_mtp.profiling.schedule_names import base_name
 
 PREFERRED = ("sync", "prefetch")  # from top to bottom
 LOOKS = {  # drawn in this order, so that short messages lie on top

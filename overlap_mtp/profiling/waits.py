@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from overlap_mtp.profiling.classify import DeviceTimeline, Role
+from overlap_mtp.profiling.classify import COMMUNICATION, DeviceTimeline, Mask, Role
 from overlap_mtp.profiling.intervals import NONE, Ints
 from overlap_mtp.profiling.trace import UNKNOWN, Group
 
@@ -51,16 +51,20 @@ def peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
     return waits
 
 
+def has_peer(timeline: DeviceTimeline) -> Mask:
+    """Return which activities of a timeline have a peer that they may wait for."""
+    is_alone = np.array([part == WAITS_FOR_NOBODY for part in timeline.parts], bool)[timeline.part]
+    mask: Mask = np.isin(timeline.role, COMMUNICATION) & ((timeline.role != Role.EXCHANGE) | ~is_alone)
+    return mask
+
+
 def _collect(number: int, timeline: DeviceTimeline, everyone: dict[Key, Members]) -> None:
     """Add the activities of a timeline that have a peer."""
     profile = timeline.profile
-    is_alone = np.array([part == WAITS_FOR_NOBODY for part in timeline.parts], bool)[timeline.part]
-    shared = np.isin(timeline.role, (Role.EXCHANGE, Role.MODEL, Role.EXPERTS))
-    shared &= (timeline.role != Role.EXCHANGE) | ~is_alone
     steps = [(step.schedule, step.number) for step in timeline.steps] + [("", NONE)]
     names = profile.activities.name[timeline.activity]
     groups = profile.activities.group[timeline.activity]
-    for at in np.flatnonzero(shared).tolist():
+    for at in np.flatnonzero(has_peer(timeline)).tolist():
         role, group = int(timeline.role[at]), int(groups[at])
         key = (
             steps[timeline.step[at]],
