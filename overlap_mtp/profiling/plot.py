@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from overlap_mtp.profiling.classify import REGIONS, DeviceTimeline, Role
-from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge, sum_each
-from overlap_mtp.profiling.schedule_names import base_name
+from overlap_mtp.profiling.intervals import Ints, Union, covered, length, merge
+from overlap_mtp.profiling.schedule_names import BASELINE, JUDGED, base_name, in_usual_order
+from overlap_mtp.profiling.streams import named_streams
 
-PREFERRED = ("sync", "prefetch")  # from top to bottom
+PREFERRED = (BASELINE, JUDGED)
 LOOKS = {  # drawn in this order, so that short messages lie on top
     Role.NEITHER: ("#dddddd", "host copies and the unknown"),
     Role.OPAQUE: ("#f0e6c8", "CUDA graph"),
@@ -57,7 +58,12 @@ def can_write(path: Path) -> bool:
 
 
 def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
-    """Draw the last `sync` and `prefetch` steps of the first device that has both, as a PNG.
+    """Write what `draw` draws into a file; the end of its name tells the kind (`can_write`)."""
+    draw(timelines).savefig(path, dpi=120)
+
+
+def draw(timelines: Sequence[DeviceTimeline]) -> Figure:
+    """Draw the last `sync` and `prefetch` steps of the first device that has both.
 
     If there are no such steps, draw two other schedules, or else the whole profile.
     """
@@ -82,14 +88,25 @@ def plot(timelines: Sequence[DeviceTimeline], path: Path) -> None:
     used = [look for role, look in LOOKS.items() if any(view.of(role).size for view in views)]
     patches = [Patch(color=colour, label=label) for colour, label in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
-    figure.suptitle(timeline.label[-120:], fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=140)
+    figure.suptitle(_headline(timeline, views), fontsize=12, parse_math=False)
+    return figure
+
+
+def _headline(timeline: DeviceTimeline, views: Sequence[View]) -> str:
+    """What the picture shows, and where it was recorded."""
+    has_exchange = any(view.of(Role.EXCHANGE).size for view in views)
+    what = "The exchange" if has_exchange else "Communication"
+    when = "in one step of each schedule" if timeline.steps else "in the whole profile"
+    source, where = timeline.profile.source, timeline.label
+    where = where if source in where else f"{where} of {source}"
+    return f"{what} beside compute {when} ({where[-80:]})"
 
 
 def _views(timeline: DeviceTimeline) -> list[View]:
     """The last step of each preferred schedule, else of two others, else everything."""
     steps = {step.schedule: at for at, step in enumerate(timeline.steps) if (timeline.step == at).any()}
-    names = [name for wanted in PREFERRED for name in steps if base_name(name) == wanted] or list(steps)[:2]
+    ordered = in_usual_order(steps)
+    names = [name for name in ordered if base_name(name) in PREFERRED] or ordered[:2]
     chosen = [(name, np.flatnonzero(timeline.step == steps[name])) for name in names]
     return [
         View(
@@ -99,12 +116,9 @@ def _views(timeline: DeviceTimeline) -> list[View]:
     ]
 
 
-def _streams(view: View) -> list[int]:
-    """The streams to draw, from top to bottom."""
-    members = view.members
-    streams, index = np.unique(view.timeline.stream[members], return_inverse=True)
-    busy = sum_each(index, view.timeline.end[members] - view.timeline.start[members], streams.size)
-    return sorted(streams[np.argsort(-busy, kind="stable")[:MOST_STREAMS]].tolist())
+def _streams(view: View) -> dict[int, str]:
+    """The streams to draw, from top to bottom, and what each does."""
+    return named_streams(view.timeline, view.members, MOST_STREAMS)
 
 
 def _close_view(view: View) -> tuple[int, int]:
@@ -168,6 +182,7 @@ def _draw_view(axes: Any, view: View, window: tuple[int, int], unit: float, orig
     axes.set_xlim(low, high)
     axes.set_ylim(-len(streams) + 0.4, 1.35)
     axes.set_yticks([0.95, *(-number for number in range(len(streams)))])
-    axes.set_yticklabels(["part of step", *(f"stream {stream}" for stream in streams)], fontsize=8)
+    names = [f"{name}\n(stream {stream})" for stream, name in streams.items()]
+    axes.set_yticklabels(["part of step", *names], fontsize=8)
     axes.tick_params(axis="x", labelsize=8, labelbottom=True)
     axes.spines[["top", "right"]].set_visible(False)

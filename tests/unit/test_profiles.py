@@ -226,14 +226,41 @@ def test_an_old_trace_with_other_categories_and_no_header(tmp_path):
     assert rows(found, "schedule", "range", "hidden_us")[2] == ("prefetch", "send-recv", 6)
 
 
-@pytest.mark.parametrize("kind", ["ours", "foreign", "quiet"])
+FIRST_STREAM, WHOLE = "compute\n(stream 9)", ("whole profile", "whole profile")
+PICTURES = {  # title, first and last schedule, streams of the last
+    "ours": (
+        "The exchange beside compute in one step of each schedule (rank 0 of all.sqlite)",
+        ("sync", "prefetch"),
+        ["compute\n(stream 7)", "exchange\n(stream 20)", "other\n(stream 9)"],
+    ),
+    "foreign": (
+        "Communication beside compute in the whole profile (process 5 device 0 of all.sqlite)",
+        WHOLE,
+        [FIRST_STREAM, "communication\n(stream 7)"],
+    ),
+    "quiet": (
+        "Communication beside compute in the whole profile (process 5 device 0 of all.sqlite)",
+        WHOLE,
+        [FIRST_STREAM],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
 def test_every_kind_of_profile_is_plotted(tmp_path, kind):
     from matplotlib import image
 
-    from overlap_mtp.profiling.plot import plot
+    from overlap_mtp.profiling.plot import draw, plot
 
     foreign = [Work("ncclDevKernel_AllReduce", 1, 10, 30), Work("gemm", 2, 20, 40, stream=9)]
     process = rank(0) if kind == "ours" else Process(5, work=foreign[1:] if kind == "quiet" else foreign)
-    plot(report(tmp_path, "nsys", process).timelines, tmp_path / "timeline.png")
+    timelines = report(tmp_path, "nsys", process).timelines
+    figure = draw(timelines)
+    title, (first, last), streams = PICTURES[kind]
+    assert figure.get_suptitle() == title
+    titles = [axes.get_title(loc="left").split(":")[0] for axes in figure.axes[::2]]
+    assert (titles[0], titles[-1]) == (first, last)
+    assert [label.get_text() for label in figure.axes[-2].get_yticklabels()[1:]] == streams
+    plot(timelines, tmp_path / "timeline.png")
     height, width, _ = image.imread(tmp_path / "timeline.png").shape
     assert width > height > 200
