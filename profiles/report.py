@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from overlap_mtp.profiling import ProfileError, read_profile, report_on
+from overlap_mtp.profiling import ProfileError, perfetto, read_profile, report_on
 from overlap_mtp.profiling.tables import percent, tables
 
 WIDTH = 100  # of the tables if there is no terminal
@@ -30,6 +30,12 @@ def main(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles, gzipped or not.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw a timeline into this PNG.")] = None,
+    perfetto_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--perfetto", help="Write a trace for ui.perfetto.dev and chrome://tracing (.json or .json.gz)."
+        ),
+    ] = None,
     outside_steps: Annotated[
         bool,
         typer.Option("--outside-steps", help="Also report what ran outside of the steps (warm-up, checks)."),
@@ -45,23 +51,25 @@ def main(
     ] = None,
 ) -> None:
     """Report, for each device, schedule and range, how long communication took and how much of it was hidden."""
-    _check_paths(files, {"--json": json_out, "--plot": plot_out})
+    _check_paths(files, {"--json": json_out, "--plot": plot_out, "--perfetto": perfetto_out})
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
     try:
         report = report_on([read_profile(file) for file in files], outside_steps)
-        for table in tables(report, console.width):
-            console.print(table, crop=False)
-            console.print()
-        for note in report.notes:
-            console.print(note, soft_wrap=True)
         if json_out is not None:
             json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         if plot_out is not None:
             from overlap_mtp.profiling.plot import plot
 
             plot(report.timelines, plot_out)
+        if perfetto_out is not None:
+            perfetto.write_trace(report.timelines, perfetto_out)
     except (ProfileError, OSError) as error:
         _fail(str(error))
+    for table in tables(report, console.width):
+        console.print(table, crop=False)
+        console.print()
+    for note in report.notes:
+        console.print(note, soft_wrap=True)
     if min_hidden is not None:
         what, fraction = report.judged()
         passed, message = False, f"there is nothing to judge: the profile does not hold {what}"
@@ -89,11 +97,14 @@ def _check_paths(files: Sequence[Path], outputs: Mapping[str, Path | None]) -> N
     for one, other in combinations(named, 2):
         if named[one].resolve() == named[other].resolve():
             _fail(f"{named[one].name}: {one} and {other} name one file")
-    if (path := named.get("--plot")) is not None:
+    trace, picture = outputs["--perfetto"], outputs["--plot"]
+    if trace is not None and not perfetto.can_write(trace):
+        _fail(f"{trace.name}: --perfetto writes JSON: name a file that ends in .json or .json.gz")
+    if picture is not None:
         from overlap_mtp.profiling.plot import can_write  # matplotlib takes a second to import
 
-        if not can_write(path):
-            _fail(f"{path.name}: a picture cannot be written as {path.suffix}: use .png, .pdf or .svg")
+        if not can_write(picture):
+            _fail(f"{picture.name}: a picture cannot be written as {picture.suffix}: use .png, .pdf or .svg")
 
 
 def _fail(message: str) -> NoReturn:

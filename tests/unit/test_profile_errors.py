@@ -125,6 +125,7 @@ def test_the_command_reports_and_judges(tmp_path, monkeypatch, capsys):
     path.write_bytes(gzip.compress(EXPORT))
     gemm = Process(5, [Span("forward", 0, 9, domain=None)], [Work("gemm", 1, 2, 3)])
     quiet = write_kineto(tmp_path / "a.json", gemm)
+    monkeypatch.chdir(tmp_path)
     for arguments, status, message in (
         (
             (path, "--json", out / "a.json", "--min-hidden", 0.5),
@@ -138,13 +139,35 @@ def test_the_command_reports_and_judges(tmp_path, monkeypatch, capsys):
         ((tmp_path,), 2, "error: "),
         ((path, "--plot", out / "a.txt"), 2, "error: a.txt: a picture cannot be written as .txt"),
         ((path, "--json", path), 2, "error: a.sqlite.gz: --json would overwrite the profile"),
+        ((path, "--perfetto", path), 2, "error: a.sqlite.gz: --perfetto would overwrite the profile"),
+        (
+            (path, "--perfetto", out / "a.pftrace"),
+            2,
+            "error: a.pftrace: --perfetto writes JSON: name a file that",
+        ),
+        (
+            (path, "--json", "b.json", "--perfetto", "b.json"),
+            2,
+            "error: b.json: --json and --perfetto name one",
+        ),
+        (
+            (path, "--json", "b.json", "--plot", "b.png", "--perfetto", "b.json.gz"),
+            0,
+            "Schedules",
+        ),  # no folder
     ):
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(command), run_name="__main__")
         assert (stopped.value.code or 0) == status
         assert message in "".join(capsys.readouterr())
-    assert (out / "a.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in (out / "a.png", tmp_path / "b.png"):
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "b.json").read_bytes() == (out / "a.json").read_bytes()
+    trace = json.loads(gzip.decompress((tmp_path / "b.json.gz").read_bytes()))["traceEvents"]
+    assert [event["name"] for event in trace if event.get("cat") == "exchange"] == [
+        f"void {WORK[0].name}(int)"
+    ]
     written = json.loads((out / "a.json").read_text())
     assert written["judged"] == {"what": "the exchange in prefetch steps", "hidden_fraction": 0.5}
     assert written["sources"] == ["a.sqlite.gz"]
