@@ -1,22 +1,33 @@
 """The profiles recorded in profiles/: what must hold for each of them."""
 
 import gzip
+import json
 import re
 import sqlite3
+import subprocess
+import sys
+from collections import Counter
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from overlap_mtp.profiling import nsys, read_profile, report_on
+from overlap_mtp.profiling import Report, nsys, read_profile, report_on
 
-EXPORTS = sorted((Path(__file__).parents[2] / "profiles").glob("*.sqlite.gz"))
+ROOT = Path(__file__).parents[2]
+EXPORTS = sorted((ROOT / "profiles").glob("*.sqlite.gz"))
 READ = {*nsys.TABLES.values(), nsys.CALLS, nsys.RANGES, nsys.NODES, "StringIds", "META_DATA_EXPORT"}
+
+
+@cache
+def report(path: Path) -> Report:
+    return report_on([read_profile(path)])
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
 def test_a_recorded_profile_adds_up_and_shows_what_it_was_recorded_for(path):
-    found = report_on([read_profile(path)])
+    found = report(path)
     assert found.notes == ()
     devices = [one.label for one in found.timelines]
     assert devices == [f"rank {rank}" for rank in range(len(devices))]
@@ -49,3 +60,37 @@ def test_a_recorded_export_holds_only_what_is_read(path):
         texts = [row[0] for row in db.execute("SELECT value FROM StringIds")]
     assert metadata == [("EXPORT_SCHEMA_VERSION",)]
     assert not [text for text in texts if re.search(r"\w/\w", text)]
+
+
+BLOCKED = """
+import runpy
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "triton", "nvtx", "scipy", "tyro"}:
+            raise ImportError(f"a reader of profiles has no {name}")
+
+sys.meta_path.insert(0, Blocked())
+del sys.argv[0]
+sys.path.insert(0, sys.argv.pop(0))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_profile_is_read_without_torch(tmp_path):
+    """And the same is told as with it: by the tables, the JSON, the trace and the picture."""
+    path = min(EXPORTS, key=lambda path: path.stat().st_size)
+    outputs = ["--json", "a.json", "--plot", "a.png", "--perfetto", "a.json.gz"]
+    command = [sys.executable, "-I", "-c", BLOCKED, ROOT, ROOT / "profiles/report.py", path, *outputs]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = report(path)
+    assert json.loads((tmp_path / "a.json").read_text()) == found.as_json()
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    events = json.loads(gzip.decompress((tmp_path / "a.json.gz").read_bytes()))["traceEvents"]
+    profile = found.timelines[0].profile
+    kinds = Counter(event["cat"] == "range" for event in events if event["ph"] == "X")
+    assert kinds == {True: profile.ranges.start.size, False: profile.activities.start.size}
+    for one in found.schedules:
+        assert re.search(rf"^{one.name} +{one.steps} +{one.step_ms:.3f} ", done.stdout, re.MULTILINE)
