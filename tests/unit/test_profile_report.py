@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -71,6 +72,14 @@ def test_a_total_does_not_know_the_wait_of_a_kernel_without_its_peer(tmp_path):
     )
     assert [total.peer_wait_us for total in found.totals] == [4, 0]
     assert [total.peer_wait_us for total in report_on([read_profile(alone)]).totals] == [None]
+
+
+def test_every_field_of_the_json_is_documented(tmp_path):
+    found = recording(tmp_path, "sync").as_json()
+    fields = {*found, *(field for name in ("schedules", "totals", "rows") for field in found[name][0])}
+    page = (Path(__file__).parents[2] / "profiles/README.md").read_text()
+    assert [field for field in sorted(fields) if f"`{field}`" not in page] == []
+    assert f"`version` ({found['version']})" in page
 
 
 def test_what_is_outside_of_steps_is_reported_if_asked_for(tmp_path):
