@@ -13,7 +13,8 @@ from dropin.model import MegatronModel
 from dropin.modes import REFERENCE, has_host_bounds
 from dropin.sizes import Problem
 from dropin.subject import Subject
-from harness.rounds import gather, with_progress
+from harness.progress import with_progress
+from harness.rounds import gather
 
 FIRST_SEED = 500_000  # of the first step's batch: none of a timed round
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -10,7 +11,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,31 +21,80 @@ import tyro
 import tyro.constructors
 
 from harness.launch import check_environment, check_gpus, choose_device
+from harness.options_file import read_file, with_values
 from overlap_mtp.exchange.select import TRANSPORTS
 
 T = TypeVar("T")
 
 
-def parse_options(kind: type[T], description: str) -> T:
-    """Read the command line into a dataclass.
+def parse_options(kind: type[T], description: str, on_cpu: T | None = None) -> T:
+    """Read the command line, and the file that `--config` names, into a dataclass.
 
     Args:
         kind: a dataclass. Each field is an option; its docstring or comment is the help text. The fields of nested
-            dataclasses become options of the same level.
+            dataclasses become options of the same level, in a group of their own. So do those of its bases, if it
+            has fields of bases only.
         description: what `--help` says first.
+        on_cpu: defaults in place of those of the dataclass, if ranks run on CPU.
 
     Returns:
         The dataclass. A usage error ends the process with status 2.
     """
-    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")
+    first.add_argument("--device", nargs="?")
+    given, _ = first.parse_known_args()
+    with usage_errors():
+        values = read_file(Path(given.config), kind) if given.config else {}
+    base = None
+    device = given.device or values.get("device")
+    wants_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+    if on_cpu is not None and not wants_gpu:
+        base, description = on_cpu, f"{description} The defaults here are those on CPU ranks."
+    default = with_values(kind, base, values) if base is not None or values else None
+    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, description=description, config=flags)
+            command: Any = tyro.cli(
+                _command_of(kind, default), description=description, config=flags, registry=_REGISTRY
+            )
     except SystemExit as end:
         if end.code == 2:
             print(f"error: {_what_is_wrong(said.getvalue())} (--help lists the options)", file=sys.stderr)
         raise
+    parts = [getattr(command, name) for name in _groups_of(kind)]
+    return kind(**{field.name: getattr(part, field.name) for part in parts for field in fields(part)})
+
+
+def _groups_of(kind: type) -> dict[str, type]:
+    """Return the dataclasses that hold the fields of `kind` by the name of their group; "main" has no title."""
+    bases = [base for base in kind.__bases__ if is_dataclass(base)]
+    assert not bases or {*_names(kind)} == {name for base in bases for name in _names(base)}
+    return {one.__name__.removesuffix("Options").lower(): one for one in bases} or {"main": kind}
+
+
+def _names(kind: type) -> list[str]:
+    return [one.name for one in fields(kind)]
+
+
+def _command_of(kind: type, default: Any) -> type:
+    """Return a dataclass of what a command line holds: the groups of options, and `--config`."""
+    about = tyro.conf.arg(
+        metavar="FILE.toml",
+        help="Read options from this file, by the same names; the command line wins.",
+        help_behavior_hint="(default: no file)",
+    )
+    groups: list[Any] = []
+    for name, group in _groups_of(kind).items():
+        hint = Annotated[group, tyro.conf.arg(name="" if name == "main" else name)]  # type: ignore[valid-type]
+        if default is None:
+            groups.append((name, hint))
+        else:
+            own = group(**{one.name: getattr(default, one.name) for one in fields(group)})
+            groups.append((name, hint, field(default=own)))
+    config = [("config", Annotated[Path | None, about], None)] if fields(kind) else []
+    return make_dataclass("Command", [*groups, *config], frozen=True, kw_only=True)
 
 
 def _what_is_wrong(box: str) -> str:
@@ -65,6 +116,22 @@ def usage_errors() -> Iterator[None]:
     except (ValueError, OverflowError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def say_small_size(takes: str, full_size: str, full_takes: str) -> None:
+    """Print that a command runs a small size because it has no GPUs; under torchrun on rank 0 only.
+
+    Args:
+        takes: about how long that takes on two CPU cores, such as "40 s".
+        full_size: the options of the full size.
+        full_takes: about how long that takes.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"no GPUs: a small size by default, about {takes} on two CPU cores. The full size, for GPUs: {full_size} "
+            f"({full_takes})",
+            flush=True,
+        )
 
 
 def check_out(folder: Path, *names: str) -> None:
@@ -130,11 +197,19 @@ def _words(arguments: list[str]) -> tuple[str, ...]:
     return parts
 
 
-def _numbers(arguments: list[str]) -> tuple[int, ...]:
+def _numbers(arguments: list[str], least: int = 1) -> tuple[int, ...]:
     parts = _words(arguments)
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"must be whole numbers above 0 with a comma between them, got {arguments[0]!r}")
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(
+            f"must be whole numbers of at least {least} with a comma between them, got {arguments[0]!r}"
+        )
     return tuple(int(part) for part in parts)
+
+
+def _path(arguments: list[str]) -> Path:
+    if not arguments[0]:
+        raise ValueError("must be a path, got ''")
+    return Path(arguments[0])
 
 
 def _comma_separated(parse: Callable[[list[str]], Any], metavar: str) -> Any:
@@ -147,19 +222,50 @@ def _comma_separated(parse: Callable[[list[str]], Any], metavar: str) -> Any:
     )
 
 
+def default_is(text: str, name: str | None = None) -> Any:
+    """Return a note for the type of an option: what `--help` says of a default that is None or empty.
+
+    Args:
+        text: what it stands for, such as "one per GPU".
+        name: of the option, if it is not that of the field.
+    """
+    return tyro.conf.arg(
+        name=name, help_behavior_hint=lambda shown: f"(default: {text if shown in ('None', '') else shown})"
+    )
+
+
 # Types of options: one argument with commas, each part once.
 Words = Annotated[tuple[str, ...], _comma_separated(_words, "WORD,...")]
 Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "INT,...")]
+NumbersFrom0 = Annotated[tuple[int, ...], _comma_separated(partial(_numbers, least=0), "INT,...")]
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _path_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Let no path be empty: pathlib reads "" as the current folder."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @dataclass(frozen=True)
 class RankOptions:
     """The ranks to run on. Under torchrun their number is torchrun's."""
 
-    ranks: int | None = None
-    """Number of ranks; by default one per GPU, or two on CPU."""
-    device: Literal["cuda", "cpu"] | None = None
-    """By default cuda if there is a GPU."""
+    ranks: Annotated[int | None, default_is("one for each GPU, or two on CPU")] = None
+    """Ranks to start."""
+    device: Annotated[Literal["cuda", "cpu"] | None, default_is("cuda if there is a GPU")] = None
+    """What the ranks run on."""
 
     @property
     def on_gpu(self) -> bool:
@@ -177,12 +283,15 @@ class RankOptions:
         return ranks
 
 
+Ranks = Annotated[RankOptions, tyro.conf.arg(name="rank")]  # the title of their group
+
+
 @dataclass(frozen=True)
 class TransportOptions(RankOptions):
     """The ranks to run on, and the transports to run over."""
 
-    transports: Words | None = None
-    """process_group, symmetric; by default process_group, and on GPUs symmetric too."""
+    transports: Annotated[Words | None, default_is("process_group, and on GPUs symmetric too")] = None
+    """Transports of the schedules that have a choice: process_group, symmetric."""
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -195,6 +304,9 @@ class TransportOptions(RankOptions):
         if "symmetric" in self.chosen and not self.on_gpu:
             raise ValueError("--transports symmetric needs GPUs")
         _ = self.count
+
+
+RanksAndTransports = Annotated[TransportOptions, tyro.conf.arg(name="rank")]
 
 
 def write_record(record: dict[str, Any], path: Path) -> Path:

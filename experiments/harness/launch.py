@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -92,13 +92,13 @@ def check_gpus(ranks: int, device: str, share_gpus: bool = False) -> None:
         )
 
 
-def choose_device(device: str | None) -> str:
+def choose_device(device: str | None) -> Literal["cuda", "cpu"]:
     """Return "cuda" or "cpu", by default CUDA if there is a GPU. Raise ValueError if the device cannot be used."""
     if device not in ("cuda", "cpu", None):
         raise ValueError(f"device must be cuda or cpu, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu on this machine: it has no GPU that torch can use")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "cuda" if device == "cuda" or (device is None and torch.cuda.is_available()) else "cpu"
 
 
 def timeout_of_groups(deadline: timedelta) -> timedelta:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import track
+
+from harness.progress import with_progress
 
 T = TypeVar("T")
 WIDTH = 200  # of tables if there is no terminal
@@ -24,14 +25,8 @@ def rank_console() -> Console:
     return Console(quiet=dist.get_rank() != 0, width=None if sys.stdout.isatty() else WIDTH)
 
 
-def with_progress(items: Sequence[T], title: str, console: Console) -> Iterator[T]:
-    """Yield the items and show on a console how many are done."""
-    # Without auto_refresh there is no thread that would disturb what is timed.
-    yield from track(items, title, console=console, auto_refresh=False, disable=console.quiet)
-
-
 def interleaved(
-    candidates: Sequence[T], rounds: int, seed: int, title: str, console: Console
+    candidates: Sequence[T], rounds: int, seed: int, what: str, console: Console
 ) -> Iterator[tuple[int, list[T]]]:
     """Yield the index of each round and all candidates in its order, which is the same on all ranks.
 
@@ -42,13 +37,13 @@ def interleaved(
         candidates: what every round runs.
         rounds: how many.
         seed: of the orders.
-        title: of the progress bar.
-        console: for the progress bar.
+        what: how the progress calls the rounds.
+        console: for the progress.
     """
     gc.collect()
     gc.disable()
     try:
-        for index in with_progress(range(rounds), title, console):
+        for index in with_progress(range(rounds), what, console):
             order = np.random.default_rng((seed, index)).permutation(len(candidates))
             yield index, [candidates[at] for at in order]
             gc.collect()
