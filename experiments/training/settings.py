@@ -1,4 +1,4 @@
-"""The options of experiments/train.py, and what they make of a run."""
+"""What the options of experiments/train.py make of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tyro.conf import UseAppendAction
 
 from harness.command import check_least, check_out
 from harness.launch import check_environment, check_gpus, choose_device
@@ -19,8 +18,9 @@ from overlap_mtp.schedules import SCHEDULES
 from overlap_mtp.training.checkpoint import Checkpoints
 from overlap_mtp.training.data import PACKING, BatchStream, Corpus, open_corpus
 from overlap_mtp.training.parallel import ParallelDims
-from overlap_mtp.training.trainer import Normalisation, TrainConfig
+from overlap_mtp.training.trainer import TrainConfig
 from training.curves import LOG
+from training.options import DataOptions, ModelOptions, OptimizerOptions, OutputOptions, RankOptions
 
 SHORTEST_DEADLINE_S = 5.0  # starting ranks are silent for seconds
 LONGEST_DEADLINE_S = 1e6  # sockets take no longer timeout than 2^31 ms
@@ -28,46 +28,8 @@ SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the sam
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """The options of experiments/train.py."""
-
-    out: Path | None = None  # The run's folder. Default: out/train, or out/curves for --curves.
-    resume: bool = False  # Go on from the folder's last checkpoint.
-    curves: UseAppendAction[tuple[Path, ...]] = ()  # Draw the losses of this run into --out, and train none.
-    data: Path | None = None  # Text, a folder of it, or a .bin of token ids. Default: Python's library.
-    token_dtype: str = "uint16"  # Of a .bin: uint16 or uint32.
-    preset: str = "tiny"  # The model: tiny, small, h2048 or h4096.
-    dp: int = 1  # Ranks that share no sequence.
-    cp: int | None = None  # Ranks that share a sequence. Default: all that dp and tp leave.
-    tp: int = 1  # Ranks that share each tensor.
-    ranks: int | None = None  # Processes to start, if torchrun did not. Default: one for each GPU, or two.
-    device: str | None = None  # cuda or cpu. Default: cuda if there is a GPU.
-    share_gpus: bool = False  # Allow several ranks on a GPU; slow.
-    schedule: str = "prefetch"  # sync, merged, overlap, prefetch or prepared.
-    seq_len: int = 1024  # Tokens of a microbatch's sequence, over all cp ranks.
-    documents: int = 8  # Documents packed into each sequence; 0: one dense stream.
-    steps: int = 200  # Optimizer steps.
-    accumulate: int = 1  # Microbatches of a rank in a step.
-    learning_rate: float = 1e-3  # The highest learning rate.
-    warmup: int | None = None  # Steps to reach it. Default: 20, or all if there are fewer.
-    clip: float = 1.0  # Largest norm of the gradients.
-    normalisation: Normalisation = "token"  # Divide losses by the tokens of the step, or of each batch.
-    mtp_loss_factor: float = 0.3  # Weight of the mean loss of the MTP depths.
-    depths: int = 2  # MTP depths.
-    experts: int = 0  # Experts of each feed-forward layer; 0: none.
-    experts_per_token: int = 2  # Experts that a token goes to.
-    aux_loss_factor: float = 0.01  # Weight of the load-balancing loss.
-    derive_labels: bool = False  # Take labels from input_ids.
-    detach_mtp: bool = False  # Let MTP losses train the MTP block only.
-    repeat_mtp_layer: bool = False  # Use one MTP layer for all depths.
-    recompute: bool = False  # Keep no activations of layers; compute them again in backward.
-    compile: bool = False  # Compile the layers; not with tp.
-    deterministic: bool = False  # Give the same bits in every run on GPUs; slower.
-    save_every: int = 100  # Steps from one checkpoint to the next; 0: save the last step only.
-    keep: int = 3  # Checkpoints to keep.
-    deadline: float = 60  # Seconds that ranks wait for one another, or for a silent rank a quarter of it.
-    save_deadline: float = 3600  # The same while ranks save or load.
-    seed: int = 0  # Of the first weights and of the order of the documents.
+class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, RankOptions):
+    """A run: its options, and what they make of it."""
 
     @property
     def folder(self) -> Path:
