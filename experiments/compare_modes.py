@@ -1,7 +1,7 @@
 """What does the boundary exchange cost under each schedule, and do all schedules compute the same?
 
     make compare                                                  (two CPU ranks, or all GPUs)
-    python experiments/compare_modes.py --preset h4096 --num-documents 32
+    python experiments/compare_modes.py --preset h4096 --documents 32
     torchrun --nproc-per-node 8 experiments/compare_modes.py --preset h4096
 
 Every round runs one step of each schedule on the same weights and batch, then one update. A step is forward and
@@ -13,46 +13,66 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-import tyro
 
-from compare.comparison import Comparison, Problem, Settings, open_stream
+from compare.comparison import Comparison, Problem, Settings, Timing, open_stream
 from compare.report import publish
-from harness.command import RankOptions, check_least, check_out, parse_options, usage_errors
+from harness.command import (
+    RankOptions,
+    Ranks,
+    check_least,
+    check_out,
+    default_is,
+    parse_options,
+    usage_errors,
+)
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
 from overlap_mtp.model.config import PRESETS
+
+ABOUT = """Compare the schedules in interleaved training steps on real text.
+
+The table has a row for each schedule: its step time, the ratio to the step of `prepared`, whose loader has rolled the \
+batch so that nothing is sent, the stall (how long rolls held up the compute stream), the messages of all ranks, and \
+whether rolls and loss have the same bits as those of `prepared`. Intervals are 95 % over rounds. `none` does not roll \
+at all: its tokens are wrong, and its time shows what a step without any exchange takes."""
+OfPreset = Annotated[int | None, default_is("the preset's")]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Values that replace those of the preset."""
 
-    num_depths: Annotated[int | None, tyro.conf.arg(name="depths")] = None
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    ffn_size: int | None = None
-    vocab_size: int | None = None
+    num_depths: Annotated[int | None, default_is("the preset's", name="depths")] = None
+    """MTP layers, which are the depths to roll to."""
+    hidden_size: OfPreset = None
+    """Width of the hidden states."""
+    num_layers: OfPreset = None
+    """Layers of the trunk."""
+    num_heads: OfPreset = None
+    """Attention heads of a layer."""
+    num_kv_heads: OfPreset = None
+    """Key and value heads of a layer."""
+    ffn_size: OfPreset = None
+    """Width inside of a feed-forward layer."""
+    vocab_size: OfPreset = None
+    """Token ids that the model knows."""
 
 
 @dataclass(frozen=True)
 class Options:
     """One comparison."""
 
-    preset: str | None = None
-    """tiny, small, h2048 or h4096; by default tiny on CPU, else h2048."""
-    seq_len: int | None = None
-    """Tokens of the whole sequence, over all ranks; by default the preset's."""
-    batch_size: int | None = None
-    """Sequences in a batch; by default the preset's."""
-    documents: Literal["dense", "packed"] = "packed"
-    """Whether a sequence is one stream of text or packed documents."""
-    num_documents: int = 8
-    """Documents in a packed sequence."""
+    preset: str = "h2048"
+    """The model's size: tiny, small, h2048 or h4096."""
+    seq_len: Annotated[int | None, default_is("the preset's tokens a rank, times the ranks")] = None
+    """Tokens of the whole sequence, over all ranks."""
+    batch_size: OfPreset = None
+    """Sequences in a batch."""
+    documents: int = 8
+    """Documents packed into a sequence; 0: one dense stream."""
     forward_only: bool = False
     """No backward pass and no update."""
     out: Path = Path("out/compare")
@@ -60,21 +80,20 @@ class Options:
     wide: bool = False
     """Print all columns of the table."""
     model: ModelOptions = field(default_factory=ModelOptions)
-    settings: Settings = field(default_factory=Settings)
-    where: RankOptions = field(default_factory=RankOptions)
+    settings: Timing = field(default_factory=Settings)
+    where: Ranks = field(default_factory=RankOptions)
 
     def problem(self) -> Problem:
         """Return what the steps compute, checked before any rank starts. Raises ValueError if it is illegal."""
-        check_least(self, seq_len=1, batch_size=1, num_documents=1)
-        name = self.preset or ("h2048" if self.where.on_gpu else "tiny")
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        chosen, ranks = PRESETS[name], self.where.count
+        check_least(self, seq_len=1, batch_size=1, documents=0)
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        chosen, ranks = PRESETS[self.preset], self.where.count
         problem = Problem(
             replace(chosen.model, **{name: n for name, n in asdict(self.model).items() if n is not None}),
             self.seq_len or chosen.tokens_per_rank * ranks,
             self.batch_size or chosen.batch_size,
-            self.num_documents if self.documents == "packed" else None,
+            self.documents or None,
             self.forward_only,
         )
         self.settings.check(problem, self.where.on_gpu)
@@ -93,7 +112,7 @@ def compare_on_rank(
 
 
 def main() -> None:
-    options = parse_options(Options, "Compare the schedules in interleaved training steps on real text.")
+    options = parse_options(Options, ABOUT, on_cpu=Options(preset="tiny"))
     with usage_errors():
         problem, where = options.problem(), options.where
         check_out(options.out, "results.json", "step_time.png", "step_delta.png", "report.html")

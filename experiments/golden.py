@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from harness.command import check_out, parse_options, usage_errors, write_record
 from harness.launch import check_no_launcher, run_on_ranks
+from harness.progress import with_progress
+from harness.rounds import rank_console
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.training.parallel import ParallelDims, parallelize
 from overlap_mtp.training.trainer import TrainConfig, Trainer
@@ -28,6 +30,7 @@ FOLDER = Path(__file__).parent.parent / "tests/golden"
 TP_CP = [(1, 1), (1, 2), (2, 1), (2, 2)]
 DOCUMENTS = ("dense", "packed")
 STEPS = 20
+TOTAL = STEPS * len(DOCUMENTS) * len(TP_CP)
 BATCHES = 4  # that repeat, so that the model learns
 CONFIG = replace(parity.CONFIG, num_experts=4)
 
@@ -43,8 +46,8 @@ def path_of(documents: str) -> Path:
     return FOLDER / f"losses-{documents}.json"
 
 
-def train(device: torch.device, dims: ParallelDims, out: Path) -> None:
-    """Write the losses and gradient norms of the dense and of the packed run. Collective."""
+def train(device: torch.device, dims: ParallelDims, out: Path, done: int) -> None:
+    """Write the losses and gradient norms of the dense and of the packed run, after `done` other runs. Collective."""
     parallel, found = parity.mesh_of(dims, device.type), dict[str, Values]()
     for documents in DOCUMENTS:
         torch.manual_seed(0)
@@ -54,7 +57,9 @@ def train(device: torch.device, dims: ParallelDims, out: Path) -> None:
         full = parity.batch_of(documents, BATCHES, CONFIG.vocab_size)
         microbatches = parity.share_out(full, parity.layout_of(documents, dims.cp), parallel, device)
         values = found.setdefault(documents, {})
-        for step in range(STEPS):
+        steps = with_progress(range(STEPS), "steps", rank_console(), STEPS * done, TOTAL)
+        done += 1
+        for step in steps:
             report = trainer.step([microbatches[step % BATCHES]])
             norm = report.grad_norms["model"]
             named = {"LM": report.lm_loss, "aux": report.aux_loss, "gradient norm": norm}
@@ -72,8 +77,9 @@ def compute() -> dict[str, dict[str, Values]]:
     found: dict[str, dict[str, Values]] = {documents: {} for documents in DOCUMENTS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "values.json"
-        for tp, cp in TP_CP:
-            run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), path)
+        for index, (tp, cp) in enumerate(TP_CP):
+            done = index * len(DOCUMENTS)
+            run_on_ranks(train, tp * cp, "cpu", ParallelDims(1, cp, tp), path, done)
             for documents, values in json.loads(path.read_text()).items():
                 found[documents][f"tp {tp} cp {cp}"] = values
     return found

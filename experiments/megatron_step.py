@@ -1,9 +1,9 @@
 """What does a training step of Megatron-LM cost with its own rolls, with the drop-in, and with rolls that send nothing?
 
     python experiments/megatron_step.py                                        (two CPU ranks, tiny; or all GPUs)
-    python experiments/megatron_step.py --size h4096 --documents dense,8,32,128 --out out/megatron
-    torchrun --nproc-per-node 4 experiments/megatron_step.py --size h2048
-    python experiments/megatron_step.py --rounds 0 --train-steps 200 --documents dense,8
+    python experiments/megatron_step.py --preset h4096 --documents 0,8,32,128 --out out/megatron
+    torchrun --nproc-per-node 4 experiments/megatron_step.py --preset h2048
+    python experiments/megatron_step.py --rounds 0 --train-steps 200 --documents 0,8
 
 Needs megatron-core, from PyPI or a checkout of Megatron-LM that `--checkout` names, but no Transformer Engine: the core
 attention is ours, because Megatron-LM's own needs that package under context parallelism. Everything else of the model
@@ -28,27 +28,30 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from dropin.modes import MODES
 from dropin.sizes import Problem, problem_of
 from harness.command import (
+    NumbersFrom0,
     RankOptions,
     Words,
     check_among,
     check_least,
     check_out,
+    default_is,
     parse_options,
     usage_errors,
     write_record,
 )
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
+from overlap_mtp.megatron.settings import Settings as DropInSettings
 
 if TYPE_CHECKING:
     from dropin.benchmark import Plan
@@ -63,94 +66,105 @@ VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """One benchmark."""
+class ModelOptions:
+    """What a step computes."""
 
-    size: str | None = None
-    """tiny, h2048 or h4096; by default tiny on CPU, else h4096."""
-    documents: Words | None = None
-    """`dense` (or 0), and numbers of packed documents; by default dense,8,32, on CPU dense,4."""
-    modes: Words = MODES
-    """megatron, megatron_host, dropin, dropin_host; `none`, the baseline, always runs."""
-    rounds: int | None = None
-    """Timed rounds, 0 for none; by default 80, on CPU 5."""
-    warmup: int = 3
-    """Rounds before them."""
-    limit: float = 60.0
-    """Seconds for the rounds of one number of documents: then the rounds end."""
-    micro: int = 1
-    """Microbatches of a step, back to back."""
+    preset: str = "h4096"
+    """The model's size: tiny, h2048 or h4096."""
+    documents: NumbersFrom0 = (0, 8, 32)
+    """Documents packed into a sequence; 0: one dense stream."""
     depths: int = 2
-    """MTP layers."""
-    schedule: str = "prefetch"
-    """Of the drop-in."""
-    transport: Literal["auto", "process_group", "symmetric"] = "auto"
-    """Of the drop-in."""
+    """MTP layers, which are the depths to roll to."""
+    accumulate: int = 1
+    """Microbatches of a rank in a step, back to back."""
     recompute: bool = False
     """Compute each layer's activations again in the backward pass. megatron-core 0.16 cannot do so with documents."""
     tp: int = 1
     """Ranks of a tensor-parallel group; the others are context-parallel."""
     sequence_parallel: bool = False
     """Share the tokens between layers among the tp ranks."""
-    train_steps: int = 0
-    """Also train this number of steps with and without the drop-in, and compare all losses."""
-    optimizer: Literal["sgd", "adam"] = "adam"
-    """Of --train-steps."""
-    checkout: Path | None = None
-    """A checkout of Megatron-LM to use in place of the installed megatron-core."""
-    profile: Literal["nsys", "torch"] | None = None
+    checkout: Annotated[Path | None, default_is("the installed megatron-core")] = None
+    """Folder with a checkout of Megatron-LM to use."""
+
+
+@dataclass(frozen=True)
+class DropInOptions:
+    """The drop-in, overlap_mtp.megatron."""
+
+    schedule: str = "prefetch"
+    """When its messages leave: sync, merged, overlap or prefetch."""
+    transport: Literal["auto", "process_group", "symmetric"] = "auto"
+    """What its messages travel over."""
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """How the modes are timed."""
+
+    modes: Words = MODES
+    """Who rolls: megatron, dropin, and both with cu_seqlens in host memory, which are megatron_host and dropin_host.
+    `none` always runs: it sends nothing, and only its time counts."""
+    rounds: int = 80
+    """Timed rounds; 0: none."""
+    warmup: int = 3
+    """Rounds before them, which are not timed."""
+    limit: float = 60.0
+    """Seconds for the rounds of one number of documents: then the rounds end."""
+    profile: Annotated[Literal["nsys", "torch"] | None, default_is("no profile")] = None
     """Record the rounds of one number of documents. nsys: start and stop its capture; torch: write traces."""
     profile_out: Path = Path("out/profile")
     """Folder of the traces of --profile torch."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Two trainings, with and without the drop-in, whose losses are compared."""
+
+    train_steps: int = 0
+    """Optimizer steps of each; 0: no training."""
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """What updates the weights."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written."""
+
     out: Path = Path("out/megatron_step")
     """Folder for the record, the table and the picture."""
-    where: RankOptions = field(default_factory=RankOptions)
 
-    @property
-    def chosen_size(self) -> str:
-        """The name of the size."""
-        return self.size or ("h4096" if self.where.on_gpu else "tiny")
 
-    @property
-    def chosen_documents(self) -> tuple[int, ...]:
-        """The numbers of documents. Raises ValueError if one is no number."""
-        words = self.documents or (("dense", "8", "32") if self.where.on_gpu else ("dense", "4"))
-        for word in words:
-            if word != "dense" and not word.isdecimal():
-                raise ValueError(f"documents must be `dense` or whole numbers, got {word!r}")
-        return tuple(dict.fromkeys(0 if word == "dense" else int(word) for word in words))
-
-    @property
-    def chosen_rounds(self) -> int:
-        """The number of timed rounds."""
-        return (80 if self.where.on_gpu else 5) if self.rounds is None else self.rounds
+@dataclass(frozen=True)
+class Options(ModelOptions, DropInOptions, TimingOptions, TrainingOptions, OutputOptions, RankOptions):
+    """One benchmark."""
 
     def problem(self) -> Problem:
         """Return what the steps compute. Raises ValueError for anything illegal, before any rank starts."""
-        check_least(self, rounds=0, warmup=1, limit=0, micro=1, depths=1, train_steps=0)
+        check_least(self, rounds=0, warmup=1, limit=0, accumulate=1, depths=1, train_steps=0)
         if self.rounds == 1:
             raise ValueError("--rounds must be 0 or at least 2, got 1")
         check_among(self, modes=MODES)
-        if (self.profile or self.transport == "symmetric") and not self.where.on_gpu:
+        DropInSettings(self.schedule, self.transport)  # raises if one is illegal
+        if (self.profile or self.transport == "symmetric") and not self.on_gpu:
             raise ValueError("--profile and --transport symmetric need GPUs")
-        if self.profile and len(self.chosen_documents) > 1:
+        if self.profile and len(self.documents) > 1:
             raise ValueError("--profile needs one number of documents, as in --documents 32")
-        dtype = torch.bfloat16 if self.where.on_gpu else torch.float32
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
         problem = problem_of(
-            self.chosen_size,
+            self.preset,
             self.depths,
-            self.where.count,
+            self.count,
             self.tp,
             self.sequence_parallel,
             self.recompute,
             dtype,
         )
-        for documents in self.chosen_documents:
+        for documents in self.documents:
             problem.check_documents(documents)
         find_megatron(self.checkout)
-        if self.recompute and any(self.chosen_documents) and self.checkout is None and _is_old():
+        if self.recompute and any(self.documents) and self.checkout is None and _is_old():
             raise ValueError(
-                "--recompute needs --documents dense with megatron-core 0.16, whose MTP layers cannot recompute "
+                "--recompute needs --documents 0 with megatron-core 0.16, whose MTP layers cannot recompute "
                 "packed documents: or give --checkout"
             )
         return problem
@@ -162,9 +176,9 @@ class Options:
 
         return Plan(
             problem,
-            self.chosen_documents,
+            self.documents,
             self.modes,
-            Rounds(self.chosen_rounds, self.warmup, self.micro, self.limit),
+            Rounds(self.rounds, self.warmup, self.accumulate, self.limit),
             self.schedule,
             self.transport,
             self.train_steps,
@@ -175,17 +189,17 @@ class Options:
 
     def recorded(self, problem: Problem) -> dict[str, Any]:
         """Return the settings for the record, without any path."""
-        own = {k: v for k, v in asdict(self).items() if k not in ("out", "profile_out", "where", "profile")}
+        left_out = ("out", "profile_out", "profile", "ranks", "device")
         return {
-            **own,
-            "size": self.chosen_size,
-            "documents": self.chosen_documents,
-            "rounds": self.chosen_rounds,
+            **{name: value for name, value in asdict(self).items() if name not in left_out},
             "checkout": self.checkout is not None,
             "tokens_per_rank": problem.tokens_per_rank,
             "cp": problem.cp,
             "dtype": str(problem.dtype).removeprefix("torch."),
         }
+
+
+ON_CPU = Options(preset="tiny", documents=(0, 4), rounds=5)
 
 
 def find_megatron(checkout: Path | None) -> None:
@@ -229,7 +243,7 @@ def benchmark_on_rank(device: torch.device, options: Options, problem: Problem) 
         return
     paths = [write_record(record, out / "results.json"), out / "results.md"]
     paths[1].write_text(report.markdown_of(record))
-    if options.chosen_rounds:
+    if options.rounds:
         report.draw(record, out / "step_time.png")
         paths.append(out / "step_time.png")
     console.print(report.table_of(record))
@@ -242,13 +256,13 @@ def main() -> None:
         "Time training steps of Megatron-LM with its own rolls, with the drop-in, and with local rolls, and compare "
         "all bits. The core attention is ours: Megatron-LM's own needs Transformer Engine under context parallelism."
     )
-    options = parse_options(Options, about)
+    options = parse_options(Options, about, on_cpu=ON_CPU)
     with usage_errors():
-        problem, where = options.problem(), options.where
+        problem = options.problem()
         check_out(options.out, "results.json", "results.md", "step_time.png")
         if options.profile == "torch":
             check_out(options.profile_out)
-    run_on_ranks(benchmark_on_rank, where.ranks, where.device, options, problem)
+    run_on_ranks(benchmark_on_rank, options.ranks, options.device, options, problem)
     if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
         return
     if not json.loads((options.out / "results.json").read_text())["passed"]:

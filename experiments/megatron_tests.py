@@ -1,7 +1,7 @@
 """Do Megatron-LM's own tests of multi-token prediction end the same with the drop-in as without it?
 
-    python experiments/megatron_tests.py CHECKOUT                                    (GPUs, or CPU ranks over gloo)
-    python experiments/megatron_tests.py CHECKOUT --ranks 1,2,4 --only Roll
+    python experiments/megatron_tests.py --checkout CHECKOUT                         (GPUs, or CPU ranks over gloo)
+    python experiments/megatron_tests.py --checkout CHECKOUT --ranks 1,2,4 --only Roll
 
 Runs `tests/unit_tests/transformer/test_multi_token_prediction.py` of the checkout, unchanged, twice for each number of
 ranks. A test may fail or be skipped, on few ranks or without Transformer Engine, if it does so both times. Prints which
@@ -21,10 +21,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+from rich.console import Console
 
-from harness.command import Numbers, check_least, check_out, parse_options, usage_errors, write_record
+from harness.command import (
+    Numbers,
+    check_least,
+    check_out,
+    default_is,
+    parse_options,
+    usage_errors,
+    write_record,
+)
 from harness.launch import check_gpus, check_no_launcher, choose_device
+from harness.progress import Progress
+from overlap_mtp.megatron.settings import Settings as DropInSettings
 
 TESTS = Path("tests/unit_tests/transformer/test_multi_token_prediction.py")
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,22 +45,24 @@ Outcomes = dict[str, dict[str, Any]]  # by rank: what the plugin wrote
 class Options:
     """One run of the tests."""
 
-    checkout: Annotated[Path, tyro.conf.Positional]
-    """A checkout of Megatron-LM."""
-    ranks: Numbers | None = None
-    """Numbers of ranks; by default 1, 2 and 4, as far as there are GPUs; on CPU 1,2."""
-    device: Literal["cuda", "cpu"] | None = None
-    """By default cuda if there is a GPU."""
+    checkout: Path
+    """Folder with a checkout of Megatron-LM."""
+    ranks: Annotated[Numbers | None, default_is("1, 2 and 4, as far as there are GPUs; 1 and 2 on CPU")] = (
+        None
+    )
+    """Ranks to start; the tests run once for each number."""
+    device: Annotated[Literal["cuda", "cpu"] | None, default_is("cuda if there is a GPU")] = None
+    """What the ranks run on."""
     schedule: str = "prefetch"
-    """Of the drop-in."""
+    """Schedule of the drop-in: sync, merged, overlap or prefetch."""
     transport: Literal["auto", "process_group", "symmetric"] = "auto"
-    """Of the drop-in."""
-    only: str | None = None
-    """Only tests that this expression of pytest's -k selects."""
+    """Transport of the drop-in."""
+    only: Annotated[str | None, default_is("all tests")] = None
+    """Tests to run, as an expression of pytest's -k."""
     stand_in: bool = False
     """Also run tests that need Transformer Engine to deal documents to ranks, with a function of ours in its place."""
     timeout: float = 900.0
-    """Seconds for one run."""
+    """Seconds for one run: then it is ended."""
     out: Path = Path("out/megatron_tests")
     """Folder for the record and pytest's output."""
 
@@ -66,6 +78,7 @@ class Options:
         """Raise ValueError for anything illegal."""
         check_no_launcher()
         check_least(self, timeout=1)
+        DropInSettings(self.schedule, self.transport)  # raises if one is illegal
         if not (self.checkout / TESTS).is_file():
             raise ValueError(
                 f"checkout must be a folder of Megatron-LM, got {self.checkout}: it has no {TESTS}"
@@ -132,9 +145,13 @@ def totals(run: Outcomes) -> dict[str, int]:
     return dict(Counter(outcome for outcome, _ in outcomes.values()))
 
 
-def compare_on(options: Options, ranks: int) -> dict[str, Any]:
+def compare_on(options: Options, ranks: int, progress: Progress) -> dict[str, Any]:
     """Run the tests without and with the drop-in, print what differs, and return it for the record."""
-    without, with_drop_in = (run_tests(options, ranks, one) for one in (False, True))
+    runs = []
+    for with_it in (False, True):
+        runs.append(run_tests(options, ranks, with_it))
+        progress.advance()
+    without, with_drop_in = runs
     row: dict[str, Any] = {
         "ranks": ranks,
         "without": totals(without),
@@ -164,7 +181,8 @@ def main() -> None:
     with usage_errors():
         options.check()
         check_out(options.out, "megatron_tests.json")
-    rows = [compare_on(options, ranks) for ranks in options.all_ranks]
+    with Progress(2 * len(options.all_ranks), "runs of the tests", Console()) as progress:
+        rows = [compare_on(options, ranks, progress) for ranks in options.all_ranks]
     settings = {
         "device": choose_device(options.device),
         "schedule": options.schedule,

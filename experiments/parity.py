@@ -21,15 +21,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from harness.command import Words, check_least, check_out, parse_options, usage_errors, write_record
+from harness.command import (
+    Words,
+    check_least,
+    check_out,
+    default_is,
+    parse_options,
+    usage_errors,
+    write_record,
+)
 from harness.environment import describe
 from harness.launch import check_gpus, check_no_launcher, choose_device, run_on_ranks
+from harness.progress import with_progress
+from harness.rounds import rank_console
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
@@ -179,7 +189,7 @@ def expected_path(case: Case, folder: Path) -> Path:
 
 def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> None:
     """On one process, write the checkpoints that all cases load and the results that they are compared with."""
-    for case in cases:
+    for case in with_progress(cases, "cases prepared on one process", rank_console()):
         checkpoints = checkpoints_of(case, folder)
         if checkpoints.latest() is None:
             torch.manual_seed(0)
@@ -190,9 +200,12 @@ def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> No
             torch.save(one_process(case, device, folder), path)
 
 
-def measure_on_rank(device: torch.device, cases: list[Case], folder: Path, record: Path) -> None:
+def measure_on_rank(
+    device: torch.device, cases: list[Case], folder: Path, record: Path, done: int, total: int
+) -> None:
+    """Run the cases of one number of ranks, after `done` others of `total`; rank 0 writes their rows."""
     rows = []
-    for case in cases:
+    for case in with_progress(cases, "cases", rank_console(), done, total):
         parallel = mesh_of(ParallelDims(case.dp, case.cp, case.tp), device.type)
         found, expected = step(case, parallel, device, folder), torch.load(expected_path(case, folder))
         row = {**asdict(case), "experts_per_token": case.experts_per_token}
@@ -217,10 +230,12 @@ def errors(found: dict[str, Any], expected: dict[str, Any], tolerance: float) ->
 def measure(cases: list[Case], device: str, folder: Path, share_gpus: bool = False) -> dict[str, Any]:
     """Run all cases, with one launch for each number of ranks. Return a row per case, and the hardware."""
     run_on_ranks(prepare_on_rank, 1, device, cases, folder)
-    rows, record = [], folder / "record.json"
+    rows: list[dict[str, Any]] = []
+    record = folder / "record.json"
     for ranks in sorted({case.ranks for case in cases}):
         theirs = [case for case in cases if case.ranks == ranks]
-        run_on_ranks(measure_on_rank, ranks, device, theirs, folder, record, share_gpus=share_gpus)
+        progress = len(rows), len(cases)
+        run_on_ranks(measure_on_rank, ranks, device, theirs, folder, record, *progress, share_gpus=share_gpus)
         found = json.loads(record.read_text())
         rows += found["rows"]
     return {"where": found["where"], "rows": rows}
@@ -246,11 +261,18 @@ def markdown_of(record: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    out: Path = Path("out/parity")  # Folder of the record.
-    device: str = "cpu"  # cpu or cuda.
-    dtypes: Words | None = None  # float64,float32,bfloat16. Default: float64; on GPUs the other two.
-    most_ranks: int | None = None  # Leave out cases of more ranks. Default: 8, or the number of GPUs.
-    share_gpus: bool = False  # Allow several ranks on a GPU; slow.
+    """Which cases to run."""
+
+    out: Path = Path("out/parity")
+    """Folder for the record and the table."""
+    device: Literal["cuda", "cpu"] = "cpu"
+    """What the ranks run on."""
+    dtypes: Annotated[Words | None, default_is("float64; float32,bfloat16 on GPUs")] = None
+    """Types to compute in: float64, float32, and on GPUs bfloat16."""
+    most_ranks: Annotated[int | None, default_is(f"{MOST_RANKS}, or the number of GPUs")] = None
+    """Ranks of the largest cases to run."""
+    share_gpus: bool = False
+    """Allow several ranks on a GPU, which is slow."""
 
 
 def main() -> None:

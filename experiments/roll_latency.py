@@ -1,7 +1,7 @@
 """What do the rolls of one microbatch cost the host and the GPU, by schedule, transport, depths and documents?
 
     python experiments/roll_latency.py --out experiments/results/rolls_alone/2xH200
-    python experiments/roll_latency.py --device cpu --tokens 64 --documents 1,8 --rounds 5
+    python experiments/roll_latency.py --device cpu --seq-len 128 --documents 0,8 --rounds 5
 
 Times the rolls alone, without a model: four tensors of batch size 1, in interleaved rounds in random order, with a new
 packing each. Host time is the time inside `start` and all `at`: directly after another method, on cold caches
@@ -14,8 +14,9 @@ picture into `--out`.
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -24,23 +25,29 @@ from rich.console import Console
 from harness import environment
 from harness.command import (
     Numbers,
+    NumbersFrom0,
+    RanksAndTransports,
     TransportOptions,
     Words,
     check_among,
     check_least,
     check_out,
+    default_is,
     parse_options,
+    say_small_size,
     usage_errors,
     write_record,
 )
 from harness.launch import run_on_ranks
-from harness.rounds import interleaved, rank_console, synchronize, with_progress
+from harness.progress import with_progress
+from harness.rounds import interleaved, rank_console, synchronize
 from latency import megatron_rolls, report
 from latency.candidate import EXCHANGING, MEGATRON, Candidate, Method
 from latency.cases import Case, Workload, new_layout
 from overlap_mtp import SCHEDULES
 
-ALL_SCHEDULES = (*SCHEDULES, MEGATRON)
+ALL_MODES = (*SCHEDULES, MEGATRON)
+TOKENS_PER_RANK = 4096
 
 
 @dataclass(frozen=True)
@@ -48,41 +55,55 @@ class Options:
     """What to time: every combination of depths and documents."""
 
     depths: Numbers = (1, 2, 8)
-    """Numbers of depths."""
-    documents: Numbers = (1, 8, 32, 128)
-    """Numbers of documents; 1 is a dense sequence."""
-    tokens: int = 4096
-    """Tokens of a rank."""
-    schedules: Words = ALL_SCHEDULES
-    """Schedules, or megatron."""
+    """Depths to roll to."""
+    documents: NumbersFrom0 = (0, 8, 32, 128)
+    """Documents packed into a sequence; 0: one dense stream."""
+    seq_len: Annotated[int | None, default_is(f"{TOKENS_PER_RANK} for each rank")] = None
+    """Tokens of the whole sequence, over all ranks."""
+    modes: Words = ALL_MODES
+    """Who rolls: schedules, and `megatron`, which is Megatron-LM's own roll_tensor."""
     rounds: int = 30
     """Timed rounds."""
     out: Path = Path("out/latency")
     """Folder for the record and the picture."""
-    where: TransportOptions = field(default_factory=TransportOptions)
+    where: RanksAndTransports = field(default_factory=TransportOptions)
 
     def workloads(self, ranks: int) -> list[Workload]:
         """Return all workloads to time. All ranks share a sequence."""
-        return [Workload(ranks, depths, one, self.tokens) for depths in self.depths for one in self.documents]
+        tokens = (self.seq_len or TOKENS_PER_RANK * ranks) // ranks
+        return [Workload(ranks, depths, one, tokens) for depths in self.depths for one in self.documents]
 
     def methods(self, documents: int, transports: tuple[str, ...]) -> list[Method]:
         """Return who rolls. Megatron-LM's dense rolls have no cu_seqlens, so that there is one form of them.
 
         Args:
-            documents: of the workload; 1 is a dense sequence.
+            documents: of the workload; 0 is a dense sequence.
             transports: of the schedules that have a choice.
         """
         choices = dict.fromkeys(EXCHANGING, transports)
-        choices[MEGATRON] = megatron_rolls.CU_SEQLENS_ON[: 1 if documents == 1 else 2]
-        return [Method(one, choice) for one in self.schedules for choice in choices.get(one, ("",))]
+        choices[MEGATRON] = megatron_rolls.CU_SEQLENS_ON[: 2 if documents else 1]
+        return [Method(one, choice) for one in self.modes for choice in choices.get(one, ("",))]
 
     def check(self) -> None:
         """Raise ValueError for what no rank could run."""
-        check_least(self, tokens=2, rounds=2)
-        check_among(self, schedules=ALL_SCHEDULES)
+        check_least(self, seq_len=2, rounds=2)
+        check_among(self, modes=ALL_MODES)
         self.where.check()
-        for workload in self.workloads(self.where.count):
+        ranks = self.where.count
+        if self.seq_len and self.seq_len % (2 * ranks):
+            raise ValueError(f"--seq-len must be a multiple of {2 * ranks}, 2 * ranks, got {self.seq_len}")
+        for workload in self.workloads(ranks):
             new_layout(workload, seed=0)
+
+
+ON_CPU = Options(depths=(1, 2), documents=(0, 8), rounds=10)
+FULL_SIZE = "--depths 1,2,8 --documents 0,8,32,128 --rounds 30"
+
+
+def say_size(options: Options) -> None:
+    """Print a line if the size is the small one of CPU ranks."""
+    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
+        say_small_size("40 s", FULL_SIZE, "XX")
 
 
 def time_on_rank(device: torch.device, options: Options) -> None:
@@ -93,7 +114,7 @@ def time_on_rank(device: torch.device, options: Options) -> None:
     synchronize(device)
     if rows is None:
         return
-    if MEGATRON in options.schedules and version is None:
+    if MEGATRON in options.modes and version is None:
         console.print("skipped: megatron (install megatron-core to time it)")
     record = {
         "experiment": "roll_latency",
@@ -137,10 +158,13 @@ def _measure(
 
 
 def main() -> None:
-    options = parse_options(Options, "Time one microbatch's rolls under every schedule and transport.")
+    options = parse_options(
+        Options, "Time one microbatch's rolls under every schedule and transport.", ON_CPU
+    )
     with usage_errors():
         options.check()
         check_out(options.out, "roll_latency.json", "roll_latency.png")
+    say_size(options)
     run_on_ranks(time_on_rank, options.where.ranks, options.where.device, options)
 
 

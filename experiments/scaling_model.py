@@ -21,13 +21,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from harness.command import check_out, parse_options, usage_errors, write_record
+from harness.command import check_out, default_is, parse_options, usage_errors, write_record
 from harness.plots import COLOURS, subplots
 
 SCHEDULES = ("sync", "merged", "overlap", "prefetch")
@@ -46,7 +46,7 @@ class Options:
 
     fast: tuple[Path, ...]
     """Folders with the records of the fast link."""
-    slow: tuple[Path, ...] = ()
+    slow: Annotated[tuple[Path, ...], default_is("no slow link")] = ()
     """Folders with the records of the slow link."""
     out: Path = Path("out/scaling_model")
     """Folder for the record and the picture."""

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ from rich.console import Console
 
 from harness import environment
 from harness.command import (
+    RanksAndTransports,
     TransportOptions,
     check_least,
     check_out,
     parse_options,
+    say_small_size,
     usage_errors,
     write_record,
 )
 from harness.launch import run_on_ranks
+from harness.progress import Progress
+from harness.rounds import rank_console
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.schedules.roller import Rolls
@@ -48,10 +52,20 @@ class Options:
     """How long to run."""
 
     exchanges: int = 100_000
-    """Exchanges with each transport."""
+    """Exchanges over each transport."""
     out: Path = Path("out/soak")
     """Folder for the record."""
-    where: TransportOptions = field(default_factory=TransportOptions)
+    where: RanksAndTransports = field(default_factory=TransportOptions)
+
+
+ON_CPU = Options(exchanges=10_000)
+FULL_SIZE = "--exchanges 100000"
+
+
+def say_size(options: Options) -> None:
+    """Print a line if the size is the small one of CPU ranks."""
+    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
+        say_small_size("40 s", FULL_SIZE, "XX")
 
 
 @dataclass(frozen=True)
@@ -97,11 +111,14 @@ class Soak:
             self.streams = [torch.cuda.current_stream(), exchange_group_of(group).side_stream(device)]
         self.exchanges = self.dropped = 0
 
-    def run(self, exchanges: int) -> dict[str, Any]:
+    def run(self, exchanges: int, console: Console) -> dict[str, Any]:
         """Send `exchanges` exchanges or a few more; return the counts of all ranks' wrong words."""
         begin = time.perf_counter()
-        while self.exchanges < exchanges:
-            self._window()
+        with Progress(exchanges, f"exchanges over {self.transport}", console) as progress:
+            while self.exchanges < exchanges:
+                before = self.exchanges
+                self._window()
+                progress.advance(min(self.exchanges, exchanges) - before)
         dist.all_reduce(self.wrong)
         wrong = int(self.wrong)  # waits for the device
         for roller in self.rollers.values():
@@ -144,20 +161,22 @@ class Soak:
 
 def soak_on_rank(device: torch.device, exchanges: int, transports: tuple[str, ...], out: Path) -> None:
     """Run one rank; rank 0 writes the record."""
-    runs = [Soak(device, transport).run(exchanges) for transport in transports]
+    console = rank_console()
+    runs = [Soak(device, transport).run(exchanges, console) for transport in transports]
     if dist.get_rank() == 0:
         where = environment.describe(device, dist.get_world_size())
         write_record({"experiment": "soak", "where": where, "runs": runs}, out / "soak.json")
-        Console().print(runs)
+        console.print(runs)
 
 
 def main() -> None:
-    options = parse_options(Options, "Send many exchanges over each transport and count wrong words.")
+    options = parse_options(Options, "Send many exchanges over each transport and count wrong words.", ON_CPU)
     with usage_errors():
         check_least(options, exchanges=1)
         where, out = options.where, options.out
         where.check()
         check_out(out, "soak.json")
+    say_size(options)
     run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)
     if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
         return

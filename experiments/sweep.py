@@ -1,7 +1,7 @@
 """What does each schedule cost across presets, kinds of documents and directions? Many comparisons in one launch.
 
     python experiments/sweep.py --out experiments/results/step_time/2xH200/default
-    torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents dense,32 --directions train
+    torchrun --nproc-per-node 4 experiments/sweep.py --presets h4096 --documents 0,32 --directions train
 
 Each comparison is one of `compare_modes` and has a record, pictures and a page of its own. `summary.md` has a line for
 each schedule of each record in `--out`.
@@ -16,9 +16,19 @@ from pathlib import Path
 import compare_modes
 import torch
 
-from compare.comparison import Comparison, Problem, Settings
+from compare.comparison import Comparison, Problem, Settings, Timing
 from compare.report import markdown_of, publish, read_record
-from harness.command import RankOptions, Words, check_among, check_out, parse_options, usage_errors
+from harness.command import (
+    NumbersFrom0,
+    RankOptions,
+    Ranks,
+    Words,
+    check_among,
+    check_out,
+    parse_options,
+    say_small_size,
+    usage_errors,
+)
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
 
@@ -30,34 +40,42 @@ class Options:
     """Many comparisons."""
 
     presets: Words = ("h2048", "h4096")
-    """Sizes: tiny, small, h2048, h4096."""
-    documents: Words = ("dense", "8", "32")
-    """`dense`, or numbers of packed documents."""
+    """The model's sizes: tiny, small, h2048, h4096."""
+    documents: NumbersFrom0 = (0, 8, 32)
+    """Documents packed into a sequence; 0: one dense stream."""
     directions: Words = ("train", "forward")
-    """train (forward and backward) or forward."""
+    """train (forward and backward), forward."""
     out: Path = Path("out/sweep")
     """Folder for the records, the pictures and the summary."""
-    settings: Settings = field(default_factory=lambda: Settings(rounds=60))
-    where: RankOptions = field(default_factory=RankOptions)
+    settings: Timing = field(default_factory=lambda: Settings(rounds=60))
+    where: Ranks = field(default_factory=RankOptions)
 
     def problems(self) -> dict[str, Problem]:
         """Return what to compare, by name. Raises ValueError for anything illegal."""
         check_among(self, directions=DIRECTIONS)
         suffix = ("-compile" if self.settings.compiled else "") + ("-graph" if self.settings.captured else "")
         return {
-            f"{preset}-{documents}-{direction}{suffix}": self._problem(preset, documents, direction)
+            f"{preset}-{documents or 'dense'}-{direction}{suffix}": self._problem(
+                preset, documents, direction
+            )
             for preset in self.presets
             for documents in self.documents
             for direction in self.directions
         }
 
-    def _problem(self, preset: str, documents: str, direction: str) -> Problem:
-        if documents != "dense" and not documents.isdecimal():
-            raise ValueError(f"documents must be `dense` or whole numbers, got {documents!r}")
-        one = compare_modes.Options(preset, documents="dense", settings=self.settings, where=self.where)
-        if documents != "dense":
-            one = replace(one, documents="packed", num_documents=int(documents))
-        return replace(one, forward_only=DIRECTIONS[direction]).problem()
+    def _problem(self, preset: str, documents: int, direction: str) -> Problem:
+        one = compare_modes.Options(preset, settings=self.settings, where=self.where)
+        return replace(one, documents=documents, forward_only=DIRECTIONS[direction]).problem()
+
+
+ON_CPU = Options(("tiny",), (0, 8), ("train",), settings=Settings(rounds=10, warmup=2))
+FULL_SIZE = "--presets h2048,h4096 --documents 0,8,32 --directions train,forward --rounds 60 --warmup 5"
+
+
+def say_size(options: Options) -> None:
+    """Print a line if the size is the small one of CPU ranks."""
+    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
+        say_small_size("40 s", FULL_SIZE, "XX")
 
 
 def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: Settings, out: Path) -> None:
@@ -88,12 +106,13 @@ def write_summary(folder: Path) -> None:
 
 
 def main() -> None:
-    options = parse_options(Options, "Compare the schedules in every combination of the options.")
+    options = parse_options(Options, "Compare the schedules in every combination of the options.", ON_CPU)
     with usage_errors():
         problems, where = options.problems(), options.where
         check_out(options.out, "summary.md", *(f"{name}.json" for name in problems))
         options.settings.check_profile_out()
         write_summary(options.out)  # reads what is there already
+    say_size(options)
     run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
 
 

@@ -3,7 +3,7 @@
 # that profiles/report.py reads, without environment, host name or paths.
 #
 #   profiles/capture.sh OUT.sqlite.gz [arguments of compare_modes]
-#   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents packed --rounds 2 --warmup 3
+#   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents 8 --rounds 2 --warmup 3
 #   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (if there is no nsys)
 #
 # The full report, for the GUI of Nsight Systems, stays in out/profiles; it holds the environment of the machine.

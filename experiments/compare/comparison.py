@@ -17,7 +17,7 @@ from rich.console import Console
 
 from compare.steps import CapturedStep, EagerStep
 from harness import environment, statistics
-from harness.command import Words, check_least, check_out
+from harness.command import Words, check_least, check_out, default_is
 from harness.rounds import gather, interleaved, meet, recording, synchronize
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
 from overlap_mtp.exchange.select import TRANSPORTS
@@ -56,27 +56,28 @@ class Settings:
     """How the schedules are timed."""
 
     modes: Words = ALL_MODES
-    """Schedules; `prefetch:process_group` names a transport too. `prepared`, the baseline, always runs."""
+    """Schedules to time, with a transport too as in `prefetch:process_group`. `prepared`, the baseline, always runs.
+    `none` does not roll: its step is one without any exchange, on wrong tokens, so only its time counts."""
     transport: Literal["auto", "process_group", "symmetric"] = "auto"
-    """Transport of the modes that name none."""
+    """Transport of the modes that name no transport."""
     layout: Kind = "zigzag"
     """How tokens are dealt to ranks."""
     compiled: Annotated[bool, tyro.conf.arg(name="compile")] = False
     """Compile the layers."""
     captured: Annotated[bool, tyro.conf.arg(name="graph")] = False
-    """Replay steps as CUDA graphs; needs dense batches and GPUs."""
-    profile: Literal["nsys", "torch"] | None = None
-    """nsys: start and stop its capture; torch: write traces."""
+    """Replay steps as CUDA graphs; needs --documents 0 and GPUs."""
+    profile: Annotated[Literal["nsys", "torch"] | None, default_is("no profile")] = None
+    """Record the rounds. nsys: start and stop its capture; torch: write traces."""
     profile_out: Path = Path("out/profile")
     """Folder of the traces of --profile torch."""
     rounds: int = 40
     """Timed rounds."""
     warmup: int = 5
-    """Rounds before them."""
-    data: Path | None = None
-    """Text file, folder, or .bin of token ids; by default the standard library's source."""
+    """Rounds before them, which are not timed."""
+    data: Annotated[Path | None, default_is("the source of Python's library")] = None
+    """Text to compute on: a text file, token ids (.bin, also of llm.c, or a 1-D .npy), or a folder of such files."""
     token_dtype: Literal["uint16", "uint32"] = "uint16"
-    """Of the ids of a .bin."""
+    """Of the ids in a .bin."""
 
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
@@ -92,12 +93,15 @@ class Settings:
         if (self.captured or self.profile or symmetric) and not on_gpu:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
-            raise ValueError("--graph needs --documents dense: the layout of a captured step is fixed")
+            raise ValueError("--graph needs --documents 0: the layout of a captured step is fixed")
 
     def check_profile_out(self) -> None:
         """Make the folder of traces, if there will be any. Raise ValueError if it cannot be written to."""
         if self.profile == "torch":
             check_out(self.profile_out)
+
+
+Timing = Annotated[Settings, tyro.conf.arg(name="timing")]  # the title of their group
 
 
 @dataclass(frozen=True)

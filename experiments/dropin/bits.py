@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from dropin.batches import Batch
-from dropin.modes import BASELINE, REFERENCE, has_host_bounds
+from dropin.modes import AGAIN, BASELINE, REFERENCE, has_host_bounds, is_equal
 from dropin.subject import Subject
 from harness.rounds import gather, synchronize
-
-AGAIN = f"{REFERENCE} again"
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,6 @@ def _compare(found: StepResult, expected: StepResult) -> dict[str, Any]:
         "gradients": len(names),
         "largest_difference": max(differences, default=0.0),
     }
-
-
-def is_equal(row: dict[str, Any]) -> bool:
-    """Return whether a row of `compare_bits` found no difference."""
-    return bool(row["loss"] and row["mtp_losses"] and row["equal_gradients"] == row["gradients"])
 
 
 def as_expected(bits: dict[str, dict[str, Any]]) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from dropin.bits import AGAIN, is_equal
-from dropin.modes import BASELINE, MODES, REFERENCE
+from dropin.modes import AGAIN, BASELINE, MODES, REFERENCE, is_equal
 from harness import plots
 
 COLOURS = {
@@ -30,13 +29,15 @@ Record = dict[str, Any]
 
 def title_of(record: Record) -> str:
     """Return one line that says what was run on what."""
-    where, settings = record["where"], record["settings"]
+    where, settings = record["where"], dict(record["settings"])
+    for name, earlier in (("preset", "size"), ("accumulate", "micro")):
+        settings.setdefault(name, settings.get(earlier))
     extra = [f"tp {settings['tp']}"] if settings["tp"] > 1 else []
     extra += ["recomputed"] if settings["recompute"] else []
-    extra += [f"{settings['micro']} microbatches"] if settings["micro"] > 1 else []
+    extra += [f"{settings['accumulate']} microbatches"] if settings["accumulate"] > 1 else []
     return ", ".join(
         [
-            f"Megatron-LM {where['megatron_core']}, {where['ranks']} x {where['device']}, {settings['size']}",
+            f"Megatron-LM {where['megatron_core']}, {where['ranks']} x {where['device']}, {settings['preset']}",
             f"{settings['depths']} MTP layers",
             *extra,
             f"{settings['schedule']} over {settings['transport']}",

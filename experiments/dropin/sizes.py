@@ -54,7 +54,7 @@ class Problem:
         """Raise ValueError if the sequence has no room for this number of documents."""
         most = self.seq_len // self.length_unit
         if not 0 <= documents <= most:
-            raise ValueError(f"documents must be in [0, {most}] at this size, got {documents}")
+            raise ValueError(f"--documents must be in [0, {most}] at this size (0: dense), got {documents}")
 
 
 def problem_of(
@@ -75,7 +75,7 @@ def problem_of(
         ValueError: if the size is unknown or the numbers do not fit.
     """
     if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        raise ValueError(f"preset must be one of {', '.join(SIZES)}, got {size!r}")
     if tp < 1 or ranks % tp:
         raise ValueError(f"tp must be at least 1 and divide the number of ranks, {ranks}, got {tp}")
     hidden, layers, heads, kv_heads, ffn, vocab, tokens = SIZES[size]

@@ -17,11 +17,11 @@ TENSORS = ("input_ids", "labels", "position_ids", "loss_mask")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is rolled: four tensors of batch size 1. One document is a dense sequence, more are packed."""
+    """What is rolled: four tensors of batch size 1. No documents are a dense sequence."""
 
     cp_size: int
     depths: int
-    documents: int
+    documents: int  # 0: dense
     tokens: int  # of a rank
 
 
@@ -33,16 +33,16 @@ def new_layout(workload: Workload, seed: int) -> SequenceLayout:
         seed: chooses the packing; the same on all ranks.
 
     Raises:
-        ValueError: there are too many documents, or the tokens are odd.
+        ValueError: there are too many documents.
     """
     seq_len, multiple = workload.tokens * workload.cp_size, 2 * workload.cp_size
     most = seq_len // multiple
-    if workload.documents == 1:
+    if workload.documents == 0:
         return SequenceLayout.dense(seq_len, workload.cp_size)
-    if workload.tokens % 2 or workload.documents > most:
+    if workload.documents > most:
         raise ValueError(
-            f"tokens must be even and documents in [1, {most}] for {workload.tokens} tokens a rank, "
-            f"got {workload.documents} documents"
+            f"--documents must be in [0, {most}] (0: dense) for {seq_len} tokens on {workload.cp_size} ranks, "
+            f"got {workload.documents}"
         )
     rng = np.random.default_rng(seed)
     cuts = rng.choice(most - 1, workload.documents - 1, replace=False) + 1

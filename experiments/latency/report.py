@@ -59,7 +59,7 @@ def _name(row: Row) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    where, tokens = record["where"], record["settings"]["tokens"]
+    where, tokens = record["where"], record["rows"][0]["tokens"]
     return f"{where['ranks']} x {where['device']}, {tokens} tokens a rank, {where['date']}"
 
 
@@ -72,7 +72,7 @@ def table_of(record: dict[str, Any]) -> Table:
         spans = [row[name] for name in ("host_us", "cold_us", "wall_us", "gpu_us")]
         times = ["{median:,.1f} [{low:,.1f}, {high:,.1f}]".format(**one) if one else "-" for one in spans]
         wrong = f"{row['differing_tokens']}, {row['differing_valid_tokens']}"
-        documents = "dense" if row["documents"] == 1 else str(row["documents"])
+        documents = str(row["documents"] or "dense")
         table.add_row(str(row["depths"]), documents, _name(row), *times, str(row["messages"]), wrong)
     return table
 
@@ -97,11 +97,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for name in dict.fromkeys(map(_name, shown)):
             _plot(axes, [row for row in shown if _name(row) == name], varied, f"{clock}_us")
         axes.set(xscale="log", yscale="log", title=f"{fixed}: {middle}", xlabel=varied)
+        if varied == "documents":  # a dense sequence has none
+            axes.set_xscale("symlog", linthresh=1)
         axes.set_xticks(settings[varied], map(str, settings[varied]))
         axes.set_ylabel(f"{clock} µs of a microbatch's rolls")
         axes.grid(alpha=0.3, which="both")
     all_axes[0].legend(handlelength=4, fontsize=7)
-    figure.suptitle(f"{_title(record)}; median and 95 % interval; 1 document: dense", fontsize=9)
+    figure.suptitle(f"{_title(record)}; median and 95 % interval; 0 documents: dense", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

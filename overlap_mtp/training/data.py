@@ -51,12 +51,12 @@ class BatchStream:
             )
         if not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
-                f"num_documents must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in {layout}, "
-                f"got {self.num_documents}"
+                f"--documents must be 0 (dense) or in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in "
+                f"{layout}, got {self.num_documents}"
             )
         if self.num_documents > len(self.corpus.documents):
             raise ValueError(
-                f"num_documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
+                f"--documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
                 f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"
             )
 

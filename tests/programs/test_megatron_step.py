@@ -53,16 +53,18 @@ def test_the_drop_in_keeps_every_bit_of_a_step_and_of_a_training(tmp_path):
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        (megatron_step, "--size huge", "size must be one of h4096, h2048, tiny, got 'huge'"),
-        (megatron_step, "--documents some", "documents must be `dense` or whole numbers, got 'some'"),
-        (megatron_step, "--documents 500", "documents must be in [0, 32] at this size, got 500"),
+        (megatron_step, "--preset huge", "preset must be one of h4096, h2048, tiny, got 'huge'"),
+        (megatron_step, "--documents dense", "--documents: must be whole numbers of at least 0"),
+        (megatron_step, "--documents 500", "--documents must be in [0, 32] at this size (0: dense), got 500"),
         (megatron_step, "--modes fast", "modes must be among"),
         (megatron_step, "--rounds 1", "--rounds must be 0 or at least 2, got 1"),
         (megatron_step, "--tp 3", "tp must be at least 1 and divide the number of ranks, 2, got 3"),
         (megatron_step, "--sequence-parallel", "--sequence-parallel needs --tp of 2 or more"),
         (megatron_step, "--checkout nowhere", "it has no megatron/core"),
         (megatron_step, "--profile nsys", "need GPUs"),
-        (megatron_tests, "nowhere", "checkout must be a folder of Megatron-LM"),
+        (megatron_step, "--schedule soon", "schedule must be one of sync, "),
+        (megatron_step, "--schedule prepared", "schedule must be one of sync, "),
+        (megatron_tests, "--checkout nowhere", "checkout must be a folder of Megatron-LM"),
     ],
 )
 def test_bad_arguments_are_said_before_ranks_start(

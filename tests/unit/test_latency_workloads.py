@@ -22,14 +22,15 @@ def test_packings_are_new_legal_and_padded():
     padded = [layout.valid_lengths < np.diff(layout.cu_seqlens) for layout in layouts]
     assert np.mean(padded) > 0.5
     assert all((layout.valid_lengths > 0).all() for layout in layouts)
-    assert not new_layout(replace(workload, documents=1), 0).is_packed
-    with pytest.raises(ValueError, match=r"documents in \[1, 32\]"):
+    assert not new_layout(replace(workload, documents=0), 0).is_packed
+    assert new_layout(replace(workload, documents=1), 0).num_documents == 1
+    with pytest.raises(ValueError, match=r"--documents must be in \[0, 32\]"):
         new_layout(replace(workload, documents=33), 0)
 
 
 def test_every_method_times_every_workload():
-    options = roll_latency.Options(depths=(1, 2), documents=(1, 8), tokens=64)
-    assert options.workloads(4) == [Workload(4, depths, n, 64) for depths in (1, 2) for n in (1, 8)]
+    options = roll_latency.Options(depths=(1, 2), documents=(0, 8), seq_len=256)
+    assert options.workloads(4) == [Workload(4, depths, n, 64) for depths in (1, 2) for n in (0, 8)]
     assert options.methods(8, ("process_group",)) == [
         Method("sync"),
         Method("merged", "process_group"),
@@ -40,4 +41,4 @@ def test_every_method_times_every_workload():
         Method("megatron", "device"),
     ]
     assert len(options.methods(8, ("process_group", "symmetric"))) == 10
-    assert Method("megatron", "device") not in options.methods(1, ("process_group",))  # it has no cu_seqlens
+    assert Method("megatron", "device") not in options.methods(0, ("process_group",))  # it has no cu_seqlens
