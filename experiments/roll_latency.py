@@ -103,7 +103,7 @@ FULL_SIZE = "--depths 1,2,8 --documents 0,8,32,128 --rounds 30"
 def say_size(options: Options) -> None:
     """Print a line if the size is the small one of CPU ranks."""
     if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "XX")
+        say_small_size("40 s", FULL_SIZE, "15 min")
 
 
 def time_on_rank(device: torch.device, options: Options) -> None:

@@ -65,7 +65,7 @@ FULL_SIZE = "--exchanges 100000"
 def say_size(options: Options) -> None:
     """Print a line if the size is the small one of CPU ranks."""
     if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "XX")
+        say_small_size("40 s", FULL_SIZE, "5 min")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ FULL_SIZE = "--presets h2048,h4096 --documents 0,8,32 --directions train,forward
 def say_size(options: Options) -> None:
     """Print a line if the size is the small one of CPU ranks."""
     if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "XX")
+        say_small_size("40 s", FULL_SIZE, "weeks")
 
 
 def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: Settings, out: Path) -> None:

@@ -89,6 +89,8 @@ class Settings:
                     f"modes must be among {', '.join(ALL_MODES)}, each alone or followed by a transport "
                     f"(:process_group or :symmetric), got {mode!r}"
                 )
+        if not {*self.modes} - {BASELINE}:
+            raise ValueError(f"modes must name a schedule to compare with {BASELINE}, got {BASELINE!r} alone")
         symmetric = any(one.endswith(":symmetric") for one in (*self.modes, f":{self.transport}"))
         if (self.captured or self.profile or symmetric) and not on_gpu:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")

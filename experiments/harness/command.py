@@ -122,14 +122,14 @@ def say_small_size(takes: str, full_size: str, full_takes: str) -> None:
     """Print that a command runs a small size because it has no GPUs; under torchrun on rank 0 only.
 
     Args:
-        takes: about how long that takes on two CPU cores, such as "40 s".
+        takes: about how long that takes on two free CPU cores, such as "40 s".
         full_size: the options of the full size.
-        full_takes: about how long that takes.
+        full_takes: about how long that takes there.
     """
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"no GPUs: a small size by default, about {takes} on two CPU cores. The full size, for GPUs: {full_size} "
-            f"({full_takes})",
+            f"no GPUs: the default is a small size, which takes about {takes} on two free CPU cores. The full size is "
+            f"meant for GPUs and takes about {full_takes} here: {full_size}",
             flush=True,
         )
 

@@ -132,6 +132,7 @@ def test_soak(tmp_path):
         (compare_modes, "--documents 500", "--documents must be 0 (dense) or in [1, 127]"),
         (compare_modes, "--documents -1", "--documents must be at least 0, got -1"),
         (compare_modes, "--documents dense", "Error parsing --documents"),
+        (compare_modes, "--modes prepared", "modes must name a schedule to compare with prepared"),
         (compare_modes, "--rounds 1", "--rounds must be at least 2, got 1"),
         (compare_modes, "--ranks 0", "--ranks must be at least 1, got 0"),
         (compare_modes, "--modes overlap:pigeon", "modes must be among"),
