@@ -92,7 +92,7 @@ class DropInOptions:
     """The drop-in, overlap_mtp.megatron."""
 
     schedule: str = "prefetch"
-    """When its messages leave: sync, merged, overlap or prefetch."""
+    """When its messages leave: sync, merged, batched, overlap or prefetch."""
     transport: Literal["auto", "process_group", "symmetric"] = "auto"
     """What its messages travel over."""
 

@@ -54,7 +54,7 @@ class Options:
     device: Annotated[Literal["cuda", "cpu"] | None, default_is("cuda if there is a GPU")] = None
     """What the ranks run on."""
     schedule: str = "prefetch"
-    """Schedule of the drop-in: sync, merged, overlap or prefetch."""
+    """Schedule of the drop-in: sync, merged, batched, overlap or prefetch."""
     transport: Literal["auto", "process_group", "symmetric"] = "auto"
     """Transport of the drop-in."""
     only: Annotated[str | None, default_is("all tests")] = None

@@ -103,7 +103,8 @@ class RankOptions:
     share_gpus: bool = False
     """Allow several ranks on a GPU, which is slow."""
     schedule: str = "prefetch"
-    """When the boundary exchange's messages leave: sync, merged, overlap, prefetch or prepared."""
+    """When the boundary exchange's messages leave: sync, merged, batched, overlap, prefetch or
+    prepared."""
     recompute: bool = False
     """Keep no activations of layers; compute them again in backward."""
     compile: bool = False
