@@ -34,11 +34,12 @@ def test_every_method_times_every_workload():
     assert options.methods(8, ("process_group",)) == [
         Method("sync"),
         Method("merged", "process_group"),
+        Method("batched", "process_group"),
         Method("overlap", "process_group"),
         Method("prefetch", "process_group"),
         Method("prepared"),
         Method("megatron", "host"),
         Method("megatron", "device"),
     ]
-    assert len(options.methods(8, ("process_group", "symmetric"))) == 10
+    assert len(options.methods(8, ("process_group", "symmetric"))) == 12
     assert Method("megatron", "device") not in options.methods(0, ("process_group",))  # it has no cu_seqlens
