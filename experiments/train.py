@@ -11,9 +11,15 @@ The folder holds `steps.jsonl` (one record per step), `run.json`, checkpoints an
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
+
+from harness.signals import INTERRUPTED, STOPPING, hold, release
+
+if __name__ == "__main__":
+    hold()  # before imports that take seconds: what asks this process to stop waits for `run_on_ranks`
 
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -30,6 +36,7 @@ def main() -> None:
     )
     with usage_errors():
         if settings.curves:
+            release(STOPPING)
             print(draw_losses(list(settings.curves), settings.out or Path("out/curves")))
             return
         settings = settings.resolved()
@@ -59,4 +66,8 @@ def main() -> None:
 if __name__ == "__main__":
     # If rank 0 is gone, the other ranks say so in one line; the stacks of torch's store add nothing.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    main()
+    try:
+        release((signal.SIGINT,))
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 from torch.multiprocessing.spawn import spawn
 
-from harness.signals import INTERRUPTED, join, listen
+from harness import signals
+from harness.launcher import start_and_join
 from overlap_mtp.training.access import TOKEN, keep_to_loopback, new_token, reserve_port
 from overlap_mtp.training.rendezvous import PeerError, connect
 from overlap_mtp.training.watchdog import Watchdog, end_process
 
 
 def run_on_ranks(
-    function: Callable[..., int | None],
+    function: Callable[..., None],
     ranks: int | None,
     device: str | None,
     *arguments: Any,
@@ -36,8 +37,8 @@ def run_on_ranks(
     Args:
         ranks: how many to start if torchrun has not; by default one per GPU, or two on CPU.
         device: "cuda" or "cpu"; by default CUDA if there is a GPU.
-        deadline: if given, a Watchdog with this deadline is the last argument of `function`. What it returns is then
-            this rank's exit status, if it is not 0.
+        deadline: if given, a Watchdog with this deadline is the last argument of `function`. SIGTERM and SIGUSR1 then
+            end no rank: `function` asks `harness.signals.stop_signal`.
         share_gpus: allow more ranks than GPUs, to check results. This is far too slow to time.
     """
     device = choose_device(device)
@@ -51,11 +52,12 @@ def run_on_ranks(
         # Only the ranks get these variables: what this process starts later is no rank of this run.
         sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
         environment = {"MASTER_ADDR": host, "MASTER_PORT": str(port), TOKEN: new_token(), **sizes}
-        context = spawn(  # type: ignore[no-untyped-call]
-            _spawned, (environment, device, deadline, function, arguments), nprocs=ranks, join=False
+        given = (environment, device, deadline, function, arguments)
+        start_and_join(
+            lambda: spawn(_spawned, given, nprocs=ranks, join=False),  # type: ignore[no-untyped-call]
+            # After a rank has died, the others have time to name it.
+            deadline.total_seconds() / 2 if deadline else None,
         )
-        # After a rank has died, the others have time to name it.
-        join(context, deadline.total_seconds() / 2 if deadline else None)
 
 
 def check_environment() -> None:
@@ -118,18 +120,19 @@ def take_gpu(local_rank: int) -> torch.device:
 def _spawned(rank: int, environment: dict[str, str], *rest: Any) -> None:
     os.environ.update(environment, RANK=str(rank))
     # The kernel sends SIGINT if the launcher dies. A rank that was started in a shell's background would ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signals.interrupt_once)
     try:
+        signals.release((signal.SIGINT,))
         _run_rank(rank, *rest)
     except KeyboardInterrupt:  # torch would end this process with status 0
-        sys.exit(INTERRUPTED)
+        sys.exit(signals.INTERRUPTED)
 
 
 def _run_rank(
     local_rank: int,
     device: str,
     deadline: timedelta | None,
-    function: Callable[..., int | None],
+    function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
     if device == "cuda":
@@ -141,6 +144,7 @@ def _run_rank(
     backend = "nccl" if device == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if deadline is None:
+        signals.release(signals.STOPPING)
         dist.init_process_group(backend, store=connect(), rank=rank, world_size=world_size)
         try:
             function(here, *arguments)
@@ -150,14 +154,13 @@ def _run_rank(
     try:
         store = connect(deadline)
         with Watchdog(store, rank, world_size, deadline) as watchdog:
-            listen(lambda: watchdog.status)
+            signals.listen(lambda: watchdog.status)
             watchdog.phase("joining the process group")
             groups, timeout = PrefixStore("groups", store), timeout_of_groups(deadline)
             dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
-            status = function(here, *arguments, watchdog)
+            function(here, *arguments, watchdog)
             watchdog.phase("leaving the process group")
             dist.destroy_process_group()
     except PeerError as error:  # its traceback says nothing about the peer
         end_process(str(error))  # threads of the groups may still wait for the peer
-    if status:
-        sys.exit(status)
+    signals.ignore()

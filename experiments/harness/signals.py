@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the launcher passes them on, and the ranks finish their step and save."""
+"""Signals that ask a rank to stop. They are kept until it can act on them; then it finishes its step and saves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
-
-from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # of Slurm and Kubernetes before they preempt
 INTERRUPTED = 128 + signal.SIGINT  # the exit status, as a shell has it
 _received: list[int] = []  # the signals of this process; they have no other owner than it
+
+
+def hold(numbers: Collection[int] = (*STOPPING, signal.SIGINT)) -> None:
+    """Keep signals waiting until `release`. The threads and processes that this thread starts keep them, too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def release(numbers: Collection[int] = (*STOPPING, signal.SIGINT)) -> None:
+    """Let signals through, first those that have waited."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def interrupt_once(_number: int, _frame: FrameType | None) -> None:
+    """Handle SIGINT: raise KeyboardInterrupt the first time. A terminal and the launcher both send one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def stop_signal() -> int:
@@ -22,7 +36,7 @@ def stop_signal() -> int:
 
 
 def listen(status: Callable[[], str]) -> None:
-    """Say where the ranks are if a signal asks this one to stop, and let `stop_signal` return it.
+    """Let `stop_signal` return a signal that asks this rank to stop, and say where the ranks are. Release the signals.
 
     The main thread may be in a collective, where Python runs no signal handlers. So another thread waits for the
     signals. If a peer is gone, the run ends by its watchdog and not by a finished step.
@@ -41,53 +55,15 @@ def listen(status: Callable[[], str]) -> None:
             if number in STOPPING:
                 if not _received:
                     name = signal.Signals(number).name
-                    print(
-                        f"overlap_mtp: {name}: ended by the launcher; {status()}", file=sys.stderr, flush=True
-                    )
+                    asks = f"overlap_mtp: {name} asks the run to end after this step"
+                    print(f"{asks}; {status()}", file=sys.stderr, flush=True)
                 _received.append(number)
 
     threading.Thread(target=wait, name="overlap_mtp signals", daemon=True).start()
+    release(STOPPING)
 
 
-def join(context: ProcessContext, grace_s: float | None) -> None:
-    """Wait for the ranks that this process has started, and pass signals on to them.
-
-    Args:
-        context: the ranks.
-        grace_s: seconds for the others after a rank has died. Then those that are still there are killed.
-
-    Raises:
-        SystemExit: a signal has ended the run; the status is 128 plus its number, never 0.
-        ProcessExitedException, ProcessRaisedException: a rank has failed.
-    """
-    passed_on: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None = None) -> None:
-        if number not in passed_on:
-            print(f"overlap_mtp: {signal.Signals(number).name} to the launcher", file=sys.stderr, flush=True)
-        passed_on.append(number)
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
-
-    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    before = {number: signal.signal(number, pass_on) for number in STOPPING if in_main}
-    try:
-        while not context.join(grace_period=grace_s):
-            pass
-    except KeyboardInterrupt:
-        pass_on(signal.SIGINT)
-        for process in context.processes:
-            process.join(grace_s or 5)
-            process.kill()
-        raise SystemExit(INTERRUPTED) from None
-    except ProcessExitedException as error:
-        by_signal = [128 + number for number in (*passed_on, *STOPPING, signal.SIGINT)]
-        code = 128 - error.exit_code if error.exit_code < 0 and passed_on else error.exit_code
-        if code in by_signal:
-            print(f"overlap_mtp: ended by {signal.Signals(code - 128).name}", file=sys.stderr, flush=True)
-            raise SystemExit(code) from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def ignore() -> None:
+    """Ignore signals that ask this process to stop: it is about to end. They cannot change its status any more."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

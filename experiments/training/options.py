@@ -67,7 +67,7 @@ class OptimizerOptions:
     """How it learns."""
 
     steps: int = 200
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. --resume may give more: the learning rate then follows them."""
     accumulate: int = 1
     """Microbatches of a rank in a step."""
     learning_rate: float = 1e-3

@@ -22,7 +22,7 @@ from harness.signals import stop_signal
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
-from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
+from overlap_mtp.training.checkpoint import NoCheckpointError
 from overlap_mtp.training.corpus import Corpus
 from overlap_mtp.training.parallel import ParallelMesh, parallelize
 from overlap_mtp.training.same_settings import check_same_on_all_ranks
@@ -67,9 +67,7 @@ class Run:
         self.trainer = Trainer(self.model, optimizer, config, parallel, on_phase)
         self.saved = self.model, optimizer, self.trainer.scheduler  # in checkpoints
         self.stream, self.identity = settings.stream(corpus), settings.identity(corpus)
-        self.checkpoints = Checkpoints(
-            settings.folder / "checkpoints", settings.keep, sizes=asdict(settings.dims), group=save_group
-        )
+        self.checkpoints = settings.checkpoints(save_group)
         self.timed = TimedRoller(self.model.mtp.roller)
         self.steps_done = 0
         self.batches_done = 0  # by all dp ranks: the next step's data begins here
@@ -87,8 +85,10 @@ class Run:
             return
         for name in PROGRESS:
             setattr(self, name, progress[name])
+        self.trainer.set_learning_rate()
 
     def save(self) -> None:
+        """Save a checkpoint. Collective."""
         progress = {name: getattr(self, name) for name in PROGRESS}
         self.checkpoints.save(self.steps_done, *self.saved, progress, self.identity)
 
@@ -154,11 +154,10 @@ class Run:
             yield {n: layout.shard(t, parallel.cp_rank).to(self.device) for n, t in full.items()}, layout
 
 
-def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> int:
+def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdog) -> None:
     """Take all steps of a run, from the start or from its last checkpoint.
 
-    Returns:
-        0, or 128 plus the number of the signal that ended the run after a step, which is saved then.
+    If a signal asks a rank to stop (`stop_signal`), all ranks save the same step and return.
     """
     deadline, save_deadline = (timedelta(seconds=s) for s in (settings.deadline, settings.save_deadline))
     watchdog.phase("comparing the ranks' settings")
@@ -178,6 +177,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if settings.resume:
         watchdog.phase("loading a checkpoint", save_deadline)
         run.load()
+    ended_by = _signal_to_any(save_group, device)  # while the ranks were started
     log = None
     if dist.get_rank() == 0:
         log = StepLog(settings.folder / LOG, run.steps_done)
@@ -191,7 +191,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     console.print(run.introduction)
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
-    ended_by, missing = 0, log.missing if log is not None else 0
+    missing = log.missing if log is not None else 0
     with progress_bar(console) as progress:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps and not ended_by:
@@ -209,6 +209,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
                 if log is not None:
                     log.sync()
                 run.save()
+                ended_by = ended_by or _signal_to_any(save_group, device)  # while it saved
     watchdog.phase("drawing the losses")
     run.model.mtp.roller.close()
     if log is not None:
@@ -219,11 +220,13 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         if log.path.exists() and log.path.stat().st_size:
             draw_losses([settings.folder], settings.folder)
             written.append("losses.png")
-        console.print(f"wrote {', '.join(written)} and checkpoints, the last of step {run.steps_done}")
-    if not ended_by or run.steps_done == steps:
-        return 0
-    console.print(f"{signal.Signals(ended_by).name} ended the run after step {run.steps_done}: use --resume")
-    return 128 + ended_by
+        saved = run.checkpoints.latest()
+        checkpoints = f" and checkpoints, the last of step {run.steps_done}" if saved else ""
+        console.print(f"wrote {', '.join(written)}{checkpoints}")
+        if ended_by and run.steps_done < steps:
+            state = f"after step {run.steps_done}, which {saved} holds" if saved else "before step 1"
+            name = signal.Signals(ended_by).name
+            console.print(f"{name} ended the run {state}: --resume goes on with step {run.steps_done + 1}")
 
 
 def _signal_to_any(group: dist.ProcessGroup | None, device: torch.device) -> int:

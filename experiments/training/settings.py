@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from harness.command import check_least, check_out
 from harness.launch import check_environment, check_gpus, choose_device
 from overlap_mtp.layout import length_unit
 from overlap_mtp.model.config import PRESETS, ModelConfig
 from overlap_mtp.schedules import SCHEDULES
-from overlap_mtp.training.checkpoint import Checkpoints
+from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints
 from overlap_mtp.training.data import PACKING, BatchStream, Corpus, open_corpus
 from overlap_mtp.training.parallel import ParallelDims
 from overlap_mtp.training.trainer import TrainConfig
@@ -100,13 +101,28 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
                 )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be in [0, 2^63 - 1], got {self.seed}")
-        self.stream(self.corpus())
+        self.stream(corpus := self.corpus())
         has_log = (log := self.folder / LOG).exists() and log.stat().st_size
-        if not self.resume and (has_log or Checkpoints(self.folder / "checkpoints").latest()):
+        checkpoints = self.checkpoints()
+        if not self.resume and (has_log or checkpoints.latest()):
             raise ValueError(f"{self.folder} holds a run: go on with --resume, or give another --out")
-        if (checkpoints := self.folder / "checkpoints").exists() and not checkpoints.is_dir():
-            raise ValueError(f"{checkpoints} must be a folder: take it away, or give another --out")
+        if (folder := checkpoints.folder).exists() and not folder.is_dir():
+            raise ValueError(f"{folder} must be a folder: take it away, or give another --out")
+        try:
+            step = checkpoints.check(self.identity(corpus)) if self.resume else 0
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
+        if self.steps < step:
+            raise ValueError(
+                f"--steps must be at least {step}, the step of the last checkpoint in {folder}, got {self.steps}: give "
+                "more steps, or begin a new run in another --out"
+            )
         check_out(self.folder, LOG, "run.json", "losses.png", "losses.md")
+
+    def checkpoints(self, group: dist.ProcessGroup | None = None) -> Checkpoints:
+        """Return the checkpoints of the run. `group` holds all ranks; None where no rank has been started."""
+        folder, sizes = self.folder / "checkpoints", asdict(self.dims)
+        return Checkpoints(folder, self.keep, sizes=sizes, may_differ=("train_config.steps",), group=group)
 
     def corpus(self) -> Corpus:
         return open_corpus(self.data, self.token_dtype)

@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,20 +22,24 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from overlap_mtp.training.checkpoint_record import (
+    HINT,
+    CheckpointError,
+    Json,
+    NoCheckpointError,
+    compare,
+    file_marks,
+    first_few,
+    message,
+    read_run,
+    sync_to_disk,
+    write_run,
+)
 from overlap_mtp.training.safe_reader import SafePlanner, SafeReader
 
-FORMAT = 1
-HINT = "; delete its folder to resume from the checkpoint before it"
+__all__ = ["CheckpointError", "Checkpoints", "NoCheckpointError"]
+CLASSES = ("optimizer", "scheduler")  # of an identity: their classes, which `save` adds
 T = TypeVar("T")
-Json = Mapping[str, Any]  # of JSON values
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or loaded. All ranks raise the same error."""
-
-
-class NoCheckpointError(CheckpointError):
-    """The folder holds no checkpoint: the run starts from the beginning."""
 
 
 class Checkpoints:
@@ -49,15 +52,22 @@ class Checkpoints:
 
     Args:
         sizes: of the mesh. Random generators are restored only at the same sizes and number of ranks.
+        may_differ: names of identity values that the run that loads may change.
         group: the ranks that save and load together, by default all. With NCCL, each must have set its device.
     """
 
     def __init__(
-        self, folder: Path, keep: int = 3, *, sizes: Json | None = None, group: ProcessGroup | None = None
+        self,
+        folder: Path,
+        keep: int = 3,
+        *,
+        sizes: Json | None = None,
+        may_differ: Collection[str] = (),
+        group: ProcessGroup | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
-        self.folder, self.keep, self.group = Path(folder), keep, group
+        self.folder, self.keep, self.may_differ, self.group = Path(folder), keep, may_differ, group
         self._rank = dist.get_rank(group) if dist.is_initialized() else 0
         self._size = dist.get_world_size(group) if dist.is_initialized() else 1
         self._layout = {**(sizes or {}), "ranks": self._size}
@@ -65,6 +75,23 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """Return the last complete checkpoint, if any. Change nothing and ask no other rank."""
         return next((path for *_, path in reversed(self._complete())), None)
+
+    def check(self, identity: Json) -> int:
+        """Return the step of the last checkpoint, 0 if there is none. Read no tensor and ask no other rank.
+
+        Raises:
+            CheckpointError: it was made with another identity than `load` will be given, or its `run.json` is damaged.
+        """
+        path = self.latest()
+        if path is None:
+            return 0
+        try:
+            run = read_run(path)
+            there = {name: value for name, value in run["identity"].items() if name not in CLASSES}
+            self._compare_identity(there, identity)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return int(run["progress"]["step"])
 
     def save(
         self,
@@ -89,7 +116,7 @@ class Checkpoints:
                 checkpoints stay as they are.
         """
         what = f"saving step {step} in {self.folder}"
-        identity = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
+        identity = _with_classes(identity, optimizer, scheduler)
         run = {"progress": {**progress, "step": step}, "identity": identity, "layout": self._layout}
         tensors, groups = self._together(what, lambda: _state_of(model, optimizer))
         self._together(what, lambda: _check_finite(model, tensors["model"]))
@@ -99,7 +126,7 @@ class Checkpoints:
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if on_gpu else None}
         state = {"groups": groups, "scheduler": scheduler.state_dict(), "random": self._gather(random)}
         self._on_first(what, lambda: _write_state(scratch / "state.pt", state))
-        writer = dcp.FileSystemWriter(scratch, sync_files=False)  # `_marks` does, after the last byte
+        writer = dcp.FileSystemWriter(scratch, sync_files=False)  # `file_marks` does, after the last byte
         self._together(what, lambda: dcp.save(tensors, storage_writer=writer, process_group=self.group))
         names = self._on_first(what, lambda: [path.name for path in scratch.iterdir()])
         run["files"] = self._marks_of(what, scratch, names)
@@ -130,8 +157,9 @@ class Checkpoints:
         if path is None:
             raise NoCheckpointError(f"loading: there is no checkpoint in {self.folder}")
         what = f"loading {path}"
-        identity = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__, **identity}
-        run = self._on_first(what, lambda: _read_run(path, identity))
+        identity = _with_classes(identity, optimizer, scheduler)
+        run = self._on_first(what, lambda: read_run(path))
+        self._together(what, lambda: self._compare_identity(run["identity"], identity))
         found = self._marks_of(what, path, run["files"])
         for name, marks in run["files"].items():
             if found[name] != marks:
@@ -149,6 +177,11 @@ class Checkpoints:
             if random["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(random["cuda"])
         return dict(run["progress"])
+
+    def _compare_identity(self, there: Json, identity: Json) -> None:
+        here = json.loads(json.dumps(identity))
+        both = [{n: v for n, v in one.items() if n not in self.may_differ} for one in (there, here)]
+        compare("settings", *both)
 
     def _complete(self) -> list[tuple[int, int, Path]]:
         """Return (step, how many times it was saved, path) of each checkpoint, in this order."""
@@ -173,12 +206,10 @@ class Checkpoints:
         return final
 
     def _publish(self, run: dict[str, Any], scratch: Path, final: Path) -> None:
-        record = {"format": FORMAT, "crc32": zlib.crc32(json.dumps(run).encode()), "run": run}
-        (scratch / "run.json").write_text(json.dumps(record, indent=1))
-        _sync(scratch / "run.json")
-        _sync(scratch)
+        write_run(scratch, run)
+        sync_to_disk(scratch)
         os.rename(scratch, final)
-        _sync(self.folder)
+        sync_to_disk(self.folder)
         kept = list({step: path for step, _, path in self._complete()}.values())[-self.keep :]
         for old in [path for *_, path in self._complete() if path not in kept]:
             aside = self.folder / f".{old.name}.old.tmp"
@@ -188,7 +219,7 @@ class Checkpoints:
     def _marks_of(self, what: str, folder: Path, names: Iterable[str]) -> dict[str, Any]:
         """Return the marks of all files. Each rank reads its share of them."""
         share = sorted(names)[self._rank :: self._size]
-        marks = self._together(what, lambda: {name: _marks(folder / name) for name in share})
+        marks = self._together(what, lambda: {name: file_marks(folder / name) for name in share})
         return {name: mark for some in self._gather(marks) for name, mark in some.items()}
 
     def _gather(self, value: T) -> list[T]:
@@ -206,13 +237,18 @@ class Checkpoints:
                 result = function()
         except (Exception, dcp.CheckpointException) as error:
             failure = error
-        if failures := dict.fromkeys(other for other in self._gather(failure and _message(failure)) if other):
-            raise CheckpointError(f"{what}: {_first_few(list(failures))}") from failure
+        if failures := dict.fromkeys(other for other in self._gather(failure and message(failure)) if other):
+            raise CheckpointError(f"{what}: {first_few(list(failures))}") from failure
         return result
 
     def _on_first(self, what: str, function: Callable[[], T]) -> T:
         """Return the first rank's result on all ranks."""
         return cast(T, self._gather(self._together(what, lambda: function() if self._rank == 0 else None))[0])
+
+
+def _with_classes(identity: Json, *objects: object) -> Json:
+    names = [type(one).__name__ for one in objects]
+    return {**dict(zip(CLASSES, names, strict=True)), **identity}
 
 
 def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -222,7 +258,7 @@ def _state_of(model: Module, optimizer: Optimizer) -> tuple[dict[str, Any], list
     names = {parameter: wrapper.sub("", name) for name, parameter in model.named_parameters()}
     flat = [names.get(one, "?") for group in optimizer.param_groups for one in group["params"]]
     if unknown := [name for name in flat if name not in own]:
-        raise CheckpointError(f"the model lacks these parameters of the optimizer: {_first_few(unknown)}")
+        raise CheckpointError(f"the model lacks these parameters of the optimizer: {first_few(unknown)}")
     packed = optimizer.state_dict()  # get_optimizer_state_dict would take a step if there is no state yet
     groups = [{**group, "params": [flat[i] for i in group["params"]]} for group in packed["param_groups"]]
     return {"model": own, "optimizer": {flat[i]: values for i, values in packed["state"].items()}}, groups
@@ -248,10 +284,10 @@ def _make_room(
     tensors, groups = _state_of(model, optimizer)
     own = tensors["model"]
     there = {name: _kind(entry) for part, name, *_, entry in saved if part == "model"}
-    _compare("parameters", there, {name: _kind(value) for name, value in own.items()})
+    compare("parameters", there, {name: _kind(value) for name, value in own.items()})
     state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     sorted_names = [[sorted(group["params"]) for group in some] for some in (state["groups"], groups)]
-    _compare("parameter groups", *({f"group {i}": n for i, n in enumerate(some)} for some in sorted_names))
+    compare("parameter groups", *({f"group {i}": n for i, n in enumerate(some)} for some in sorted_names))
 
     room: dict[str, Any] = {"model": copy.deepcopy(own), "optimizer": {}}
     for name, what, entry in [rest for part, *rest in saved if part == "optimizer"]:
@@ -281,66 +317,8 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
     torch.load(path, weights_only=True)  # what `load` would refuse is refused now
 
 
-def _read_run(path: Path, identity: Json) -> dict[str, Any]:
-    try:
-        record = json.loads((path / "run.json").read_text())
-        if record["format"] != FORMAT:
-            raise CheckpointError(f"format {record['format']!r} is unknown: this library reads {FORMAT}")
-        run: dict[str, Any] = record["run"]
-        if record["crc32"] != zlib.crc32(json.dumps(run).encode()):
-            raise ValueError("its CRC-32 is wrong")
-        if not all(isinstance(run[part], dict) for part in ("files", "progress", "identity", "layout")):
-            raise ValueError("it does not describe a checkpoint")
-        if strange := [name for name in run["files"] if (path / name).resolve().parent != path.resolve()]:
-            raise ValueError(f"it names {strange[0]!r}, which is not a file of its folder")
-        if missing := {".metadata", "state.pt"} - {*run["files"]}:
-            raise ValueError(f"it does not list {missing.pop()}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"run.json is half-written or damaged ({_message(error)}){HINT}") from error
-    _compare("settings", run["identity"], json.loads(json.dumps(identity)))
-    return run
-
-
-def _compare(of_what: str, there: Json, here: Json) -> None:
-    """Raise CheckpointError if the checkpoint and this run differ, with the names and values that do."""
-    pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in {**there, **here}]
-    if differ := [f"{name} is {that} there, {this} here" for name, that, this in pairs if that != this]:
-        raise CheckpointError(f"the checkpoint was made with other {of_what}: {_first_few(differ)}")
-
-
 def _kind(value: Any) -> str:
     """Return the dtype and global shape of a tensor, in this run or in a checkpoint."""
     if isinstance(value, dcp.TensorStorageMetadata):
         return f"{value.properties.dtype} {list(value.size)}"
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else "an object"
-
-
-def _marks(path: Path) -> list[int] | None:
-    """Return [bytes, CRC-32] of a file, which is then on disk, or None if there is no such file."""
-    size = crc = 0
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException):
-        return "; ".join(f"rank {rank}: {_message(cause)}" for rank, (cause, _) in error.failures.items())
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def _first_few(texts: list[str]) -> str:
-    return "; ".join([*texts[:5], f"and {len(texts) - 5} more"] if len(texts) > 5 else texts)

@@ -174,6 +174,12 @@ class Trainer:
         self.scheduler.step()
         return self._report(totals, hits, counts, norms, tokens)
 
+    def set_learning_rate(self) -> None:
+        """Set the learning rate of the next step, after loading a checkpoint whose run had another length."""
+        last_epoch, rates = self.scheduler.last_epoch, self.scheduler.base_lrs
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * self.config.schedule(last_epoch)
+
     def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """Return this rank's counts of a microbatch's losses, then its number of tokens, [num_sums + 1]."""
         counts = self.model.counts(batch, layout).double()

@@ -110,9 +110,13 @@ class Watchdog:
     @property
     def status(self) -> str:
         """The phase of this rank, and the last known phases of up to eight others, least progress first."""
-        heard = sorted((its.progress, other, its.phase) for other, (its, _) in self._heard.items())
-        others = [f'rank {other} in "{phase}"' for _, other, phase in heard[:8]] + ["..."] * (len(heard) > 8)
-        return ", ".join([f'rank {self.rank} was in "{self._phase[1]}"', *others])
+        heard = sorted((its.progress, other, its.phase, when) for other, (its, when) in self._heard.items())
+        late_s = 3 * self.interval_s  # at most: between heartbeats, until one is read, and of the clock
+        others = [
+            f'rank {other} was in "{phase}" at most {self._clock - when + late_s:.0f} s ago'
+            for _, other, phase, when in heard[:8]
+        ]
+        return ", ".join([f'rank {self.rank} is in "{self._phase[1]}"', *others, *["..."][: len(heard) > 8]])
 
     def __enter__(self) -> Watchdog:
         for thread in self._threads:

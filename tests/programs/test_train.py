@@ -9,12 +9,16 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+import training.run
 from overlap_mtp.training.step_log import StepLog
+from training.settings import RunSettings
 
 from rank_pool import RankError, RankPool
 from training_runs import STEPS, after_steps, is_alive, records, settings_of, start, train, train_in_pool
@@ -66,10 +70,10 @@ def test_a_run_trains_and_reports_it(straight):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
-    """Kill it in the middle of a step or of a checkpoint, twice, and finish it; each time by another schedule.
+    """Kill it in the middle of a step or of a checkpoint, then end it by a signal, and finish it.
 
-    First only the launcher is killed, while it ignores SIGINT as it does in the background of a shell: its ranks end
-    with it. Then all processes are killed at once.
+    Each time by another schedule. First only the launcher is killed, while it ignores SIGINT as it does in the
+    background of a shell: its ranks end with it. Then one of the ranks is told to stop, and all save the same step.
     """
     out, arguments = tmp_path / "run", ["--cp", "2", "--accumulate", "2", *LEARNING]
     run = start(out, *arguments, ignoring_sigint=True)
@@ -90,18 +94,62 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     run.communicate()
     assert 3 <= len(records(out)) < STEPS
     run = start(out, *arguments, "--resume", "--schedule", "sync")
-    after_steps(run, out, 5)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    os.kill(after_steps(run, out, 5)[1], signal.SIGUSR1)
+    output, _ = run.communicate(timeout=60)
+    step = len(records(out))
+    assert (run.returncode, 5 <= step < STEPS) == (0, True), output
+    asked = r'SIGUSR1 asks the run to end after this step; rank 1 is in "(step|saving) .*", rank 0 was in ".*" at most'
+    assert re.search(asked, output), output
+    assert f"SIGUSR1 ended the run after step {step}, which {out}/checkpoints/step-{step:08} holds" in output
+    assert f"--resume goes on with step {step + 1}" in output
     with RankPool(2) as pool:
         settings = settings_of(out, *arguments, "--resume", "--schedule", "prepared")
-        pool.run(train_in_pool, 2, settings)
+        assert f"step {step} of {STEPS} is in " in pool.run(train_in_pool, 2, settings)[0]
     assert records(out) == records(straight)
+
+
+def told(group: dist.ProcessGroup, settings: RunSettings, by_rank: dict[int, str]) -> str:
+    """Train while ranks are told to stop: at the start of the run, in its second step, or while it saves that."""
+    moment = by_rank.get(group.rank(), "")
+    received = [signal.SIGUSR1] if moment == "start" else []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def then(function):
+            def called(one: training.run.Run):
+                if one.steps_done == 2 - (moment == "step"):
+                    received.append(signal.SIGUSR1)
+                return function(one)
+
+            return called
+
+        patch.setattr(training.run, "stop_signal", lambda: (*received, 0)[0])
+        if moment in ("step", "save"):
+            patch.setattr(training.run.Run, moment, then(getattr(training.run.Run, moment)))
+        return train_in_pool(group, settings)
+
+
+@pytest.mark.slow
+def test_all_ranks_end_after_the_same_step_whoever_is_told(ranks: RankPool, tmp_path):
+    steps = "SIGUSR1 ended the run after step 2, which .*step-00000002 holds: --resume goes on with step 3"
+    for number, (by_rank, ends) in enumerate(
+        [
+            ({1: "start"}, "SIGUSR1 ended the run before step 1: --resume goes on with step 1"),
+            ({2: "step", 0: "save"}, steps),
+            ({3: "save"}, steps),
+        ]
+    ):
+        settings = settings_of(out := tmp_path / str(number), "--dp", "2", "--cp", "2")
+        output, *others = ranks.run(told, 4, settings, by_rank)
+        assert others == [""] * 3
+        assert re.search(ends, output), output
+        assert [one["step"] for one in records(out)] == ([1, 2] if number else [])
+        saved = [out / "checkpoints/step-00000002"] if number else []
+        assert list(out.glob("checkpoints/*")) == saved
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_other_dimensions(copy, straight, ranks: RankPool):
-    """From its fourth step of eight, and after the last one."""
+    """From its fourth step of eight, and after the last one, which a longer run follows."""
     for step in (6, 8):
         shutil.rmtree(copy / f"checkpoints/step-{step:08}")
     settings = settings_of(copy, *LEARNING, "--resume", *OTHER_DIMENSIONS)
@@ -115,19 +163,22 @@ def test_a_run_goes_on_at_other_dimensions(copy, straight, ranks: RankPool):
     assert records(copy)[4:] != records(straight)[4:]  # these dimensions round differently: it did train
 
     (copy / "steps.jsonl").unlink()
-    output = ranks.run(train_in_pool, 4, settings)[0]
-    assert f"step {STEPS} of {STEPS} is in " in output
+    longer = replace(settings, steps=STEPS + 1)
+    output = ranks.run(train_in_pool, 4, longer)[0]
+    assert f"step {STEPS} of {STEPS + 1} is in " in output
     assert f"lacks {STEPS} of the steps that the checkpoint holds" in output
-    assert (copy / "steps.jsonl").read_text() == ""
+    (record,) = records(copy)
+    rate = record["learning_rate"] / settings.learning_rate
+    assert (record["step"], rate) == (STEPS + 1, longer.train_config.schedule(STEPS))
+    assert rate > settings.train_config.schedule(STEPS)
 
 
 @pytest.mark.slow
 def test_a_run_that_cannot_go_on_says_why(copy, ranks: RankPool):
-    settings = settings_of(copy, *LEARNING, "--resume", "--cp", "4", "--experts", "3")
-    with pytest.raises(RankError) as raised:
-        ranks.run(train_in_pool, 4, settings)
-    for words in ("num_experts is 2 there, 3 here", "dp * accumulate is 2 there, 1 here"):
-        assert words in str(raised.value)
+    with pytest.raises(
+        ValueError, match=r"num_experts is 2 there, 3 here.* dp . accumulate is 2 there, 1 here"
+    ):
+        settings_of(copy, *LEARNING, "--resume", "--cp", "4", "--experts", "3")
     log = StepLog(copy / "steps.jsonl", STEPS)  # as a process does that trains
     settings = settings_of(copy, *LEARNING, "--resume", "--cp", "4", "--accumulate", "2")
     with pytest.raises(RankError, match="is being written by another process: end that run, or take another"):

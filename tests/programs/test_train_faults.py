@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import time
 
 import pytest
 
-from training_runs import after_steps, assert_a_hanging_rank_is_named, is_alive, start
+from training_runs import after_steps, assert_a_hanging_rank_is_named, is_alive, ranks_of, start
 
 
 @pytest.mark.slow
@@ -27,7 +29,7 @@ def test_a_rank_that_is_killed_is_named_with_its_phase(tmp_path, launcher):
         assert re.search(r'rank 0 of 2 was in "(step|saving)', output), output
         assert "Traceback" not in output.split("overlap_mtp: ")[0]
     else:  # torchrun names the rank, and ends the others at once
-        where = r'ended by the launcher; rank 0 was in "(step|saving).*", rank 1 in "(step|saving)'
+        where = r'SIGTERM asks .*; rank 0 is in "(step|saving).*", rank 1 was in "(step|saving).*" at most \d+ s ago'
         assert re.search(where, output), output
         assert re.search(r"rank +: 1 ", output), output
 
@@ -57,17 +59,36 @@ def test_a_launcher_that_ignores_sigint_does_not_call_an_interrupted_run_finishe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "whom", "num_ranks"), [(signal.SIGTERM, os.kill, 1), (signal.SIGUSR1, os.killpg, 2)]
-)
-def test_a_run_that_is_told_to_end_saves_its_step(tmp_path, number, whom, num_ranks):
-    """The launcher alone is told, or all processes are, as Slurm does it."""
-    run = start(tmp_path, "--ranks", str(num_ranks), "--steps", "5000", "--save-every", "0")
-    ranks = after_steps(run, tmp_path, 3, num_ranks)
-    whom(run.pid, number)
+def test_a_run_that_is_told_to_end_while_it_starts_ends_before_its_first_step(tmp_path):
+    """The launcher alone is told, when its rank has only begun to load Python."""
+    run = start(tmp_path, "--ranks", "1")
+    while not (ranks := ranks_of(run.pid)):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.005)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert "SIGTERM ended the run before step 1: --resume goes on with step 1" in output
+    assert list(tmp_path.glob("checkpoints/*")) == []
+    assert not any(is_alive(pid) for pid in ranks)
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_save_and_end_although_they_are_told_twice(tmp_path):
+    """torchrun passes SIGTERM on. Its own status is 1 then, whatever its ranks' are."""
+    before = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run = start(tmp_path, "--cp", "2", "--steps", "5000", "--save-every", "0", before=before)
+    ranks = after_steps(run, tmp_path, 3)
+    run.send_signal(signal.SIGTERM)
+    while "SIGTERM" not in run.stdout.readline():
+        assert any(is_alive(pid) for pid in ranks)
+    while any(is_alive(pid) for pid in ranks):
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.01)
     output, _ = run.communicate(timeout=40)
-    assert run.returncode == 128 + number, output
     last = len((tmp_path / "steps.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-    assert f"{number.name} ended the run after step {last}: use --resume" in output
-    assert not any(is_alive(pid) for pid in ranks)
+    assert f"SIGTERM ended the run after step {last}, which " in output, output
+    assert "exitcode" not in output, output  # of a rank, if it is not 0

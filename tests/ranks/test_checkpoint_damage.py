@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError, _marks
+from overlap_mtp.training.checkpoint import Checkpoints, NoCheckpointError
+from overlap_mtp.training.checkpoint_record import file_marks
 
 from rank_pool import forks
 from tiny_runs import BATCH, HIDDEN, IDENTITY, Run, assert_all_say, assert_same, kept
@@ -162,7 +163,7 @@ def truncate_and_mark(path: Path) -> None:
     """No CRC shows this: the error comes from reading."""
     truncate(path)
     record = json.loads((path / "run.json").read_text())
-    record["run"]["files"]["__1_0.distcp"] = _marks(path / "__1_0.distcp")
+    record["run"]["files"]["__1_0.distcp"] = file_marks(path / "__1_0.distcp")
     record["crc32"] = zlib.crc32(json.dumps(record["run"]).encode())
     (path / "run.json").write_text(json.dumps(record))
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints, _marks
+from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints
+from overlap_mtp.training.checkpoint_record import file_marks
 from overlap_mtp.training.safe_reader import ALLOWED, MetadataUnpickler
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
@@ -56,7 +57,7 @@ def mend(path: Path, change: Callable[[dict], object] = lambda run: None) -> Non
     """Make the checks of a changed checkpoint pass: they are no secret."""
     record = json.loads((path / "run.json").read_text())
     for name in record["run"]["files"]:
-        record["run"]["files"][name] = _marks(path / name)
+        record["run"]["files"][name] = file_marks(path / name)
     change(record["run"])
     record["crc32"] = zlib.crc32(json.dumps(record["run"]).encode())
     (path / "run.json").write_text(json.dumps(record))

@@ -49,7 +49,7 @@ def test_ranks_that_share_a_gpu_are_on_different_hosts_to_nccl(monkeypatch):
 def test_each_run_has_a_token_of_its_own(monkeypatch):
     started = []
     monkeypatch.setattr(launch, "spawn", lambda _, arguments, **__: started.append(arguments[0]))
-    monkeypatch.setattr(launch, "join", lambda *_: None)
+    monkeypatch.setattr(launch, "start_and_join", lambda start, _: start())
     for _ in range(2):
         launch.run_on_ranks(pytest.fail, 2, "cpu")
     first, second = (environment[TOKEN] for environment in started)

@@ -14,6 +14,7 @@ import train
 from rich.console import Console
 
 from overlap_mtp.model.config import PRESETS
+from overlap_mtp.training.checkpoint_record import write_run
 from overlap_mtp.training.data import TokenError
 from overlap_mtp.training.parallel import ParallelDims
 from overlap_mtp.training.trainer import NonFiniteLossError, TrainConfig
@@ -162,7 +163,41 @@ def test_a_run_that_took_no_step_begins_again_and_another_needs_resume(invoke, t
     log.unlink()
     checkpoint.mkdir(parents=True)  # the log was deleted
     assert invoke("--out", str(tmp_path))[0] == 2
-    assert invoke("--out", str(tmp_path), "--resume")[0] == 0
+    status, message, _ = invoke("--out", str(tmp_path), "--resume")
+    assert status == 2
+    assert re.search(r"step-00000001: run.json is half-written .*; delete its folder to resume from", message)
+
+
+def test_a_run_goes_on_with_its_own_options_and_for_as_long_or_longer(invoke, tmp_path):
+    _, _, [(*_, settings)] = invoke("--out", str(tmp_path), "--steps", "30")
+    (path := tmp_path / "checkpoints/step-00000025").mkdir(parents=True)
+    identity = {"optimizer": "AdamW", **settings.identity(settings.corpus())}
+    write_run(
+        path,
+        {
+            "files": {".metadata": 1, "state.pt": 1},
+            "progress": {"step": 25},
+            "identity": identity,
+            "layout": {},
+        },
+    )
+    for steps in ("30", "25", "99"):
+        assert invoke("--out", str(tmp_path), "--resume", "--steps", steps)[0] == 0
+    for options, words in {
+        "--steps 24": "--steps must be at least 25, the step of the last checkpoint in .*, got 24: give more steps, or",
+        "--experts 2": "num_experts is 0 there, 2 here: use the same, or begin a new run in another folder",
+        "--seq-len 512 --seed 3": "step-00000025: the .* seed is 0 there, 3 here; seq_len is 1024 there, 512 here",
+    }.items():
+        status, message, started = invoke("--out", str(tmp_path), "--resume", *options.split())
+        assert (status, started, message.count("\n")) == (2, [], 1)
+        assert re.search(words, message), message
+
+
+@pytest.mark.parametrize("arguments", [["--data", ""], ["--data="]])
+def test_an_empty_value_is_not_the_current_folder(invoke, tmp_path, arguments):
+    status, message, started = invoke("--out", str(tmp_path), *arguments)
+    assert (status, started) == (2, [])
+    assert message == "error: --data must not be empty: give a value, or leave it out\n"
 
 
 def test_checkpoints_must_be_a_folder(invoke, tmp_path):
