@@ -16,10 +16,11 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from harness.signals import INTERRUPTED, STOPPING, hold, release
+from harness.signals import INTERRUPTED, STOPPING, hold, release, set_interrupts
 
-if __name__ == "__main__":
-    hold()  # before imports that take seconds: what asks this process to stop waits for `run_on_ranks`
+if __name__ == "__main__":  # before imports that take seconds
+    set_interrupts(signal.default_int_handler, signal.SIG_DFL)  # Ctrl-C prints no traceback of an import
+    hold(STOPPING)  # until `run_on_ranks`
 
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
@@ -67,7 +68,7 @@ if __name__ == "__main__":
     # If rank 0 is gone, the other ranks say so in one line; the stacks of torch's store add nothing.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        release((signal.SIGINT,))
+        set_interrupts(signal.SIG_DFL, signal.default_int_handler)
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # of Slurm and Kubernetes before they preempt
 INTERRUPTED = 128 + signal.SIGINT  # the exit status, as a shell has it
@@ -22,6 +23,12 @@ def hold(numbers: Collection[int] = (*STOPPING, signal.SIGINT)) -> None:
 def release(numbers: Collection[int] = (*STOPPING, signal.SIGINT)) -> None:
     """Let signals through, first those that have waited."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def set_interrupts(before: Any, handler: Any) -> None:
+    """Set the handler of SIGINT if it is `before`: a shell lets programs in its background ignore the signal."""
+    if signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, handler)
 
 
 def interrupt_once(_number: int, _frame: FrameType | None) -> None:
