@@ -48,6 +48,8 @@ class ModelOptions:
 
     preset: str = "tiny"
     """The model's size: tiny, small, h2048 or h4096."""
+    vocab_size: Annotated[int | None, default_is("the preset's")] = None
+    """Token ids of the model; the bytes of a text need 256."""
     depths: int = 2
     """MTP layers, which are the depths to roll to."""
     experts: int = 0
@@ -109,6 +111,8 @@ class RankOptions:
     """Keep no activations of layers; compute them again in backward."""
     compile: bool = False
     """Compile the layers; not with tp."""
+    peak_tflops: Annotated[float | None, default_is("known for H100 and H200 (SXM, dense bf16)")] = None
+    """TFLOP/s that a GPU could reach, for MFU."""
     deterministic: bool = False
     """Give the same bits in every run on GPUs, which is slower."""
     deadline: float = 60

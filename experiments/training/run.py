@@ -24,6 +24,7 @@ from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.checkpoint import NoCheckpointError
 from overlap_mtp.training.corpus import Corpus
+from overlap_mtp.training.flops import PEAK_TFLOPS
 from overlap_mtp.training.parallel import ParallelMesh, parallelize
 from overlap_mtp.training.same_settings import check_same_on_all_ranks
 from overlap_mtp.training.step_log import StepLog
@@ -69,6 +70,8 @@ class Run:
         self.stream, self.identity = settings.stream(corpus), settings.identity(corpus)
         self.checkpoints = settings.checkpoints(save_group)
         self.timed = TimedRoller(self.model.mtp.roller)
+        known = PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+        self.peak_tflops = settings.peak_tflops or (None if settings.share_gpus else known)
         self.steps_done = 0
         self.batches_done = 0  # by all dp ranks: the next step's data begins here
         self.right = self.counted = [0.0] * (1 + settings.depths)  # of all steps, as in StepReport
@@ -130,6 +133,7 @@ class Run:
             memory_bytes = torch.cuda.max_memory_allocated()
         else:  # of this process; Linux counts it in KiB
             memory_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tflops = report.flops / seconds / self.settings.dims.world / 1e12
         names = ("loss", "lm_loss", "mtp_losses", "aux_loss", "acceptance", "grad_norms", "tokens")
         return {
             "step": self.steps_done,
@@ -138,6 +142,8 @@ class Run:
             "cumulative_acceptance": shares(self.right, self.counted)[1:],
             "learning_rate": rate,
             "tokens_per_s": round(report.tokens / seconds, 1),
+            "tflops_per_gpu": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             "stall_us": self.timed.read().stall_us,
             "memory_gib": memory_bytes / 2**30,
         }
@@ -252,6 +258,7 @@ def line_of(record: dict[str, Any]) -> str:
     if record["aux_loss"] is not None:
         parts.append(f"aux {record['aux_loss']:.3f}")
     parts += [f"accepted {joined(record['acceptance'], '.0%')}", f"{record['tokens_per_s']:,.0f} tokens/s"]
+    parts.append(f"{record['tflops_per_gpu']:.3g} TFLOP/s and {joined([record['mfu']], '.1%')} MFU a GPU")
     if record["stall_us"] is not None:
         parts.append(f"stall {record['stall_us']:.0f} µs")
     return ", ".join([*parts, f"{record['memory_gib']:.1f} GiB"])

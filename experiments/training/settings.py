@@ -44,8 +44,10 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
     def model(self) -> ModelConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        preset = PRESETS[self.preset].model
         return replace(
-            PRESETS[self.preset].model,
+            preset,
+            vocab_size=preset.vocab_size if self.vocab_size is None else self.vocab_size,
             num_depths=self.depths,
             mtp_loss_factor=self.mtp_loss_factor,
             num_experts=self.experts,
@@ -99,6 +101,8 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be in [0, {LONGEST_DEADLINE_S:.0f}], got {seconds}"
                 )
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"--peak-tflops must be finite and > 0, got {self.peak_tflops}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be in [0, 2^63 - 1], got {self.seed}")
         self.stream(corpus := self.corpus())

@@ -133,7 +133,7 @@ def open_corpus(data: Path | None = None, token_dtype: str = "uint16") -> Corpus
         return Corpus([_whole(path, token_dtype) for path in files])
     if not data.exists():
         raise ValueError(
-            f"{data} does not exist: give a text file, a folder of text files or a .bin of token ids"
+            f"{data} does not exist: give a text file, a .bin or .npy of token ids, or a folder of such files"
         )
     if not data.is_dir():
         return Corpus(list(_pieces(_whole(data, token_dtype))))

@@ -135,7 +135,7 @@ class BatchStream:
             raise TokenError(
                 f"token id {int(tokens[bad])} in {document.path.name}"
                 f"[{document.offset + position - int(self.corpus.bounds[index])}] is outside of the vocabulary: ids "
-                f"must be in [0, {self.vocab_size - 1}]"
+                f"must be in [0, {self.vocab_size - 1}], or vocab_size (--vocab-size) larger"
             )
         return tokens.astype(np.int64)
 

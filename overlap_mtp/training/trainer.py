@@ -18,6 +18,7 @@ from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import DraftAcceptance, combine
 from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.training.flops import attention_pairs, step_flops
 from overlap_mtp.training.parallel import ParallelDims, ParallelMesh, split_loss
 
 Microbatch = tuple[Mapping[str, torch.Tensor], SequenceLayout]
@@ -78,6 +79,7 @@ class StepReport:
     aux_loss: float | None  # with experts
     grad_norms: dict[str, float]  # before clipping: of the "model", or of the "trunk" and the "mtp" block
     tokens: int  # of documents
+    flops: int  # of the model (`overlap_mtp.training.flops`), over all ranks
     right: list[float]  # weight of the tokens that were predicted right, by LM and by each depth
     counted: list[float]  # weight of all tokens
 
@@ -152,7 +154,7 @@ class Trainer:
             dims.check_length(layout.seq_len, layout.kind)
         self.optimizer.zero_grad()
         weights = self._table(torch.stack([self._weights(*one) for one in microbatches]))
-        counts, tokens = weights[..., :-1], weights[..., -1].sum()
+        counts, sizes = weights[..., :-2], weights[..., -2:].sum((0, 1))
         sums, right = [], []
         for number, (batch, layout) in enumerate(microbatches):
             self._on_phase(f"{where}: microbatch {number}")
@@ -172,7 +174,7 @@ class Trainer:
         norms = self._clip(where)
         self.optimizer.step()
         self.scheduler.step()
-        return self._report(totals, hits, counts, norms, tokens)
+        return self._report(totals, hits, counts, norms, sizes)
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the next step, after loading a checkpoint whose run had another length."""
@@ -181,10 +183,12 @@ class Trainer:
             group["lr"] = rate * self.config.schedule(last_epoch)
 
     def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
-        """Return this rank's counts of a microbatch's losses, then its number of tokens, [num_sums + 1]."""
+        """Return this rank's counts of a microbatch's losses, tokens and pairs of attention, [num_sums + 2]."""
         counts = self.model.counts(batch, layout).double()
-        tokens = batch["input_ids"].shape[0] * int(layout.valid(self.model.cp_rank).sum())
-        return torch.cat([counts, counts.new_tensor([tokens])])
+        rows, cp_rank = batch["input_ids"].shape[0], self.model.cp_rank
+        pairs = 0 if cp_rank else attention_pairs(layout)  # of the whole sequence
+        sizes = [rows * int(layout.valid(cp_rank).sum()), rows * pairs]
+        return torch.cat([counts, counts.new_tensor(sizes)])
 
     def _table(self, mine: torch.Tensor) -> torch.Tensor:
         """Gather [microbatches, n] of each rank to [dp, microbatches, n], summed over cp, by one all-reduce."""
@@ -260,10 +264,10 @@ class Trainer:
         hits: torch.Tensor,
         counts: torch.Tensor,
         norms: dict[str, float],
-        tokens: torch.Tensor,
+        sizes: torch.Tensor,
     ) -> StepReport:
         config, depths = self.model.config, self.model.config.num_depths
-        step_counts = counts.sum((0, 1))
+        step_counts, (tokens, pairs) = counts.sum((0, 1)), map(int, sizes.tolist())
         means = shares(totals.sum((0, 1)).tolist(), step_counts.tolist())
         if self.config.normalisation == "token":
             loss = self._objective(totals.sum((0, 1)), step_counts)
@@ -276,7 +280,8 @@ class Trainer:
             mtp_losses=means[1 : 1 + depths],
             aux_loss=means[-1] if config.num_experts else None,
             grad_norms=norms,
-            tokens=int(tokens),
+            tokens=tokens,
+            flops=step_flops(config, tokens, pairs),
             right=hits.sum((0, 1)).tolist(),
             counted=step_counts[: 1 + depths].tolist(),
         )

@@ -78,7 +78,7 @@ def train_in_pool(_group: dist.ProcessGroup, settings: RunSettings) -> str:
 
 def records(out: Path) -> list[dict]:
     """The part of a run's records that does not depend on the machine."""
-    timed = {"tokens_per_s", "stall_us", "memory_gib"}
+    timed = {"tokens_per_s", "tflops_per_gpu", "mfu", "stall_us", "memory_gib"}
     return [
         {key: value for key, value in one.items() if key not in timed}
         for one in read_records(out / "steps.jsonl")

@@ -23,7 +23,7 @@ from training.settings import RunSettings
 
 OPTIONS = """--dp 3 --tp 2 --ranks 12 --experts 3 --experts-per-token 1 --aux-loss-factor 0.02 --depths 1
     --mtp-loss-factor 0.2 --derive-labels --detach-mtp --repeat-mtp-layer --steps 9 --learning-rate 1e-2 --clip 0.5
-    --accumulate 4 --normalisation batch --documents 0"""
+    --accumulate 4 --normalisation batch --documents 0 --vocab-size 300"""
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_options_become_model_training_and_dimensions(invoke, tmp_path):
     assert (status, ranks, device) == (0, 12, "cpu")
     assert settings.model == replace(
         PRESETS["tiny"].model,
+        vocab_size=300,
         num_experts=3,
         experts_per_token=1,
         aux_loss_factor=0.02,
@@ -95,15 +96,22 @@ def test_runs_of_one_identity_see_the_same_batches():
 def test_the_progress_bar_shows_steps_and_the_last_record():
     screen = io.StringIO()
     record = {"lm_loss": 2.5, "mtp_losses": [3.5, 4.5], "aux_loss": 1.25, "acceptance": [0.5, 0.25]}
-    record |= {"tokens_per_s": 12345.6, "stall_us": 7.4, "memory_gib": 1.5}
+    record |= {"tokens_per_s": 12345.6, "tflops_per_gpu": 412.34, "mfu": 0.4168}
+    record |= {"stall_us": 7.4, "memory_gib": 1.5}
     with progress_bar(Console(file=screen, force_terminal=True, width=200)) as progress:
         task = progress.add_task("", total=8)
         progress.update(task, completed=3, description=line_of(record))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
-    line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, stall 7 µs, 1.5 GiB"
+    line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, "
+    line += "412 TFLOP/s and 41.7% MFU a GPU, stall 7 µs, 1.5 GiB"
     assert all(one in shown for one in ("3/8", "━", line))
-    record |= {"mtp_losses": [3.5, None], "acceptance": [0.5, None]}  # no token counts at depth 2
+    record |= {
+        "mtp_losses": [3.5, None],
+        "acceptance": [0.5, None],
+        "mfu": None,
+    }  # no token counts at depth 2
     assert "MTP 3.500 -, aux 1.250, accepted 50% -, " in line_of(record)
+    assert "412 TFLOP/s and - MFU a GPU" in line_of(record)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,9 @@ def test_our_own_errors_need_no_traceback_under_torchrun(invoke, tmp_path, error
         ("--cp 1 --seq-len 16", "seq_len must be a multiple of 16, and greater, for documents"),
         ("--cp 2 --seq-len 1000", "seq_len must be a multiple of 16, and greater, for documents"),
         ("--cp 2 --ranks 4", "1 * 2 * 1 = 2, got 4 ranks"),
+        ("--vocab-size 0", "vocab_size must be >= 1, got 0"),
+        ("--tp 2 --vocab-size 301", "vocab_size must be a multiple of tp = 2, got 301"),
+        ("--peak-tflops 0", "--peak-tflops must be finite and > 0, got 0"),
         ("--warmup 9", "warmup_steps must be in [0, steps = 8], got 9"),
         ("--experts 2 --experts-per-token 3", "experts_per_token must be in [1, num_experts = 2]"),
         ("--preset huge", "preset must be one of"),
