@@ -38,7 +38,9 @@ def main() -> None:
     with usage_errors():
         if settings.curves:
             release(STOPPING)
-            print(draw_losses(list(settings.curves), settings.out or Path("out/curves")))
+            out = settings.out or Path("out/curves")
+            print(draw_losses(list(settings.curves), out))
+            print(f"wrote {out / 'losses.png'} and {out / 'losses.md'}")
             return
         settings = settings.resolved()
     if settings.deterministic:

@@ -13,16 +13,18 @@ from harness.plots import subplots
 from overlap_mtp.training.step_log import read_records
 
 LOG = "steps.jsonl"
+ACCEPTED = "accepted at depth"
+SMOOTHED = 20  # steps that the line of a single run is a mean of; its steps are faint
 LAST = 50  # the table's means are over the last 50 steps that all runs have
 
-Losses = dict[str, dict[int, float]]  # by name, then by step
+Losses = dict[str, dict[int, float]]  # and shares of drafts, by name, then by step
 
 
 def draw_losses(runs: list[Path], out: Path) -> str:
     """Write `losses.png` and `losses.md` into `out`.
 
-    The picture has a panel for each loss and a line for each run, and below them the differences to the first run. The
-    table also lists the settings that differ although losses depend on them.
+    The picture has a panel for each loss and for the acceptance of each depth, and a line for each run; below them are
+    the differences to the first run. The table also lists the settings that differ although losses depend on them.
 
     Args:
         runs: folders of runs, with different names.
@@ -50,12 +52,15 @@ def _losses(run: Path) -> Losses:
         raise ValueError(f"{run} holds no {LOG} with steps of a run")
     losses: Losses = {}
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict) or {"step", "lm_loss", "mtp_losses", "aux_loss"} - {*record}:
+        if not isinstance(record, dict) or {"step", "lm_loss", "mtp_losses", "aux_loss", "acceptance"} - {
+            *record
+        }:
             raise ValueError(f"{run / LOG}, record {number} is not one of a step")
         named = {"LM": record["lm_loss"]}
         named |= {f"MTP depth {depth}": loss for depth, loss in enumerate(record["mtp_losses"], start=1)}
         if record["aux_loss"] is not None:
             named["load balancing"] = record["aux_loss"]
+        named |= {f"{ACCEPTED} {depth}": one for depth, one in enumerate(record["acceptance"], start=1)}
         for name, loss in named.items():  # None if no token counted
             losses.setdefault(name, {})[record["step"]] = np.nan if loss is None else loss
     return losses
@@ -77,11 +82,14 @@ def _different_settings(runs: list[Path]) -> str:
 
 def _draw(found: dict[str, Losses], path: Path) -> None:
     panels = list(dict.fromkeys(panel for losses in found.values() for panel in losses))
+    panels.sort(key=lambda panel: panel.startswith(ACCEPTED))
     rows = 1 + (len(found) > 1)
     figure, grid = subplots(rows, len(panels), (4 * len(panels), 3 * rows), sharex=True)
     reference, first = next(iter(found.items()))
     for column, panel in enumerate(panels):
-        for number, (name, losses) in enumerate(found.items()):
+        if rows == 1:
+            _draw_one(grid[0][column], first[panel], reference)
+        for number, (name, losses) in enumerate(found.items() if rows > 1 else ()):
             mine = losses.get(panel, {})
             # The first is a broad line, so that it stays visible below a line that coincides with it.
             style: dict[str, Any] = {"linewidth": 4, "alpha": 0.35} if number == 0 else {"linewidth": 1}
@@ -92,6 +100,8 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
                     list(difference), list(difference.values()), linewidth=0.8, color=f"C{number}"
                 )
         grid[0][column].set_title(panel, fontsize=9)
+        if panel.startswith(ACCEPTED):
+            grid[0][column].yaxis.set_major_formatter("{x:.0%}")
         grid[-1][column].set_xlabel("step")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
@@ -100,6 +110,22 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
     if rows > 1:
         grid[1][0].set_ylabel(f"difference to {reference}")
     figure.savefig(path, dpi=110)
+
+
+def _draw_one(axes: Any, losses: dict[int, float], name: str) -> None:
+    """Draw a single run: a faint line for its steps, and a clear one for the mean of SMOOTHED of them."""
+    steps, values = list(losses), np.array(list(losses.values()))
+    smoothed = len(steps) > 2 * SMOOTHED
+    axes.plot(steps, values, color="C0", linewidth=1, alpha=0.3 if smoothed else 1, label=name)
+    if smoothed:
+        windows = np.lib.stride_tricks.sliding_window_view(values, SMOOTHED)
+        axes.plot(
+            steps[SMOOTHED - 1 :],
+            windows.mean(-1),
+            color="C0",
+            linewidth=1.5,
+            label=f"mean of {SMOOTHED} steps",
+        )
 
 
 def _differences(losses: dict[int, float], others: dict[int, float]) -> dict[int, float]:

@@ -23,7 +23,13 @@ def write_run(folder: Path, losses: list[float], device: str = "CPU", **identity
     record = {"identity": IDENTITY | identity, "where": {"device": device}}
     (folder / "run.json").write_text(json.dumps(record))
     steps = [
-        {"step": step, "lm_loss": loss, "mtp_losses": [loss + 1, None], "aux_loss": None}
+        {
+            "step": step,
+            "lm_loss": loss,
+            "mtp_losses": [loss + 1, None],
+            "aux_loss": None,
+            "acceptance": [loss / 8, None],
+        }
         for step, loss in enumerate(losses, start=1)
     ]
     (folder / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -36,9 +42,11 @@ def test_means_and_differences_are_those_of_the_steps_that_all_have(tmp_path):
     table = draw_losses(runs, tmp_path / "out")
     assert table == (tmp_path / "out/losses.md").read_text()
     assert table.startswith("Means of steps 1 to 2, ")
-    assert "| `a` | 2.5000 | 3.5000 | - |" in table  # no token counts
-    assert "| `b` (2 steps) | 2.7500 (0.5) | 3.7500 (0.5) | - |" in table
-    assert "| `c` | 2.5000 (0, every bit) | 3.5000 (0, every bit) | - |" in table
+    assert "| run | LM | MTP depth 1 | MTP depth 2 | accepted at depth 1 | accepted at depth 2 |" in table
+    assert "| `a` | 2.5000 | 3.5000 | - | 0.3125 | - |" in table  # no token counts
+    assert "| `b` (2 steps) | 2.7500 (0.5) | 3.7500 (0.5) | - | 0.3438 (0.062) | - |" in table
+    same = "0, every bit"
+    assert f"| `c` | 2.5000 ({same}) | 3.5000 ({same}) | - | 0.3125 ({same}) | - |" in table
     assert "settings" not in table
     assert (tmp_path / "out/losses.png").stat().st_size > 1000
 

@@ -211,6 +211,16 @@ def test_an_empty_value_is_not_the_current_folder(invoke, tmp_path, arguments):
     assert message == "error: --data must not be empty: give a value, or leave it out\n"
 
 
+def test_curves_say_where_they_are(invoke, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    record = '{"step": 1, "lm_loss": 2, "mtp_losses": [3], "aux_loss": null, "acceptance": [0.5]}\n'
+    (run / "steps.jsonl").write_text(record)
+    status, output, _ = invoke("--curves", str(run), "--out", str(tmp_path / "out"))
+    wrote = f"wrote {tmp_path}/out/losses.png and {tmp_path}/out/losses.md\n"
+    assert (status, output.endswith(wrote)) == (0, True)
+
+
 def test_checkpoints_must_be_a_folder(invoke, tmp_path):
     (tmp_path / "checkpoints").touch()
     status, message, started = invoke("--out", str(tmp_path))
