@@ -26,6 +26,10 @@ class OutputOptions:
     """Steps from one checkpoint to the next; 0: save the last step only."""
     keep: int = 3
     """Checkpoints to keep."""
+    profile: int = 0
+    """Steps to record on every rank with torch.profiler, after two others; 0: none."""
+    tensorboard: bool = False
+    """Write the records as TensorBoard's event files, too."""
 
 
 @dataclass(frozen=True)

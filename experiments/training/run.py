@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from harness.signals import stop_signal
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.prepared import prepare
 from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.tracing import span
 from overlap_mtp.training.checkpoint import NoCheckpointError
 from overlap_mtp.training.corpus import Corpus
 from overlap_mtp.training.flops import PEAK_TFLOPS
@@ -30,7 +31,9 @@ from overlap_mtp.training.same_settings import check_same_on_all_ranks
 from overlap_mtp.training.step_log import StepLog
 from overlap_mtp.training.trainer import Microbatch, Trainer, shares
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
+from training.board import Board
 from training.curves import LOG, draw_losses
+from training.recorded import RecordedSteps
 from training.settings import RunSettings
 
 LINES = 20  # that a run prints if there is no terminal for a progress bar
@@ -123,7 +126,8 @@ class Run:
         microbatches = list(self._microbatches())
         self.batches_done += len(microbatches) * self.settings.dp
         where = f"step {self.steps_done + 1}, batches {first} to {self.batches_done - 1} (from 0)"
-        report = self.trainer.step(microbatches, self.timed, where, first)
+        with span("step", self.settings.schedule):
+            report = self.trainer.step(microbatches, self.timed, where, first)
         self.steps_done += 1
         self.right = [a + b for a, b in zip(self.right, report.right, strict=True)]
         self.counted = [a + b for a, b in zip(self.counted, report.counted, strict=True)]
@@ -184,9 +188,13 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
         watchdog.phase("loading a checkpoint", save_deadline)
         run.load()
     ended_by = _signal_to_any(save_group, device)  # while the ranks were started
-    log = None
+    log, logs = None, cast(list[StepLog | Board], [])
     if dist.get_rank() == 0:
         log = StepLog(settings.folder / LOG, run.steps_done)
+        logs = [
+            log,
+            *([Board(settings.folder / "tensorboard", run.steps_done)] if settings.tensorboard else []),
+        ]
         options = asdict(settings)
         for path in ("out", "data", "curves"):
             del options[path]
@@ -198,13 +206,15 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
     missing = log.missing if log is not None else 0
-    with progress_bar(console) as progress:
+    profile = RecordedSteps(settings, run.steps_done, watchdog)
+    with progress_bar(console) as progress, profile:
         task = progress.add_task("", total=steps, completed=run.steps_done)
         while run.steps_done < steps and not ended_by:
+            profile.before(run.steps_done + 1)
             watchdog.phase(f"step {run.steps_done + 1}: batches")
             record = run.step()
-            if log is not None:
-                log.write(record)
+            for one in logs:
+                one.write(record)
             progress.update(task, completed=run.steps_done, description=line_of(record))
             if not console.is_terminal and run.steps_done % max(1, steps // LINES) == 0:
                 console.print(f"{run.steps_done}/{steps} {line_of(record)}")
@@ -212,20 +222,22 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             is_due = settings.save_every and run.steps_done % settings.save_every == 0
             if is_due or ended_by or run.steps_done == steps:
                 watchdog.phase(f"saving step {run.steps_done}", save_deadline)
-                if log is not None:
-                    log.sync()
+                for one in logs:
+                    one.sync()
                 run.save()
                 ended_by = ended_by or _signal_to_any(save_group, device)  # while it saved
     watchdog.phase("drawing the losses")
     run.model.mtp.roller.close()
+    for one in logs:
+        one.close()
     if log is not None:
-        log.close()
         written = [str(log.path)]
         if log.missing > missing:
             console.print(f"{log.path} lacks {log.missing} of the steps: it was deleted during the run")
         if log.path.exists() and log.path.stat().st_size:
             draw_losses([settings.folder], settings.folder)
             written.append("losses.png")
+        written += [f"{profile.folder}/rank*.json.gz"] if profile.begun else []
         saved = run.checkpoints.latest()
         checkpoints = f" and checkpoints, the last of step {run.steps_done}" if saved else ""
         console.print(f"wrote {', '.join(written)}{checkpoints}")

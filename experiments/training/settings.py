@@ -20,6 +20,7 @@ from overlap_mtp.training.checkpoint import CheckpointError, Checkpoints
 from overlap_mtp.training.data import PACKING, BatchStream, Corpus, open_corpus
 from overlap_mtp.training.parallel import ParallelDims
 from overlap_mtp.training.trainer import TrainConfig
+from training.board import check_tensorboard
 from training.curves import LOG
 from training.options import DataOptions, ModelOptions, OptimizerOptions, OutputOptions, RankOptions
 
@@ -93,7 +94,7 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
             raise ValueError(
                 f"--compile and tp > 1 do not go together, got tp {self.tp}: leave out one of them"
             )
-        check_least(self, keep=1, save_every=0, deadline=SHORTEST_DEADLINE_S)
+        check_least(self, keep=1, save_every=0, profile=0, deadline=SHORTEST_DEADLINE_S)
         _ = self.train_config  # raises if an option is illegal
         for name in ("deadline", "save_deadline"):
             seconds = getattr(self, name)
@@ -121,7 +122,11 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
                 f"--steps must be at least {step}, the step of the last checkpoint in {folder}, got {self.steps}: give "
                 "more steps, or begin a new run in another --out"
             )
+        if self.tensorboard:
+            check_tensorboard()
         check_out(self.folder, LOG, "run.json", "losses.png", "losses.md")
+        if self.profile:
+            check_out(self.folder / "profile")
 
     def checkpoints(self, group: dist.ProcessGroup | None = None) -> Checkpoints:
         """Return the checkpoints of the run. `group` holds all ranks; None where no rank has been started."""

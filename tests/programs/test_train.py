@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import re
 import shutil
@@ -60,6 +61,10 @@ def test_a_run_trains_and_reports_it(straight):
         cumulative = steps[-1]["cumulative_acceptance"][depth]
         assert cumulative == pytest.approx(np.average(accepted, weights=weights), rel=0.05)
         assert cumulative != pytest.approx(accepted[-1], rel=0.1)
+    for rank in range(2):
+        with gzip.open(straight / f"profile/rank{rank}.json.gz", "rt") as file:
+            found = re.findall(rf'"step \w+ r{rank}"', file.read())
+        assert found == [f'"step prefetch r{rank}"']
     assert (straight / "losses.png").stat().st_size > 10_000
     lines = (straight / "output.txt").read_text().splitlines()
     for step in steps:
