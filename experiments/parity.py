@@ -145,11 +145,9 @@ def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None 
 
 def new_trainer(case: Case, model: GPT, parallel: ParallelMesh | None = None) -> Trainer:
     """Parallelize a model, if there is a mesh, and return its trainer."""
-    accumulate = case.dp  # one process takes the sequences of all dp ranks one after the other
     if parallel is not None:
         parallelize(model, parallel, torch.bfloat16 if case.dtype == "bfloat16" else None)
-        accumulate //= parallel.dims.dp
-    config = TrainConfig(steps=1, clip_norm=NO_CLIPPING, accumulate=accumulate)
+    config = TrainConfig(steps=1, clip_norm=NO_CLIPPING)
     return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config, parallel)
 
 

@@ -66,7 +66,6 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
             learning_rate=self.learning_rate,
             warmup_steps=min(20, self.steps) if self.warmup is None else self.warmup,
             clip_norm=self.clip,
-            accumulate=self.accumulate,
             normalisation=self.normalisation,
         )
 
@@ -94,7 +93,7 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
             raise ValueError(
                 f"--compile and tp > 1 do not go together, got tp {self.tp}: leave out one of them"
             )
-        check_least(self, keep=1, save_every=0, profile=0, deadline=SHORTEST_DEADLINE_S)
+        check_least(self, accumulate=1, keep=1, save_every=0, profile=0, deadline=SHORTEST_DEADLINE_S)
         _ = self.train_config  # raises if an option is illegal
         for name in ("deadline", "save_deadline"):
             seconds = getattr(self, name)
@@ -154,7 +153,7 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """Return what a run must share with a checkpoint to go on from it: model, training and order of the data."""
         training = {f"train_config.{name}": value for name, value in asdict(self.train_config).items()}
-        training["dp * accumulate"] = self.dp * training.pop("train_config.accumulate")
+        training["dp * accumulate"] = self.dp * self.accumulate
         return {
             **asdict(self.model),
             **training,

@@ -34,13 +34,11 @@ class TrainConfig:
     warmup_steps: int = 0
     final_fraction: float = 0.1  # of the learning rate, at the end of the cosine
     clip_norm: float = 1.0
-    accumulate: int = 1  # microbatches of a rank in a step
     normalisation: Normalisation = "token"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must be in [0, steps = {self.steps}], got {self.warmup_steps}: warm up for less, or "
@@ -131,7 +129,10 @@ class Trainer:
         """Run forward and backward of each microbatch, then update the weights once. Collective.
 
         Args:
-            microbatches: `config.accumulate` pairs (this rank's shards of a batch, its layout).
+            microbatches: pairs (this rank's shards of a batch, its layout). Steps may take different numbers of them,
+                for example as many as hold a number of tokens. In one step all ranks take the same number, because every
+                rank holds a part of the parameters that each microbatch needs. If a dp rank has fewer, it fills up
+                with microbatches whose `loss_mask` is 0.
             roller: starts the exchange of each microbatch. Default: the model's own.
             where: names the step in errors and phases.
             first_batch: number of the step's first batch, for errors: dp ranks take one each, then the next.
@@ -139,12 +140,10 @@ class Trainer:
         Raises:
             NonFiniteLossError: on all ranks, naming the step, the loss and the batch.
             RuntimeError: if an exchange of this step failed (`Roller.raise_if_failed`). No weight has changed.
-            ValueError: if there are not `config.accumulate` microbatches, or a layout does not suit the mesh.
+            ValueError: if there are no microbatches or other numbers of them on other ranks, or a layout does not suit
+                the mesh.
         """
-        if len(microbatches) != self.config.accumulate:
-            raise ValueError(
-                f"a step takes accumulate = {self.config.accumulate} microbatches, got {len(microbatches)}"
-            )
+        self._check_same_number(len(microbatches))
         dims = self.parallel.dims if self.parallel is not None else ParallelDims()
         for _, layout in microbatches:
             if layout.cp_size != dims.cp:
@@ -181,6 +180,19 @@ class Trainer:
         last_epoch, rates = self.scheduler.last_epoch, self.scheduler.base_lrs
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * self.config.schedule(last_epoch)
+
+    def _check_same_number(self, microbatches: int) -> None:
+        most, least = microbatches, microbatches
+        if self.parallel is not None:
+            device = next(self.model.parameters()).device
+            bounds = torch.tensor([microbatches, -microbatches], device=device)
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.parallel.data_group)
+            most, least = int(bounds[0]), -int(bounds[1])
+        if least < 1 or most > least:
+            raise ValueError(
+                f"a step takes at least 1 microbatch, and the same number on all ranks, got {least} to {most}: fill up "
+                "with microbatches whose loss_mask is 0"
+            )
 
     def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:
         """Return this rank's counts of a microbatch's losses, tokens and pairs of attention, [num_sums + 2]."""

@@ -36,7 +36,7 @@ def straight(tmp_path_factory) -> Path:
     """A run without faults, on two cp ranks, with many options."""
     out = tmp_path_factory.mktemp("straight")
     (out / "output.txt").write_text(
-        train(out, "--cp", "2", "--accumulate", "2", *LEARNING, "--peak-tflops=.01")
+        train(out, "--cp", "2", "--accumulate", "2", *LEARNING, "--peak-tflops=.01", "--profile=1")
     )
     return out
 

@@ -30,7 +30,7 @@ def third_step(_group: dist.ProcessGroup, sizes: ParallelDims, folder: Path, sav
     parallel = parity.mesh_of(sizes, "cpu")
     model = parallelize(GPT(CONFIG, parallel.cp_group).double(), parallel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    config = TrainConfig(4, 1e-2, warmup_steps=2, accumulate=ROWS // sizes.dp)
+    config = TrainConfig(4, 1e-2, warmup_steps=2)
     trainer = Trainer(model, optimizer, config, parallel)
     full = parity.batch_of("packed", ROWS, CONFIG.vocab_size)
     layout = parity.layout_of("packed", sizes.cp)

@@ -139,9 +139,7 @@ def step(world: dist.ProcessGroup | None, dims: ParallelDims | None, setting: Se
             full = prepare(full, layout, setting.config.depths_rolled)
         batches.append(({n: layout.shard(t, model.cp_rank) for n, t in full.items()}, layout))
     mine = batches[dp_rank::dp]
-    config = TrainConfig(
-        1, clip_norm=parity.NO_CLIPPING, accumulate=len(mine), normalisation=setting.normalisation
-    )
+    config = TrainConfig(1, clip_norm=parity.NO_CLIPPING, normalisation=setting.normalisation)
     report = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), config, parallel).step(mine)
     model.mtp.roller.close()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -203,13 +201,17 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims, ruined: bool = Fals
     parallel = parity.mesh_of(dims, "cpu")
     torch.manual_seed(0)
     model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1, accumulate=2), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
     layout, full = parity.layout_of("packed", dims.cp), parity.batch_of("packed", 4, CONFIG.vocab_size)
     full["loss_mask"][3, 100] = float("inf")
     mine = parity.share_out(full, layout, parallel, torch.device("cpu"))
     if ruined and world.rank() == 5:
         next(model.parameters()).to_local().data.view(-1)[0] = float("nan")
     before = [p.full_tensor() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match="the same number on all ranks, got 1 to 2: fill up with microbatches"
+    ):
+        trainer.step(mine[: 1 + parallel.dp_rank])
     with pytest.raises(NonFiniteLossError) as raised:
         trainer.step(mine, where="step 2", first_batch=4)
     model.mtp.roller.close()

@@ -65,7 +65,7 @@ def train(
     model: GPT, microbatches: list[Microbatch], normalisation: str = "token", **where: object
 ) -> StepReport:
     """One step, which changes the weights of a model that is used no more."""
-    config = TrainConfig(steps=1, accumulate=len(microbatches), normalisation=normalisation)
+    config = TrainConfig(steps=1, normalisation=normalisation)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     return Trainer(model, optimizer, config).step(microbatches, **where)
 
@@ -216,11 +216,35 @@ def test_what_is_not_finite_stops_the_run_and_changes_no_weight(spoil, words):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_step_takes_as_many_microbatches_as_its_config_says():
-    model, layout = model_of(SMALL), LAYOUTS["dense"]
-    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=1, accumulate=2))
-    with pytest.raises(ValueError, match="accumulate = 2 microbatches, got 1"):
-        trainer.step([(batch_of(layout, SMALL), layout)])
+def test_steps_take_as_many_microbatches_as_there_are():
+    """Documents packed until they fill a sequence: the losses of a step are divided by its tokens, however many."""
+    batches = [
+        [batch_of(LAYOUTS[name], SMALL, seed=seed) for seed in range(4)] for name in ("packed", "dense")
+    ]
+    trained = []
+    for merged in (False, True):  # all rows of one layout in one microbatch, or one microbatch for each row
+        model = model_of(SMALL)
+        trainer, reports = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(steps=3)), []
+        for numbers in ([(0, 0), (0, 1), (1, 0)], [(1, 1)], [(0, 2), (0, 3)]):
+            step = [(batches[at][number], LAYOUTS[("packed", "dense")[at]]) for at, number in numbers]
+            if merged:
+                kinds = dict.fromkeys(layout for _, layout in step)
+                rows = {kind: [one for one, layout in step if layout is kind] for kind in kinds}
+                step = [
+                    ({n: torch.cat([one[n] for one in some]) for n in some[0]}, kind)
+                    for kind, some in rows.items()
+                ]
+            reports.append(trainer.step(step))
+        trained.append((reports, list(model.parameters())))
+    (found, weights), (expected, others) = trained
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        assert (one.loss, one.lm_loss) == pytest.approx((other.loss, other.lm_loss), rel=1e-12)
+    assert len({one.tokens for one in found}) == 3
+    for one, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"a step takes at least 1 microbatch, .*, got 0 to 0"):
+        trainer.step([])
 
 
 @pytest.mark.parametrize(

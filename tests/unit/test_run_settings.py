@@ -67,9 +67,7 @@ def test_options_become_model_training_and_dimensions(invoke, tmp_path):
         detach_mtp=True,
         repeat_mtp_layer=True,
     )
-    assert settings.train_config == TrainConfig(
-        9, 1e-2, 9, clip_norm=0.5, accumulate=4, normalisation="batch"
-    )
+    assert settings.train_config == TrainConfig(9, 1e-2, 9, clip_norm=0.5, normalisation="batch")
     assert settings.dims == ParallelDims(3, 2, 2)  # cp is what dp and tp leave
     assert settings.stream(settings.corpus()).num_documents is None
     _, _, [(*_, settings)] = invoke(
@@ -142,6 +140,7 @@ def test_our_own_errors_need_no_traceback_under_torchrun(invoke, tmp_path, error
         ("--cp 1 --seq-len 16", "seq_len must be a multiple of 16, and greater, for documents"),
         ("--cp 2 --seq-len 1000", "seq_len must be a multiple of 16, and greater, for documents"),
         ("--cp 2 --ranks 4", "1 * 2 * 1 = 2, got 4 ranks"),
+        ("--accumulate 0", "--accumulate must be at least 1, got 0"),
         ("--vocab-size 0", "vocab_size must be >= 1, got 0"),
         ("--tp 2 --vocab-size 301", "vocab_size must be a multiple of tp = 2, got 301"),
         ("--peak-tflops 0", "--peak-tflops must be finite and > 0, got 0"),
