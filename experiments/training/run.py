@@ -270,7 +270,7 @@ def line_of(record: dict[str, Any]) -> str:
     if record["aux_loss"] is not None:
         parts.append(f"aux {record['aux_loss']:.3f}")
     parts += [f"accepted {joined(record['acceptance'], '.0%')}", f"{record['tokens_per_s']:,.0f} tokens/s"]
-    parts.append(f"{record['tflops_per_gpu']:.3g} TFLOP/s and {joined([record['mfu']], '.1%')} MFU a GPU")
+    parts += [f"{record['tflops_per_gpu']:.3g} TFLOP/s a GPU", f"MFU {joined([record['mfu']], '.1%')}"]
     if record["stall_us"] is not None:
         parts.append(f"stall {record['stall_us']:.0f} µs")
     return ", ".join([*parts, f"{record['memory_gib']:.1f} GiB"])

@@ -130,9 +130,9 @@ class Trainer:
 
         Args:
             microbatches: pairs (this rank's shards of a batch, its layout). Steps may take different numbers of them,
-                for example as many as hold a number of tokens. In one step all ranks take the same number, because every
-                rank holds a part of the parameters that each microbatch needs. If a dp rank has fewer, it fills up
-                with microbatches whose `loss_mask` is 0.
+                for example as many as hold a number of tokens. In one step all ranks take the same number, because
+                every rank holds a part of the parameters that each microbatch needs. If a dp rank has fewer, it fills
+                up with microbatches whose `loss_mask` is 0.
             roller: starts the exchange of each microbatch. Default: the model's own.
             where: names the step in errors and phases.
             first_batch: number of the step's first batch, for errors: dp ranks take one each, then the next.

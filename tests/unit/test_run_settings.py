@@ -101,7 +101,7 @@ def test_the_progress_bar_shows_steps_and_the_last_record():
         progress.update(task, completed=3, description=line_of(record))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, "
-    line += "412 TFLOP/s and 41.7% MFU a GPU, stall 7 µs, 1.5 GiB"
+    line += "412 TFLOP/s a GPU, MFU 41.7%, stall 7 µs, 1.5 GiB"
     assert all(one in shown for one in ("3/8", "━", line))
     record |= {
         "mtp_losses": [3.5, None],
@@ -109,7 +109,7 @@ def test_the_progress_bar_shows_steps_and_the_last_record():
         "mfu": None,
     }  # no token counts at depth 2
     assert "MTP 3.500 -, aux 1.250, accepted 50% -, " in line_of(record)
-    assert "412 TFLOP/s and - MFU a GPU" in line_of(record)
+    assert "412 TFLOP/s a GPU, MFU -, " in line_of(record)
 
 
 @pytest.mark.parametrize(
