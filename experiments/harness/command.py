@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -40,6 +41,7 @@ def parse_options(kind: type[T], description: str, on_cpu: T | None = None) -> T
     Returns:
         The dataclass. A usage error ends the process with status 2.
     """
+    _refuse_empty(sys.argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")
     first.add_argument("--device", nargs="?")
@@ -56,15 +58,22 @@ def parse_options(kind: type[T], description: str, on_cpu: T | None = None) -> T
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            command: Any = tyro.cli(
-                _command_of(kind, default), description=description, config=flags, registry=_REGISTRY
-            )
+            command: Any = tyro.cli(_command_of(kind, default), description=description, config=flags)
     except SystemExit as end:
         if end.code == 2:
             print(f"error: {_what_is_wrong(said.getvalue())} (--help lists the options)", file=sys.stderr)
         raise
     parts = [getattr(command, name) for name in _groups_of(kind)]
     return kind(**{field.name: getattr(part, field.name) for part in parts for field in fields(part)})
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """End the process if an option's value is empty: an empty path would be the current folder."""
+    for option, value in itertools.pairwise(arguments):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            option = value.rstrip("=") or option
+            print(f"error: {option} must not be empty: give a value, or leave it out", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def _groups_of(kind: type) -> dict[str, type]:
@@ -206,12 +215,6 @@ def _numbers(arguments: list[str], least: int = 1) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _path(arguments: list[str]) -> Path:
-    if not arguments[0]:
-        raise ValueError("must be a path, got ''")
-    return Path(arguments[0])
-
-
 def _comma_separated(parse: Callable[[list[str]], Any], metavar: str) -> Any:
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -238,24 +241,6 @@ def default_is(text: str, name: str | None = None) -> Any:
 Words = Annotated[tuple[str, ...], _comma_separated(_words, "WORD,...")]
 Numbers = Annotated[tuple[int, ...], _comma_separated(_numbers, "INT,...")]
 NumbersFrom0 = Annotated[tuple[int, ...], _comma_separated(partial(_numbers, least=0), "INT,...")]
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-
-
-@_REGISTRY.primitive_rule
-def _path_rule(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
-    """Let no path be empty: pathlib reads "" as the current folder."""
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_path,
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
 
 
 @dataclass(frozen=True)
