@@ -6,6 +6,7 @@
 #   profiles/capture.sh profiles/h4096.sqlite.gz --preset h4096 --documents 8 --rounds 2 --warmup 3
 #   profiles/capture.sh --torch-profiler profiles/h4096 --preset h4096 --rounds 2      (if there is no nsys)
 #
+# Beside the profile it writes a page (.html) with the comparison and the timeline of its steps.
 # The full report, for the GUI of Nsight Systems, stays in out/profiles; it holds the environment of the machine.
 # With --torch-profiler, OUT is a folder that gets one trace for each rank. Environment variables: PYTHON (default
 # .venv/bin/python, else python3), NSYS (the nsys to use), PROGRAM (to record another one than compare_modes, which takes
@@ -42,6 +43,16 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$root"
 
+# Write the page of the run with the timeline of these profiles, if it was a comparison.
+write_page() {
+    local page=$1; shift
+    if [[ ! -e $work/compare/results.json ]]; then return; fi
+    "$python" profiles/report.py "$@" --plot "$work/timeline.png" >/dev/null
+    "$python" experiments/comparison_report.py "$work/compare/results.json" --timeline "$work/timeline.png" >/dev/null
+    mv "$work/compare/report.html" "$page"
+    echo "wrote $page"
+}
+
 if $use_torch; then
     folder=${out%.gz}; folder=${folder%.sqlite}; folder=${folder%.json}
     "$python" "$program" --out "$work/compare" --profile torch --profile-out "$work" "$@"
@@ -51,6 +62,7 @@ if $use_torch; then
         "$python" -m overlap_mtp.profiling.shrink "$trace" "$folder/${trace##*/}"
         echo "wrote $folder/${trace##*/}"
     done
+    write_page "$folder/report.html" "$folder"/rank*.json.gz
     exit
 fi
 
@@ -72,3 +84,4 @@ rm -f "$full.nsys-rep"
 "$nsys" export --type sqlite -f true -o "$work/full.sqlite" "$full.nsys-rep"
 "$python" -m overlap_mtp.profiling.shrink "$work/full.sqlite" "$out"
 echo "wrote $out (for profiles/report.py) and out/profiles/$name.nsys-rep (for the GUI)"
+write_page "${out%/*}/$name.html" "$out"

@@ -20,6 +20,7 @@ PICTURES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }  # kinds of a timeline, by the end of its file's name
+PROFILED = "A profiler recorded these steps, which costs host time: take step times from a run without one."
 STYLE = Path(__file__).parent / "page.css"
 LOOKS = {"yes": "good", "equal": "good", "NO": "bad", "DIFFERENT": "bad"}  # of cells, by what they say
 Record = dict[str, Any]
@@ -53,6 +54,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         element("p", f"{subject}, {result['where']['date']}", class_="quiet"),
         element("p", sentence, class_="sentence" if right else "sentence wrong"),
         element("p", MEANING, class_="quiet"),
+        *([element("p", PROFILED, class_="quiet")] if " --profile " in result.get("command", "") else []),
         *_times(result),
         *([] if timeline is None else _timeline(timeline)),
         *_bits(result),

@@ -1,5 +1,6 @@
 """Recording with capture.sh; scripts stand in for Nsight Systems and for the run that it profiles."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from overlap_mtp.profiling import read_profile, report_on
 
+from comparison_records import record_of
 from handmade import Process, Span, Work, write_kineto, write_nsys
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,8 @@ exit 0
 PYTHON = f"""
 if [[ $1 != experiments/compare_modes.py ]]; then exec "{sys.executable}" "$@"; fi
 echo "$@" > "{{folder}}/log"
+while [[ $1 != --out ]]; do shift; done
+mkdir -p "$2" && cp "{{folder}}/results.json" "$2"
 while [[ $1 != --profile-out ]]; do shift; done
 gzip < "{{folder}}/full" > "$2/rank0.json.gz"
 """
@@ -66,8 +70,14 @@ def test_capture_with_nsys(tmp_path):
 def test_capture_with_the_profiler_of_torch(tmp_path):
     write_kineto(tmp_path / "full", PROCESS, 0)
     python = script(tmp_path / "python", PYTHON)
+    record = record_of({"sync": (1.5, 1.4, 1.6)})
+    record["command"] = "python experiments/compare_modes.py --profile torch --rounds 2"
+    (tmp_path / "results.json").write_text(json.dumps(record))
     done = capture(tmp_path, "--torch-profiler", "a.sqlite.gz", "--rounds", "2", PYTHON=python)
     assert done.returncode == 0, done.stderr
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "Timeline of a profile" in page
+    assert "A profiler recorded these steps" in page
     assert "--profile torch" in (tmp_path / "log").read_text()
     assert rows(tmp_path / "a" / "rank0.json.gz") == rows(tmp_path / "full")
 
