@@ -16,7 +16,7 @@ test: $(READY)
 	$(MAKE) --jobs 2 lint pytest
 
 pytest: $(READY)
-	$(BIN)/python -m pytest -m "not multi_gpu" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not multi_gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

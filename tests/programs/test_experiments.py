@@ -217,7 +217,7 @@ def test_an_unknown_option_is_one_line(program, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        (parity, ["--dtypes", ""], "Error parsing --dtypes"),
+        (parity, ["--dtypes", ""], "--dtypes must not be empty"),
         (parity, ["--dtypes", "float8"], "dtypes must be among"),
         (parity, ["--most-ranks", "0"], "--most-ranks must be at least 1, got 0"),
         (parity, ["--device", "tpu"], "invalid choice 'tpu'"),
