@@ -102,6 +102,17 @@ class _Measured:
         pairs = zip(*(column.tolist() for column in found), strict=True)
         return dict(zip(self.schedules, pairs, strict=True))
 
+    def step_shares(self) -> dict[str, list[float]]:
+        """The hidden fraction of the exchange in each step that has one, by schedule."""
+        mask = (self.timeline.role == Role.EXCHANGE) & (self.timeline.step != NONE)
+        steps = self.timeline.steps
+        found = self._overlaps(mask, self.timeline.step[mask], len(steps))
+        shares: dict[str, list[float]] = {}
+        for step, time, hidden in zip(steps, *(column.tolist() for column in found), strict=True):
+            if time:
+                shares.setdefault(step.schedule, []).append(hidden / time)
+        return shares
+
     def totals(self) -> Iterator[DeviceTotal]:
         """One total for each schedule, in the order of schedules."""
         communication = self.overlaps(self.is_communication)
@@ -165,6 +176,10 @@ def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
     times = _step_times([one.timeline for one in measured])
     exchange = [one.overlaps(one.timeline.role == Role.EXCHANGE) for one in measured]
     everything = [one.overlaps(one.is_communication) for one in measured]
+    shares: dict[str, list[float]] = {}
+    for one in measured:
+        for name, of_steps in one.step_shares().items():
+            shares.setdefault(name, []).extend(of_steps)
     steps: Counter[str] = Counter()
     for one in measured:
         steps |= one.steps  # the larger count of each
@@ -174,6 +189,7 @@ def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
             steps[name],
             median(times[name]) / 1e6 if name in times else None,
             *_fractions([each[name] for each in exchange if name in each]),
+            *_low_end(shares.get(name, [])),
             *_fractions([each[name] for each in everything if name in each]),
             _efficiency(times, name),
         )
@@ -187,6 +203,11 @@ def _fractions(overlaps: Sequence[tuple[int, int]]) -> tuple[float | None, float
     if not shares:
         return None, None
     return sum(hidden for _, hidden in overlaps) / sum(time for time, _ in overlaps), min(shares)
+
+
+def _low_end(shares: Sequence[float]) -> tuple[float | None, float | None]:
+    """What a tenth of these fractions stay below, and the least; None if there are none."""
+    return (float(np.quantile(shares, 0.1)), min(shares)) if shares else (None, None)
 
 
 def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from overlap_mtp.profiling.classify import DeviceTimeline
 from overlap_mtp.profiling.schedule_names import EVERYTHING, JUDGED, base_name
 
-JSON_VERSION = 3  # 2 had one total for each device, over the whole recording
+JSON_VERSION = 4  # 3 did not say how much single steps hide
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Schedule:
     step_ms: float | None  # median; a step lasts from its first to its last activity, on its slowest device
     exchange_hidden: float | None  # fraction of the ranges `pack` and `send-recv`
     exchange_worst: float | None
+    exchange_p10: (
+        float | None
+    )  # of single steps, each device's for itself: a tenth of them hide less than this
+    exchange_least: float | None  # in the worst step of a device
     all_hidden: float | None  # fraction of all communication
     all_worst: float | None
     efficiency: float | None  # E; None without `sync` and `prepared` steps

@@ -43,7 +43,11 @@ def test_ranks_are_torchrun_s(capsys, monkeypatch):
         ("math:", "sync", "TARGET must be megatron, overlap_mtp or module:function, got 'math:'"),
         ("math:roll", "sync", "cannot load math:roll: AttributeError: module 'math' has no attribute 'roll'"),
         ("math:pi", "sync", "math:pi must be a function, got a float"),
-        ("overlap_mtp", "late", "schedule must be one of sync, merged, batched, overlap, prefetch, got 'late'"),
+        (
+            "overlap_mtp",
+            "late",
+            "schedule must be one of sync, merged, batched, overlap, prefetch, got 'late'",
+        ),
         (
             "overlap_mtp",
             "prepared",

@@ -96,7 +96,7 @@ def test_what_is_outside_of_steps_is_reported_if_asked_for(tmp_path):
 
 def test_the_summary_comes_first_then_devices_then_ranges(tmp_path):
     lines = [line.split() for line in printed(recording(tmp_path, "prefetch", "sync"), 80).splitlines()]
-    sync = ["sync", "2", "0.030", "40.0", "33.3", "26.7", "21.4", "-"]
+    sync = ["sync", "2", "0.030", "40.0", "33.3", "33.3", "26.7", "21.4", "-"]
     order = [["Schedules"], sync, ["rank", "0", "sync", "16.0", "5.0", "11.0", "31.2", "2.0"]]
     order += [["rank", "0", "prefetch", "16.0", "5.0", "11.0", "31.2", "2.0"], ["rank", "0,", "sync"]]
     order += [
