@@ -22,6 +22,7 @@ from compare.report import publish
 from harness.command import (
     RankOptions,
     Ranks,
+    SmallSize,
     check_least,
     check_out,
     default_is,
@@ -101,6 +102,9 @@ class Options:
         return problem
 
 
+ON_CPU = SmallSize(Options(preset="tiny"), "90 s", "--preset h2048", "a day")
+
+
 def compare_on_rank(
     device: torch.device, problem: Problem, settings: Settings, out: Path, wide: bool
 ) -> None:
@@ -112,11 +116,12 @@ def compare_on_rank(
 
 
 def main() -> None:
-    options = parse_options(Options, ABOUT, on_cpu=Options(preset="tiny"))
+    options = parse_options(Options, ABOUT, on_cpu=ON_CPU.options)
     with usage_errors():
         problem, where = options.problem(), options.where
         check_out(options.out, "results.json", "step_time.png", "step_delta.png", "report.html")
         options.settings.check_profile_out()
+    ON_CPU.say(options)
     arguments = problem, options.settings, options.out, options.wide
     run_on_ranks(compare_on_rank, where.ranks, where.device, *arguments)
 

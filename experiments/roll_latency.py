@@ -14,7 +14,7 @@ picture into `--out`.
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,7 @@ from harness.command import (
     Numbers,
     NumbersFrom0,
     RanksAndTransports,
+    SmallSize,
     TransportOptions,
     Words,
     check_among,
@@ -34,7 +35,6 @@ from harness.command import (
     check_out,
     default_is,
     parse_options,
-    say_small_size,
     usage_errors,
     write_record,
 )
@@ -96,14 +96,12 @@ class Options:
             new_layout(workload, seed=0)
 
 
-ON_CPU = Options(depths=(1, 2), documents=(0, 8), rounds=10)
-FULL_SIZE = "--depths 1,2,8 --documents 0,8,32,128 --rounds 30"
-
-
-def say_size(options: Options) -> None:
-    """Print a line if the size is the small one of CPU ranks."""
-    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "15 min")
+ON_CPU = SmallSize(
+    Options(depths=(1, 2), documents=(0, 8), rounds=10),
+    "40 s",
+    "--depths 1,2,8 --documents 0,8,32,128 --rounds 30",
+    "15 min",
+)
 
 
 def time_on_rank(device: torch.device, options: Options) -> None:
@@ -159,12 +157,12 @@ def _measure(
 
 def main() -> None:
     options = parse_options(
-        Options, "Time one microbatch's rolls under every schedule and transport.", ON_CPU
+        Options, "Time one microbatch's rolls under every schedule and transport.", ON_CPU.options
     )
     with usage_errors():
         options.check()
         check_out(options.out, "roll_latency.json", "roll_latency.png")
-    say_size(options)
+    ON_CPU.say(options)
     run_on_ranks(time_on_rank, options.where.ranks, options.where.device, options)
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from rich.console import Console
 from harness import environment
 from harness.command import (
     RanksAndTransports,
+    SmallSize,
     TransportOptions,
     check_least,
     check_out,
     parse_options,
-    say_small_size,
     usage_errors,
     write_record,
 )
@@ -44,7 +44,7 @@ TOKENS = 64  # a rank: short chunks, so that tokens come from several peers
 CASES = 24  # batches, made before the clock starts
 WINDOW = 6  # microbatches in flight
 LONGEST_DELAY = 1_000_000  # cycles: 0.5 ms
-SCHEDULES = ("prefetch", "overlap", "merged")
+SCHEDULES = ("prefetch", "overlap", "merged", "batched")
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,12 @@ class Options:
     where: RanksAndTransports = field(default_factory=TransportOptions)
 
 
-ON_CPU = Options(exchanges=10_000)
-FULL_SIZE = "--exchanges 100000"
-
-
-def say_size(options: Options) -> None:
-    """Print a line if the size is the small one of CPU ranks."""
-    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "5 min")
+ON_CPU = SmallSize(
+    Options(exchanges=10_000),
+    "40 s",
+    "--exchanges 100000",
+    "5 min",
+)
 
 
 @dataclass(frozen=True)
@@ -170,13 +168,15 @@ def soak_on_rank(device: torch.device, exchanges: int, transports: tuple[str, ..
 
 
 def main() -> None:
-    options = parse_options(Options, "Send many exchanges over each transport and count wrong words.", ON_CPU)
+    options = parse_options(
+        Options, "Send many exchanges over each transport and count wrong words.", ON_CPU.options
+    )
     with usage_errors():
         check_least(options, exchanges=1)
         where, out = options.where, options.out
         where.check()
         check_out(out, "soak.json")
-    say_size(options)
+    ON_CPU.say(options)
     run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)
     if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
         return

@@ -22,11 +22,11 @@ from harness.command import (
     NumbersFrom0,
     RankOptions,
     Ranks,
+    SmallSize,
     Words,
     check_among,
     check_out,
     parse_options,
-    say_small_size,
     usage_errors,
 )
 from harness.launch import run_on_ranks
@@ -68,14 +68,12 @@ class Options:
         return replace(one, documents=documents, forward_only=DIRECTIONS[direction]).problem()
 
 
-ON_CPU = Options(("tiny",), (0, 8), ("train",), settings=Settings(rounds=10, warmup=2))
-FULL_SIZE = "--presets h2048,h4096 --documents 0,8,32 --directions train,forward --rounds 60 --warmup 5"
-
-
-def say_size(options: Options) -> None:
-    """Print a line if the size is the small one of CPU ranks."""
-    if replace(options, out=ON_CPU.out, where=ON_CPU.where) == ON_CPU:
-        say_small_size("40 s", FULL_SIZE, "weeks")
+ON_CPU = SmallSize(
+    Options(("tiny",), (0, 8), ("train",), settings=Settings(rounds=10, warmup=2)),
+    "40 s",
+    "--presets h2048,h4096 --documents 0,8,32 --directions train,forward --rounds 60 --warmup 5",
+    "weeks",
+)
 
 
 def sweep_on_rank(device: torch.device, problems: dict[str, Problem], settings: Settings, out: Path) -> None:
@@ -106,13 +104,15 @@ def write_summary(folder: Path) -> None:
 
 
 def main() -> None:
-    options = parse_options(Options, "Compare the schedules in every combination of the options.", ON_CPU)
+    options = parse_options(
+        Options, "Compare the schedules in every combination of the options.", ON_CPU.options
+    )
     with usage_errors():
         problems, where = options.problems(), options.where
         check_out(options.out, "summary.md", *(f"{name}.json" for name in problems))
         options.settings.check_profile_out()
         write_summary(options.out)  # reads what is there already
-    say_size(options)
+    ON_CPU.say(options)
     run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
 
 

@@ -1,6 +1,7 @@
 """The boundary exchange of multi-token prediction under context parallelism, hidden under compute."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 else:  # a type checker would take any name for one that `__getattr__` knows
 
     def __getattr__(name: str) -> object:
-        """Import a public name when it is first asked for: `overlap_mtp.profiling` must not need torch."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        return value
+        """Import a public name or a module when it is first asked for: `overlap_mtp.profiling` must not need torch."""
+        if name in _MODULES:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+            return value
+        if find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __version__ = "0.1.0"

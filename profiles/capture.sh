@@ -43,12 +43,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$root"
 
-# Write the page of the run with the timeline of these profiles, if it was a comparison.
+# Write the page of the run with the timeline of these profiles, if it is a comparison and wrote its record here.
 write_page() {
     local page=$1; shift
-    if [[ ! -e $work/compare/results.json ]]; then return; fi
+    if [[ $program != */compare_modes.py || ! -e $work/compare/results.json ]]; then return; fi
     "$python" profiles/report.py "$@" --plot "$work/timeline.png" >/dev/null
-    "$python" experiments/comparison_report.py "$work/compare/results.json" --timeline "$work/timeline.png" >/dev/null
+    "$python" experiments/comparison_report.py "$work/compare/results.json" --timeline "$work/timeline.png" \
+        >/dev/null
     mv "$work/compare/report.html" "$page"
     echo "wrote $page"
 }
@@ -62,7 +63,7 @@ if $use_torch; then
         "$python" -m overlap_mtp.profiling.shrink "$trace" "$folder/${trace##*/}"
         echo "wrote $folder/${trace##*/}"
     done
-    write_page "$folder/report.html" "$folder"/rank*.json.gz
+    write_page "$folder/report.html" "${traces[@]/#$work/$folder}"
     exit
 fi
 

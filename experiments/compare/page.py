@@ -54,7 +54,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         element("p", f"{subject}, {result['where']['date']}", class_="quiet"),
         element("p", sentence, class_="sentence" if right else "sentence wrong"),
         element("p", MEANING, class_="quiet"),
-        *([element("p", PROFILED, class_="quiet")] if " --profile " in result.get("command", "") else []),
+        *([element("p", PROFILED, class_="quiet")] if " --profile" in result.get("command", "") else []),
         *_times(result),
         *([] if timeline is None else _timeline(timeline)),
         *_bits(result),
@@ -76,7 +76,7 @@ def check_picture(path: Path) -> None:
             f"--timeline must be a {' or '.join(PICTURES)}, got {path}: profiles/report.py --plot draws one"
         )
     if not path.is_file():
-        raise ValueError(f"{path} is no file: profiles/report.py --plot draws a timeline")
+        raise ValueError(f"{path} is not a file: profiles/report.py --plot draws a timeline")
 
 
 def _times(result: Record) -> Iterator[Element]:

@@ -71,7 +71,7 @@ def _cost(mode: str, ratio: dict[str, float], rounds: int) -> str:
         times = f"between {low:.2f} and {high:.2f}" if wide else f"{value:.2f}"
         return f"{mode} makes this step {times} times as long as {without}"
     if high < 1:
-        return f"the step with {mode} is shorter than {without}, so that it costs less than what else differs"
+        return f"the step with {mode} is shorter than {without}, which its exchange cannot explain"
     if low >= 1 - CLOSE and high <= 1 + CLOSE:
         return f"{mode} adds at most {100 * (high - 1):.1f} % to {without}, perhaps nothing"
     return (

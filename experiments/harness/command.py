@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -116,7 +116,7 @@ def _what_is_wrong(box: str) -> str:
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn what options or the files that they name are wrong in into one line and exit status 2.
+    """Turn an error in the options, or in the files that they name, into one line and exit status 2.
 
     Nothing but checks belongs into the block: an error of the work itself is no usage error.
     """
@@ -127,20 +127,24 @@ def usage_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def say_small_size(takes: str, full_size: str, full_takes: str) -> None:
-    """Print that a command runs a small size because it has no GPUs; under torchrun on rank 0 only.
+@dataclass(frozen=True)
+class SmallSize:
+    """What a command that is meant for GPUs runs by default on CPU ranks."""
 
-    Args:
-        takes: about how long that takes on two free CPU cores, such as "40 s".
-        full_size: the options of the full size.
-        full_takes: about how long that takes there.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"no GPUs: the default is a small size, which takes about {takes} on two free CPU cores. The full size is "
-            f"meant for GPUs and takes about {full_takes} here: {full_size}",
-            flush=True,
-        )
+    options: Any  # the defaults there; they have an `out`, and their ranks in `where`
+    takes: str  # about how long that takes on two free CPU cores, such as "40 s"
+    full_size: str  # the options that give the defaults on GPUs
+    full_takes: str  # about how long these take on such cores
+
+    def say(self, options: Any) -> None:
+        """Print that a command runs this size, if it does; under torchrun on rank 0 only."""
+        is_small = replace(options, out=self.options.out, where=self.options.where) == self.options
+        if is_small and not options.where.on_gpu and os.environ.get("RANK", "0") == "0":
+            print(
+                f"no GPUs: the default is a small size, which takes about {self.takes} on two free CPU cores. The full "
+                f"size is meant for GPUs and takes about {self.full_takes} here: {self.full_size}",
+                flush=True,
+            )
 
 
 def check_out(folder: Path, *names: str) -> None:

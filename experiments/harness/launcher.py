@@ -17,7 +17,7 @@ from harness.signals import INTERRUPTED, STOPPING, hold, release
 
 
 def start_and_join(start: Callable[[], ProcessContext], grace_s: float | None) -> None:
-    """Start ranks and wait for them. Pass on to them what signals reach this process, from now on.
+    """Start ranks and wait for them. Pass on to them the signals that reach this process from now on.
 
     Args:
         start: starts the ranks. They begin with all signals held, and release them when they can act on them.

@@ -33,11 +33,11 @@ def read_file(path: Path, kind: type) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no TOML, a name is none of an option, or a value has the wrong type.
+        ValueError: it is no TOML, a name is not that of an option, or a value has the wrong type.
     """
     try:
         given = tomllib.loads(path.read_text())
-    except ValueError as error:  # of tomllib, or the text is no UTF-8
+    except ValueError as error:  # of tomllib, or the text is not UTF-8
         raise ValueError(f"{path} must be a TOML file: {error}") from None
     hints, values = _hints_of(kind), {}
     for name, value in given.items():

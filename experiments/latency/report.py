@@ -73,8 +73,12 @@ def table_of(record: dict[str, Any]) -> Table:
         times = ["{median:,.1f} [{low:,.1f}, {high:,.1f}]".format(**one) if one else "-" for one in spans]
         wrong = f"{row['differing_tokens']}, {row['differing_valid_tokens']}"
         documents = str(row["documents"] or "dense")
-        table.add_row(str(row["depths"]), documents, _name(row), *times, str(row["messages"]), wrong)
+        table.add_row(str(row["depths"]), documents, _name(row), *times, _count(row["messages"]), wrong)
     return table
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

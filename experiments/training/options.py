@@ -27,7 +27,8 @@ class OutputOptions:
     keep: int = 3
     """Checkpoints to keep."""
     profile: int = 0
-    """Steps to record on every rank with torch.profiler, after two others; 0: none."""
+    """Steps to record on every rank with torch.profiler, after two others; 0: none. profiles/report.py reads those of
+    GPUs."""
     tensorboard: bool = False
     """Write the records as TensorBoard's event files, too."""
 

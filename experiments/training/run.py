@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.command import write_record
 from harness.environment import describe
 from harness.launch import timeout_of_groups
+from harness.progress import LINE_EVERY_S
 from harness.signals import stop_signal
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.prepared import prepare
@@ -36,7 +37,7 @@ from training.curves import LOG, draw_losses
 from training.recorded import RecordedSteps
 from training.settings import RunSettings
 
-LINES = 20  # that a run prints if there is no terminal for a progress bar
+LINES = 20  # that a run prints at least if there is no terminal for a progress bar
 PROGRESS = ("steps_done", "batches_done", "right", "counted")  # what a checkpoint holds of a Run
 
 
@@ -208,7 +209,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     missing = log.missing if log is not None else 0
     profile = RecordedSteps(settings, run.steps_done, watchdog)
     with progress_bar(console) as progress, profile:
-        task = progress.add_task("", total=steps, completed=run.steps_done)
+        task, said = progress.add_task("", total=steps, completed=run.steps_done), time.monotonic()
         while run.steps_done < steps and not ended_by:
             profile.before(run.steps_done + 1)
             watchdog.phase(f"step {run.steps_done + 1}: batches")
@@ -216,7 +217,11 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             for one in logs:
                 one.write(record)
             progress.update(task, completed=run.steps_done, description=line_of(record))
-            if not console.is_terminal and run.steps_done % max(1, steps // LINES) == 0:
+            is_line_due = (
+                run.steps_done % max(1, steps // LINES) == 0 or time.monotonic() - said > LINE_EVERY_S
+            )
+            if not console.is_terminal and is_line_due:
+                said = time.monotonic()
                 console.print(f"{run.steps_done}/{steps} {line_of(record)}")
             ended_by = _signal_to_any(save_group, device)
             is_due = settings.save_every and run.steps_done % settings.save_every == 0

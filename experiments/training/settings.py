@@ -128,9 +128,13 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
             check_out(self.folder / "profile")
 
     def checkpoints(self, group: dist.ProcessGroup | None = None) -> Checkpoints:
-        """Return the checkpoints of the run. `group` holds all ranks; None where no rank has been started."""
+        """Return the checkpoints of the run. `group` holds all ranks; None if no rank has been started."""
         folder, sizes = self.folder / "checkpoints", asdict(self.dims)
-        return Checkpoints(folder, self.keep, sizes=sizes, may_differ=("train_config.steps",), group=group)
+        names = (
+            ["steps"] if self.warmup is not None else ["steps", "warmup_steps"]
+        )  # which follows from the steps
+        may_differ = tuple(f"train_config.{name}" for name in names)
+        return Checkpoints(folder, self.keep, sizes=sizes, may_differ=may_differ, group=group)
 
     def corpus(self) -> Corpus:
         return open_corpus(self.data, self.token_dtype)

@@ -68,7 +68,7 @@ def keep_to_loopback() -> None:
 def reserve_port() -> socket.socket:
     """Return a socket that holds a free port of the loopback interface, so that no other process is given it.
 
-    It does not listen. While it is open, `listener`, torch's store and no socket without SO_REUSEADDR can listen there.
+    It does not listen. While it is open, `listener` and torch's store can listen there, because they set SO_REUSEADDR.
     """
     one = socket.socket()
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

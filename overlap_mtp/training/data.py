@@ -51,13 +51,13 @@ class BatchStream:
             )
         if not 1 <= self.num_documents * unit < self.seq_len:
             raise ValueError(
-                f"--documents must be 0 (dense) or in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens in "
-                f"{layout}, got {self.num_documents}"
+                f"num_documents (--documents) must be in [1, {(self.seq_len - 1) // unit}] for {self.seq_len} tokens "
+                f"in {layout}, got {self.num_documents}"
             )
         if self.num_documents > len(self.corpus.documents):
             raise ValueError(
-                f"--documents must be at most the {len(self.corpus.documents)} documents that the data holds, "
-                f"got {self.num_documents}: give more data, as a folder of files, or pack fewer"
+                f"num_documents (--documents) must be at most the {len(self.corpus.documents)} documents that the data "
+                f"holds, got {self.num_documents}: give more data, as a folder of files, or pack fewer"
             )
 
     def filled(self, batches: int = 8) -> float:

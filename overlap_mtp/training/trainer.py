@@ -131,8 +131,7 @@ class Trainer:
         Args:
             microbatches: pairs (this rank's shards of a batch, its layout). Steps may take different numbers of them,
                 for example as many as hold a number of tokens. In one step all ranks take the same number, because
-                every rank holds a part of the parameters that each microbatch needs. If a dp rank has fewer, it fills
-                up with microbatches whose `loss_mask` is 0.
+                every rank holds a part of the parameters that each microbatch needs.
             roller: starts the exchange of each microbatch. Default: the model's own.
             where: names the step in errors and phases.
             first_batch: number of the step's first batch, for errors: dp ranks take one each, then the next.
@@ -165,7 +164,7 @@ class Trainer:
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
             right.append(torch.stack(acceptance.right))
-        self._on_phase(f"{where}: losses and update")  # the host waits for the device here for the first time
+        self._on_phase(f"{where}: losses and update")  # here the host waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table.tensor_split([counts.shape[-1]], -1)
         (roller or self.model.mtp.roller).raise_if_failed()  # no wrong token may change a weight
@@ -190,8 +189,8 @@ class Trainer:
             most, least = int(bounds[0]), -int(bounds[1])
         if least < 1 or most > least:
             raise ValueError(
-                f"a step takes at least 1 microbatch, and the same number on all ranks, got {least} to {most}: fill up "
-                "with microbatches whose loss_mask is 0"
+                f"a step takes at least 1 microbatch, and the same number on all ranks, got {least} to {most}: keep "
+                "what some ranks have more for their next step"
             )
 
     def _weights(self, batch: Mapping[str, torch.Tensor], layout: SequenceLayout) -> torch.Tensor:

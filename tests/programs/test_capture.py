@@ -73,6 +73,8 @@ def test_capture_with_the_profiler_of_torch(tmp_path):
     record = record_of({"sync": (1.5, 1.4, 1.6)})
     record["command"] = "python experiments/compare_modes.py --profile torch --rounds 2"
     (tmp_path / "results.json").write_text(json.dumps(record))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/rank9.json.gz").write_text("of an earlier run, and no profile")
     done = capture(tmp_path, "--torch-profiler", "a.sqlite.gz", "--rounds", "2", PYTHON=python)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "a" / "report.html").read_text()

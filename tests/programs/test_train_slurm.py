@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "experiments/train.slurm"
-# srun starts two tasks and passes SIGUSR1 on to them.
+# srun starts two tasks and passes signals on to them.
 SRUN = """#!/usr/bin/env bash
 [[ $1 == --* ]] && shift
 trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -TERM "${tasks[@]}"' TERM
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do
     while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
@@ -24,7 +25,7 @@ exit "$status"
 SCONTROL = '#!/usr/bin/env bash\n[[ $1 == show ]] && echo first-host || echo "scontrol $*"\n'
 # A rank says what it was given, waits for SIGUSR1 or ends at once, and takes a moment to save.
 RANK = """#!/usr/bin/env bash
-trap 'sleep 0.2; exit '"$STATUS" USR1
+trap 'sleep 0.2; exit '"$STATUS" USR1 TERM
 echo "rank $RANK $LOCAL_RANK of $WORLD_SIZE $LOCAL_WORLD_SIZE, $MASTER_ADDR:$MASTER_PORT $OVERLAP_MTP_RUN_TOKEN: $*"
 [[ $ENDS ]] && exit "$STATUS"
 while :; do sleep 0.01; done
@@ -32,10 +33,17 @@ while :; do sleep 0.01; done
 
 
 @pytest.mark.parametrize(
-    ("ends", "status", "requeued"),
-    [("", 0, True), ("", 70, False), ("by itself", 0, False), ("by itself", 70, False)],
+    ("told", "status", "requeued"),
+    [
+        (signal.SIGUSR1, 0, True),
+        (signal.SIGUSR1, 70, False),
+        (signal.SIGTERM, 0, False),
+        (None, 0, False),
+        (None, 70, False),
+    ],
 )
-def test_a_job_that_was_told_and_has_saved_is_queued_again(tmp_path, ends, status, requeued):
+def test_a_job_that_has_saved_before_its_time_was_over_is_queued_again(tmp_path, told, status, requeued):
+    ends = "" if told else "by itself"
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "rank": RANK}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -52,13 +60,13 @@ def test_a_job_that_was_told_and_has_saved_is_queued_again(tmp_path, ends, statu
     while len(output.read_text().splitlines()) < 2:
         assert time.monotonic() < end
         time.sleep(0.01)
-    if not ends:
-        job.send_signal(signal.SIGUSR1)
+    if told:
+        job.send_signal(told)
     assert job.wait(timeout=20) == status
     first, second, *rest = sorted(output.read_text().splitlines())
     token = first.split()[7].rstrip(":")
     for number, line in enumerate((first, second)):
         arguments = "experiments/train.py --resume --out a folder"
-        assert line == f"rank {number} {number} of 2 2, first-host:29500 {token}: {arguments}"
+        assert line == f"rank {number} {number} of 2 2, first-host:20007 {token}: {arguments}"
     assert len(token) >= 32
     assert rest == (["scontrol requeue 7"] if requeued else [])

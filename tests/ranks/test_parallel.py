@@ -209,7 +209,7 @@ def not_finite(world: dist.ProcessGroup, dims: ParallelDims, ruined: bool = Fals
         next(model.parameters()).to_local().data.view(-1)[0] = float("nan")
     before = [p.full_tensor() for p in model.parameters()]
     with pytest.raises(
-        ValueError, match="the same number on all ranks, got 1 to 2: fill up with microbatches"
+        ValueError, match="the same number on all ranks, got 1 to 2: keep what some ranks have more"
     ):
         trainer.step(mine[: 1 + parallel.dp_rank])
     with pytest.raises(NonFiniteLossError) as raised:

@@ -209,17 +209,20 @@ def test_defaults_follow_the_device(parse, tmp_path, on_cpu, monkeypatch):
     assert parse(sweep.Options, on_cpu=small) == sweep.Options()
 
 
-@pytest.mark.parametrize("program", [sweep, roll_latency, soak])
-def test_on_cpu_a_small_size_is_the_default_and_the_full_one_is_named(parse, program, on_cpu, capsys):
-    small = parse(program.Options, on_cpu=program.ON_CPU)
-    assert small == program.ON_CPU != program.Options()
-    full = parse(program.Options, *program.FULL_SIZE.split(), on_cpu=program.ON_CPU)
+@pytest.mark.parametrize("program", [sweep, roll_latency, soak, compare_modes])
+@pytest.mark.usefixtures("on_cpu")
+def test_on_cpu_a_small_size_is_the_default_and_the_full_one_is_named(parse, program, capsys, monkeypatch):
+    on_cpu = program.ON_CPU
+    small = parse(program.Options, on_cpu=on_cpu.options)
+    assert small == on_cpu.options != program.Options()
+    full = parse(program.Options, *on_cpu.full_size.split(), on_cpu=on_cpu.options)
     assert full == program.Options()
-    program.say_size(small)
-    assert program.FULL_SIZE in capsys.readouterr().out
-    program.say_size(replace(small, out=Path("elsewhere")))
-    assert program.FULL_SIZE in capsys.readouterr().out
-    program.say_size(full)
+    for options in (small, replace(small, out=Path("elsewhere"))):
+        on_cpu.say(options)
+        assert on_cpu.full_size in capsys.readouterr().out
+    on_cpu.say(full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_cpu.say(small)
     assert capsys.readouterr().out == ""
 
 

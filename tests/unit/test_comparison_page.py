@@ -167,7 +167,7 @@ def test_a_page_is_written_again_from_a_record(tmp_path, monkeypatch, capsys):
         ("results.json --timeline picture.gif", "--timeline must be a .png or .svg, got picture.gif"),
         (
             "results.json --timeline none.png",
-            "none.png is no file: profiles/report.py --plot draws a timeline",
+            "none.png is not a file: profiles/report.py --plot draws a timeline",
         ),
         ("results.json --out other.json", "out must be a folder"),
         ("", "record"),

@@ -37,7 +37,7 @@ def test_the_sentence_to_repeat():
         ((1.002, 1.0, 1.004), f"sync adds at most 0.4 % to {WITHOUT}, perhaps nothing"),
         (
             (0.9, 0.8, 0.99),
-            f"the step with sync is shorter than {WITHOUT}, so that it costs less than what else differs",
+            f"the step with sync is shorter than {WITHOUT}, which its exchange cannot explain",
         ),
         (
             (1.2, 0.94, 1.5),

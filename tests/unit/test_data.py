@@ -157,7 +157,7 @@ def test_one_text_file_is_cut_into_documents(tmp_path):
     assert text(corpus.documents[1].read(0, 4096)) == words[4096:8192]
     with pytest.raises(ValueError, match="at most the 4 documents that the data holds, got 5"):
         stream_of(corpus, 5)
-    with pytest.raises(ValueError, match=r"--documents must be 0 \(dense\) or in \[1, 63\] .* got 64"):
+    with pytest.raises(ValueError, match=r"num_documents \(--documents\) must be in \[1, 63\] .* got 64"):
         stream_of(corpus, 64)
     stream = stream_of(corpus, 4, batch_size=1)
     lengths = [stream.batch(step)[1].valid_lengths.tolist() for step in range(4)]

@@ -34,6 +34,7 @@ def test_public_names_are_those_of_their_modules():
     for name, module in overlap_mtp._MODULES.items():
         assert star[name] is getattr(import_module(f"overlap_mtp.{module}"), name)
     assert {*overlap_mtp.__all__, "__version__"} <= set(dir(overlap_mtp))
+    assert overlap_mtp.__getattr__("layout").SequenceLayout is overlap_mtp.SequenceLayout
     with pytest.raises(AttributeError, match="module 'overlap_mtp' has no attribute 'nonsense'"):
         overlap_mtp.nonsense  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'overlap_mtp'"):

@@ -182,17 +182,21 @@ def test_a_run_goes_on_with_its_own_options_and_for_as_long_or_longer(invoke, tm
     _, _, [(*_, settings)] = invoke("--out", str(tmp_path), "--steps", "30")
     (path := tmp_path / "checkpoints/step-00000025").mkdir(parents=True)
     identity = {"optimizer": "AdamW", **settings.identity(settings.corpus())}
-    write_run(
-        path,
-        {
-            "files": {".metadata": 1, "state.pt": 1},
-            "progress": {"step": 25},
-            "identity": identity,
-            "layout": {},
-        },
-    )
+    record = {
+        "files": {".metadata": 1, "state.pt": 1},
+        "progress": {"step": 25},
+        "identity": identity,
+        "layout": {},
+    }
+    write_run(path, record)
     for steps in ("30", "25", "99"):
         assert invoke("--out", str(tmp_path), "--resume", "--steps", steps)[0] == 0
+    identity["train_config.warmup_steps"] = 4  # of a run of 4 steps that did not say it
+    write_run(path, record)
+    assert invoke("--out", str(tmp_path), "--resume", "--steps", "99")[0] == 0
+    assert "warmup_steps is 4 there, 5 here" in invoke("--out", str(tmp_path), "--resume", "--warmup", "5")[1]
+    identity["train_config.warmup_steps"] = 20
+    write_run(path, record)
     for options, words in {
         "--steps 24": "--steps must be at least 25, the step of the last checkpoint in .*, got 24: give more steps, or",
         "--experts 2": "num_experts is 0 there, 2 here: use the same, or begin a new run in another folder",
