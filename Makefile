@@ -25,6 +25,7 @@ lint: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "overlap_mtp needs Python >= 3.11; this is " + sys.version)'
+	@echo "installing torch and the rest into $(VENV): some minutes, more than 2 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[experiments,megatron,dev]'
 	touch $@

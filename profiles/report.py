@@ -70,6 +70,8 @@ def main(
         console.print()
     for note in report.notes:
         console.print(note, soft_wrap=True)
+    for path in filter(None, (json_out, plot_out, perfetto_out)):
+        console.print(f"wrote {path}", soft_wrap=True)
     if min_hidden is not None:
         what, fraction = report.judged()
         passed, message = False, f"there is nothing to judge: the profile does not hold {what}"

@@ -7,6 +7,7 @@ from typing import Any
 from compare.comparison import BASELINE, TIMING_ONLY
 
 WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
+LEAST_ROUNDS = 6  # for an interval: with fewer, resampling them says too little
 CLOSE = 0.05  # a ratio whose interval holds 1 and stays this close to it is as good as 1
 HIDES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
 
@@ -29,8 +30,9 @@ def sentence_of(result: dict[str, Any]) -> str:
        and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below, these rounds cannot tell.
     3. Whether all schedules computed the same bits. If not, this part comes first and names those that differ.
 
-    Without `sync`, the first part is about `prefetch`; without both, about the first schedule that ran. If a schedule
-    ran over several transports, the first of them stands for it, and is named.
+    With fewer than `LEAST_ROUNDS` rounds, it says so and then the third part. Without `sync`, the first part is about
+    `prefetch`; without both, about the first schedule that ran. If a schedule ran over several transports, the first of
+    them stands for it, and is named.
 
     Args:
         result: the record.
@@ -38,11 +40,13 @@ def sentence_of(result: dict[str, Any]) -> str:
     rows = result["rows"]
     compared = [mode for mode in rows if mode not in (BASELINE, TIMING_ONLY)]
     if not compared:
-        return f"Only {BASELINE} ran, so that there is nothing to compare it with."
+        return f"No schedule ran that could be compared with {BASELINE}."
     sync, prefetch = _first(compared, "sync"), _first(compared, "prefetch")
-    costs = sync or prefetch or compared[0]
-    parts = [_cost(costs, rows[costs]["ratio"], result["settings"]["rounds"])]
-    if sync is None:
+    costs, rounds = sync or prefetch or compared[0], result["settings"]["rounds"]
+    parts = [_cost(costs, rows[costs]["ratio"], rounds)]
+    if rounds < LEAST_ROUNDS:
+        parts = [f"{rounds} rounds are too few to compare step times (--rounds {LEAST_ROUNDS} or more)"]
+    elif sync is None:
         parts.append("sync did not run, so that nothing says what there is to hide")
     elif prefetch is None:
         parts.append("prefetch did not run")

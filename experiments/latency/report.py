@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from harness import plots, statistics
@@ -15,8 +16,8 @@ from latency.candidate import Candidate
 
 Row = dict[str, Any]
 CAPTION = (
-    "median [95 % interval] on the slowest rank, of all tensors and depths of a microbatch; cold: directly after "
-    "another method; GPU: in a CUDA graph; wrong: tokens that differ from the oracle's, and how many of them are valid"
+    "median [95 % interval] on the slowest rank, of all tensors and depths of a microbatch; GPU: in a CUDA graph; "
+    "wrong: tokens that differ from the oracle's, and how many of them are valid"
 )
 
 
@@ -65,16 +66,28 @@ def _title(record: dict[str, Any]) -> str:
 
 def table_of(record: dict[str, Any]) -> Table:
     """Return the record as a table with a line for each row."""
-    table = Table("depths", "documents", "schedule", title=_title(record), caption=CAPTION)
-    for heading in ("host µs", "cold", "wall µs", "GPU µs", "messages", "wrong"):
-        table.add_column(heading)
+    table = Table(
+        title=_title(record), caption=CAPTION, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True
+    )
+    for heading in ("depths", "documents"):
+        table.add_column(heading, no_wrap=True, min_width=len(heading))
+    table.add_column("schedule", min_width=13)  # of process_group
+    for heading, least in (("host µs", 7), ("wall µs", 9), ("GPU µs", 9), ("messages", 8), ("wrong", 6)):
+        table.add_column(heading, justify="right", min_width=least)  # an interval may take two lines
     for row in record["rows"]:
-        spans = [row[name] for name in ("host_us", "cold_us", "wall_us", "gpu_us")]
-        times = ["{median:,.1f} [{low:,.1f}, {high:,.1f}]".format(**one) if one else "-" for one in spans]
+        times = [f"{row['host_us']['median']:,.0f}" if row["host_us"] else "-"]
+        for one in (row["wall_us"], row["gpu_us"]):
+            digits = 0 if one and one["median"] >= 100 else 1
+            times.append(_interval(one, digits) if one else "-")
         wrong = f"{row['differing_tokens']}, {row['differing_valid_tokens']}"
         documents = str(row["documents"] or "dense")
         table.add_row(str(row["depths"]), documents, _name(row), *times, _count(row["messages"]), wrong)
     return table
+
+
+def _interval(one: dict[str, float], digits: int) -> str:
+    median, low, high = (f"{one[part]:,.{digits}f}" for part in ("median", "low", "high"))
+    return f"{median} [{low}, {high}]"
 
 
 def _count(number: int | None) -> str:

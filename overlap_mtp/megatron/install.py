@@ -79,7 +79,13 @@ def install(
     """
     chosen = Settings(schedule, transport, padding, layout, max_documents, unknown)
     if not _undo:
-        mtp = importlib.import_module(MTP)
+        try:
+            mtp = importlib.import_module(MTP)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"overlap_mtp.megatron needs megatron-core, of which {error.name} is missing: "
+                "pip install 'megatron-core>=0.16.1' (with --no-deps beside a torch of your own)"
+            ) from error
         entries = list(_entries())
         version = importlib.import_module("megatron.core").__version__
         _check(mtp, entries, version)

@@ -25,6 +25,14 @@ def test_the_sentence_to_repeat():
     )
 
 
+def test_few_rounds_say_nothing_of_times():
+    record = record_of(SYNC | PREFETCH, ALL)
+    record["settings"]["rounds"] = 5
+    assert sentence_of(record) == (f"5 rounds are too few to compare step times (--rounds 6 or more); {SAME}")
+    record["settings"]["rounds"] = 6
+    assert sentence_of(record).startswith("sync makes this step 1.86 times")
+
+
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
@@ -108,9 +116,7 @@ def test_schedules_that_did_not_run():
         f"merged makes this step 2.00 times as long as {WITHOUT}; {no_sync}; both schedules computed the same bits."
     )
     for alone in ({}, {"none": (1.0, 1.0, 1.0)}):
-        assert (
-            sentence_of(record_of(alone)) == "Only prepared ran, so that there is nothing to compare it with."
-        )
+        assert sentence_of(record_of(alone)) == "No schedule ran that could be compared with prepared."
 
 
 def test_the_first_transport_stands_for_its_schedule_and_is_named():
