@@ -10,51 +10,73 @@ rank), of this project or of any other. It needs neither torch nor a GPU. Exit s
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import typer
 from rich.console import Console
 
 from overlap_mtp.profiling import ProfileError, perfetto, read_profile, report_on
 from overlap_mtp.profiling.tables import percent, tables
 
+OUTPUTS = {
+    "--json": "write everything as JSON",
+    "--plot": "draw a timeline into this PNG",
+    "--perfetto": "write a trace for ui.perfetto.dev and chrome://tracing (.json or .json.gz)",
+}
 WIDTH = 100  # of the tables if there is no terminal
 
 
-def main(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles, gzipped or not.")],
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
-    plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw a timeline into this PNG.")] = None,
-    perfetto_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--perfetto", help="Write a trace for ui.perfetto.dev and chrome://tracing (.json or .json.gz)."
-        ),
-    ] = None,
-    outside_steps: Annotated[
-        bool,
-        typer.Option("--outside-steps", help="Also report what ran outside of the steps (warm-up, checks)."),
-    ] = False,
-    min_hidden: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Exit with status 1 if a smaller fraction is hidden, on any device, of the exchange in prefetch "
-            "steps (of all communication if the profile has no ranges of overlap_mtp).",
-        ),
-    ] = None,
-) -> None:
-    """Report, for each device, schedule and range, how long communication took and how much of it was hidden."""
-    _check_paths(files, {"--json": json_out, "--plot": plot_out, "--perfetto": perfetto_out})
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Usage errors end the process with status 2."""
+    parser = argparse.ArgumentParser(
+        description="Report, for each device, schedule and range, how long communication took and how much of it was "
+        "hidden.",
+    )
+    parser.add_argument("files", type=_path, nargs="+", metavar="FILE", help="profiles, gzipped or not")
+    for name, text in OUTPUTS.items():
+        parser.add_argument(name, type=_path, metavar="FILE", help=text)
+    parser.add_argument(
+        "--outside-steps",
+        action="store_true",
+        help="also report what ran outside of the steps (warm-up, checks)",
+    )
+    parser.add_argument(
+        "--min-hidden",
+        type=_fraction,
+        metavar="FRACTION",
+        help="exit with status 1 if a smaller fraction is hidden, on any device, of the exchange in prefetch steps (of "
+        "all communication if the profile has no ranges of overlap_mtp)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
+    return value
+
+
+def main() -> int:
+    """Report on the profiles that the command line names, and return the exit status."""
+    options = parse()
+    files, outputs = options.files, (options.json, options.plot, options.perfetto)
+    json_out, plot_out, perfetto_out = outputs
+    _check_paths(files, dict(zip(OUTPUTS, outputs, strict=True)))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
     try:
-        report = report_on([read_profile(file) for file in files], outside_steps)
+        report = report_on([read_profile(file) for file in files], options.outside_steps)
         if json_out is not None:
             json_out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         if plot_out is not None:
@@ -70,16 +92,20 @@ def main(
         console.print()
     for note in report.notes:
         console.print(note, soft_wrap=True)
-    for path in filter(None, (json_out, plot_out, perfetto_out)):
+    for path in filter(None, outputs):
         console.print(f"wrote {path}", soft_wrap=True)
-    if min_hidden is not None:
+    if options.min_hidden is not None:
         what, fraction = report.judged()
         passed, message = False, f"there is nothing to judge: the profile does not hold {what}"
         if fraction is not None:
-            passed, wanted = fraction >= min_hidden, f"at least {percent(min_hidden)} is wanted"
+            passed, wanted = (
+                fraction >= options.min_hidden,
+                f"at least {percent(options.min_hidden)} is wanted",
+            )
             message = f"{percent(fraction)} of {what} is hidden on the worst device, {wanted}"
         console.print(f"{'ok' if passed else 'FAILED'}: {message}", soft_wrap=True)
-        raise typer.Exit(int(not passed))
+        return int(not passed)
+    return 0
 
 
 def _check_paths(files: Sequence[Path], outputs: Mapping[str, Path | None]) -> None:
@@ -111,8 +137,8 @@ def _check_paths(files: Sequence[Path], outputs: Mapping[str, Path | None]) -> N
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

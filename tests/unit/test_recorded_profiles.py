@@ -68,7 +68,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "triton", "nvtx", "scipy", "tyro"}:
+        if name.split(".")[0] in {"torch", "triton", "nvtx", "scipy", "tyro", "typer"}:
             raise ImportError(f"a reader of profiles has no {name}")
 
 sys.meta_path.insert(0, Blocked())
