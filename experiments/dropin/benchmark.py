@@ -113,6 +113,7 @@ def _run_documents(plan: Plan, subject: Subject, documents: int) -> dict[str, An
     found["status"] = {
         "answered": status.answered,
         "exchanges": status.exchanges,
+        "transports": status.transports,
         "fallbacks": dict(status.fallbacks),
     }
     return found

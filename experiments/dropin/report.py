@@ -35,12 +35,14 @@ def title_of(record: Record) -> str:
     extra = [f"tp {settings['tp']}"] if settings["tp"] > 1 else []
     extra += ["recomputed"] if settings["recompute"] else []
     extra += [f"{settings['accumulate']} microbatches"] if settings["accumulate"] > 1 else []
+    used = [one for run in record["runs"].values() for one in run["status"].get("transports", ())]
+    transport = " and ".join(dict.fromkeys(used)) or settings["transport"]
     return ", ".join(
         [
             f"Megatron-LM {where['megatron_core']}, {where['ranks']} x {where['device']}, {settings['preset']}",
             f"{settings['depths']} MTP layers",
             *extra,
-            f"{settings['schedule']} over {settings['transport']}",
+            f"{settings['schedule']} over {transport}",
         ]
     )
 

@@ -67,6 +67,12 @@ class Status:
     answered: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def transports(self) -> list[str]:
+        """What the exchanges of the rollers in use travel over, in place of "auto"."""
+        rollers = (roller for of_group in _rollers.values() for roller in of_group.values())
+        return sorted({roller.transport for roller in rollers} - {""})
+
     def __str__(self) -> str:
         if self.settings is None:
             return "overlap_mtp.megatron is not installed"
@@ -78,7 +84,7 @@ class Status:
         lines = [
             f"overlap_mtp.megatron on megatron-core {self.version}: {settings}",
             f"  forwards   {self.forwards}",
-            f"  exchanges  {self.exchanges}",
+            f"  exchanges  {self.exchanges}{' over ' * bool(self.transports)}{', '.join(self.transports)}",
             f"  rolls      {rolls}, answered by an exchange: {self.answered}{share}",
         ]
         lines += [f"  fell back  {count}: {reason}" for reason, count in self.fallbacks.most_common()]

@@ -43,6 +43,7 @@ def test_the_drop_in_keeps_every_bit_of_a_step_and_of_a_training(tmp_path):
         assert set(runs[name]["times_ms"]["wall_ms"]) == modes
         assert runs[name]["rounds"] == 2
         assert runs[name]["status"]["answered"] > 0
+        assert runs[name]["status"]["transports"] == ["process_group"]
         losses = runs[name]["training"]["losses"]
         assert losses["megatron"] == losses["dropin"]
         assert losses["megatron"][0] != losses["megatron"][1]
