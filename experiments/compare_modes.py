@@ -102,7 +102,7 @@ class Options:
         return problem
 
 
-ON_CPU = SmallSize(Options(preset="tiny"), "90 s", "--preset h2048", "a day")
+ON_CPU = SmallSize(Options(preset="tiny"), "60 s", "--preset h2048", "a day")
 
 
 def compare_on_rank(
