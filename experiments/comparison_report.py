@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from compare.page import check_picture, write_page
 from compare.report import read_record, show
-from harness.command import check_out, parse_options, usage_errors
+from harness.command import check_out, default_is, parse_options, usage_errors
 from harness.rounds import WIDTH
 
 
@@ -28,10 +29,10 @@ class Options:
 
     record: tyro.conf.Positional[Path]
     """`results.json` of compare_modes, or a record of sweep."""
-    timeline: Path | None = None
+    timeline: Annotated[Path | None, default_is("no timeline")] = None
     """Picture (.png or .svg) of a profile, for the page."""
-    out: Path | None = None
-    """Folder for the page; by default the record's."""
+    out: Annotated[Path | None, default_is("the record's")] = None
+    """Folder for the page."""
     wide: bool = False
     """Print all columns of the table."""
 

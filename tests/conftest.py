@@ -45,3 +45,13 @@ def gpu_pool() -> Iterator[RankPool]:
         pytest.skip("needs two or more GPUs")
     with RankPool(torch.cuda.device_count(), "nccl") as ranks:
         yield ranks
+
+
+@pytest.fixture
+def uninstalled() -> Iterator[None]:
+    """Take the drop-in for Megatron-LM out after the test."""
+    yield
+    from overlap_mtp import megatron as drop_in  # here: few tests need it
+
+    drop_in.uninstall()
+    drop_in.reset_status()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ranks import DEPTHS, Case, Model, Outcome, has_megatron, is_main, on_megatron
+from megatron_ranks import DEPTHS, Case, Model, Outcome, is_main, needs_megatron, on_megatron
 from rank_pool import RankPool
 
-pytestmark = pytest.mark.skipif(not has_megatron(), reason="megatron-core is not installed")
+pytestmark = needs_megatron
 MAIN = is_main()
 needs_main = pytest.mark.skipif(not MAIN, reason="needs Megatron-LM's main branch (MEGATRON_CHECKOUT)")
 

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import typing_extensions
@@ -41,6 +42,13 @@ def has_megatron() -> bool:
     use_checkout()
     spec = find_spec("megatron")
     return spec is not None and find_spec("megatron.core") is not None
+
+
+needs_megatron = pytest.mark.skipif(not has_megatron(), reason="megatron-core is not installed")
+UNINSTALLS = [  # marks of test modules that install the drop-in
+    pytest.mark.filterwarnings("ignore"),  # Megatron-LM's, of what is not installed
+    pytest.mark.usefixtures("uninstalled"),
+]
 
 
 def is_main() -> bool:

@@ -11,10 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import compare_modes
-import golden
 import megatron_step
-import megatron_tests
-import parity
 import pytest
 import roll_latency
 import scaling_model
@@ -30,19 +27,9 @@ from harness.command import parse_options
 from harness.progress import Progress, duration, with_progress
 from training.settings import RunSettings
 
+from command_options import OPTIONS
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-OPTIONS = {
-    "compare_modes": compare_modes.Options,
-    "sweep": sweep.Options,
-    "roll_latency": roll_latency.Options,
-    "soak": soak.Options,
-    "parity": parity.Options,
-    "golden": golden.Options,
-    "megatron_step": megatron_step.Options,
-    "megatron_tests": megatron_tests.Options,
-    "scaling_model": scaling_model.Options,
-    "train": RunSettings,
-}
 
 
 @pytest.fixture

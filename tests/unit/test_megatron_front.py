@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +16,11 @@ import pytest
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import __main__ as front
 
-from megatron_ranks import has_megatron, use_checkout
+from megatron_ranks import UNINSTALLS, needs_megatron, use_checkout
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Megatron-LM's, of what is not installed
-needs_megatron = pytest.mark.skipif(not has_megatron(), reason="megatron-core is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _uninstalled() -> Iterator[None]:
-    yield
-    drop_in.uninstall()
-    drop_in.reset_status()
+pytestmark = UNINSTALLS
 
 
 # Other processes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,20 +13,12 @@ import torch
 
 from overlap_mtp import megatron as drop_in
 
-from megatron_ranks import has_megatron, use_checkout
+from megatron_ranks import UNINSTALLS, needs_megatron, use_checkout
 
 ROOT = Path(__file__).parents[2]
 MTP = "megatron.core.transformer.multi_token_prediction"
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Megatron-LM's, of what is not installed
-needs_megatron = pytest.mark.skipif(not has_megatron(), reason="megatron-core is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _uninstalled() -> Iterator[None]:
-    yield
-    drop_in.uninstall()
-    drop_in.reset_status()
+pytestmark = UNINSTALLS
 
 
 @pytest.fixture

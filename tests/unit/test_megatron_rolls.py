@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -20,17 +19,9 @@ from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
 from overlap_mtp.megatron.prefetch import Mark, Prefetch, _marked, can_roll, mark_of
 from overlap_mtp.megatron.rolls import no_exchange, patched_roll
 
-from megatron_ranks import has_megatron
+from megatron_ranks import UNINSTALLS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Megatron-LM's, of what is not installed
-needs_megatron = pytest.mark.skipif(not has_megatron(), reason="megatron-core is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _uninstalled() -> Iterator[None]:
-    yield
-    drop_in.uninstall()
-    drop_in.reset_status()
+pytestmark = UNINSTALLS
 
 
 def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
