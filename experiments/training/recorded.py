@@ -17,7 +17,7 @@ class RecordedSteps(contextlib.ExitStack):
 
     Args:
         settings: of the run.
-        steps_done: before this process; two more steps come before the trace, if there are so many.
+        steps_done: how many steps earlier processes have done. The trace begins two steps later, if enough are left.
         watchdog: is told what takes long.
 
     Attributes:

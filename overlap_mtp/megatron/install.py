@@ -83,7 +83,7 @@ def install(
             mtp = importlib.import_module(MTP)
         except ModuleNotFoundError as error:
             raise ImportError(
-                f"overlap_mtp.megatron needs megatron-core, of which {error.name} is missing: "
+                f"overlap_mtp.megatron needs megatron-core, but the module {error.name} is missing: "
                 "pip install 'megatron-core>=0.16.1' (with --no-deps beside a torch of your own)"
             ) from error
         entries = list(_entries())
