@@ -14,11 +14,14 @@ SCRIPT = Path(__file__).parents[2] / "experiments/train.slurm"
 # srun starts two tasks and passes signals on to them.
 SRUN = """#!/usr/bin/env bash
 [[ $1 == --* ]] && shift
-trap 'kill -USR1 "${tasks[@]}"' USR1
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'told=yes; kill -USR1 "${tasks[@]}"' USR1
+trap 'told=yes; kill -TERM "${tasks[@]}"' TERM
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do
-    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    while true; do  # again if a signal has ended `wait`
+        told=; wait "$task"; status=$?
+        [[ $told ]] || break
+    done
 done
 exit "$status"
 """
