@@ -28,14 +28,10 @@ def pack(
         plan: of this rank.
         send_buffer: int64 [num_send_rows, len(tensors) * B]. It is written whole.
     """
-    sequence, held, offset = torch.from_numpy(plan.table[: plan.routes_at]).view(3, -1).long().unbind()
-    sequences = metadata[NUM_DOCUMENTS] if plan.by_document else 1
-    used = (sequence >= 0) & (sequence < sequences)
-    start, chunk_len = _bounds(metadata, torch.where(used, sequence, 0), plan)
-    used &= offset < chunk_len
-    local_index = torch.where(used, start // plan.cp_size + held * chunk_len + offset, 0)
+    local_index = sent_tokens(metadata, plan)
     tokens = torch.cat([t.long() for t in tensors])  # [len(tensors) * B, L]
-    send_buffer.copy_(torch.where(used, tokens[:, local_index], 0).T)
+    send_buffer.copy_(torch.where(local_index >= 0, tokens[:, local_index.clamp(min=0)], 0).T)
+    sequence = torch.from_numpy(plan.table[: plan.num_send_rows])
     send_buffer[sequence == HEADER] = metadata[FINGERPRINT]
 
 
@@ -127,6 +123,24 @@ def wait_unroll(
     for source in plan.sources:
         at = _flag_at(constants.acknowledgements_at, seq_no, plan.cp_rank, constants)
         memories[source][at] = seq_no
+
+
+def sent_tokens(metadata: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+    """Find which token each outgoing row carries.
+
+    Args:
+        metadata: as for `pack`.
+        plan: of this rank.
+
+    Returns:
+        int64 [num_send_rows]: a local_index, or -1 for headers and rows that the batch does not use.
+    """
+    sequence, held, offset = torch.from_numpy(plan.table[: plan.routes_at]).view(3, -1).long().unbind()
+    sequences = metadata[NUM_DOCUMENTS] if plan.by_document else 1
+    used = (sequence >= 0) & (sequence < sequences)
+    start, chunk_len = _bounds(metadata, torch.where(used, sequence, 0), plan)
+    used &= offset < chunk_len
+    return torch.where(used, start // plan.cp_size + held * chunk_len + offset, -1)
 
 
 def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from overlap_mtp.model.mtp import MultiTokenPrediction
     from overlap_mtp.reference import roll_reference
     from overlap_mtp.schedules import SCHEDULES, Roller, Rolls, make_roller
+    from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
     from overlap_mtp.schedules.prepared import prepare, prepared_name
     from overlap_mtp.schedules.sync import roll_tensor
 else:  # a type checker would take any name for one that `__getattr__` knows
@@ -28,12 +29,14 @@ else:  # a type checker would take any name for one that `__getattr__` knows
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATION_SCHEDULES",
     "SCHEDULES",
     "DeviceLayout",
     "MultiTokenPrediction",
     "Roller",
     "Rolls",
     "SequenceLayout",
+    "make_activation_roller",
     "make_roller",
     "pad_documents",
     "prepare",
@@ -43,12 +46,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ACTIVATION_SCHEDULES": "schedules.activations",
     "SCHEDULES": "schedules",
     "DeviceLayout": "device_layout",
     "MultiTokenPrediction": "model.mtp",
     "Roller": "schedules",
     "Rolls": "schedules",
     "SequenceLayout": "layout",
+    "make_activation_roller": "schedules.activations",
     "make_roller": "schedules",
     "pad_documents": "documents",
     "prepare": "schedules.prepared",

@@ -48,6 +48,8 @@ class ExchangeGroup:
         self._side_stream: torch.cuda.Stream | None = None
         self.timeout: timedelta | None = None
         self.num_rollers = 0  # that were made for it
+        self.num_exchanges = 0  # of activations that were started: all ranks start them in the same order
+        self.unfinished: list[Any] = []  # messages of transports that have to be waited for, and their memory
         self.why_not_symmetric: str | None = None  # "" if symmetric memory works; None if nobody has tried
         if cp_group is not None:
             self._cp_group = weakref.ref(cp_group)

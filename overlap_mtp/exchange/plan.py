@@ -141,10 +141,9 @@ def make_plan(layout: SequenceLayout, cp_rank: int, num_depths: int, max_documen
     by_document = layout.by_document
     documents = max_documents if layout.is_packed else 1
     sequences = documents if by_document else 1
-    chunk_len = None if layout.is_packed else layout.seq_len // layout.num_chunks
 
     def wanted(holder: int, asker: int) -> list[Segment]:
-        return _segments(layout, holder, asker, num_depths, chunk_len)
+        return segments_of(layout, holder, asker, num_depths)
 
     def stride(holder: int, asker: int) -> int:
         return sum(one.width for one in wanted(holder, asker))
@@ -179,14 +178,14 @@ class Segment:
     width: int
 
 
-def _segments(
-    layout: SequenceLayout, holder: int, asker: int, num_depths: int, chunk_len: int | None
-) -> list[Segment]:
+def segments_of(layout: SequenceLayout, holder: int, asker: int, num_depths: int) -> list[Segment]:
     """What `asker` may need from `holder`, in the order of its rows of one sequence.
 
     The num_depths tokens after chunk a lie in chunks a + 1, a + 2, ... The chunk at distance d holds
-    min(chunk_len, num_depths - (d - 1) * chunk_len) of them. Over all chunk lengths that is at most num_depths // d.
+    min(chunk_len, num_depths - (d - 1) * chunk_len) of them. Over all chunk lengths, which differ if the layout is
+    packed, that is at most num_depths // d.
     """
+    chunk_len = None if layout.is_packed else layout.seq_len // layout.num_chunks
     segments = []
     for i, a in enumerate(layout.held_chunks(asker)):
         for j, b in enumerate(layout.held_chunks(holder)):

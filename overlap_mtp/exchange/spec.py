@@ -224,6 +224,11 @@ class ExchangeSpec(NamedTuple):
     def _by_column(self, values: list[int]) -> tuple[int, ...]:
         return tuple(value for value, parts in zip(values, self.parts, strict=True) for _ in range(parts))
 
+    def zeros(self, local_len: int) -> list[torch.Tensor]:
+        """Tensors of this kind for `local_len` tokens a rank, all 0."""
+        kinds = zip(self.shapes, self.dtypes, strict=True)
+        return [torch.zeros((*shape, local_len), dtype=dtype, device=self.device) for shape, dtype in kinds]
+
     def columns(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Views [batch_rows, L] of the tensors as integers of their own width, one for each column."""
         rows = self.batch_rows
@@ -248,10 +253,8 @@ def column_addresses(tensors: Sequence[torch.Tensor | None], parts: tuple[int, .
     return addresses
 
 
-def check_batch(
-    batch: Batch, layout: Layout, group: ExchangeGroup, fills: Mapping[str, float] | None = None
-) -> None:
-    """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
+def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
+    """Raise ValueError unless `batch` holds dense tensors by name, and the layout is one for this group."""
     if not isinstance(layout, Layout):
         raise ValueError(
             f"the layout must be a SequenceLayout or a DeviceLayout, got {type(layout).__name__}"
@@ -274,6 +277,27 @@ def check_batch(
             if isinstance(tensor, torch.Tensor):
                 kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
             raise ValueError(f"{name} must be a dense tensor, got {kind}")
+
+
+def check_device(name: str, tensor: torch.Tensor, first: torch.Tensor, group: ExchangeGroup) -> None:
+    """Raise ValueError unless a tensor is on the device of the first one, where the group communicates."""
+    if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
+        raise ValueError(
+            f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
+            f"on {tensor.device}: move it there"
+        )
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"the batch must be on the current device cuda:{torch.cuda.current_device()}, got {tensor.device}: call "
+            "torch.cuda.set_device"
+        )
+
+
+def check_batch(
+    batch: Batch, layout: Layout, group: ExchangeGroup, fills: Mapping[str, float] | None = None
+) -> None:
+    """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
+    check_tensors(batch, layout, group)
     first = next(iter(batch.values()))
     for name, tensor in batch.items():
         if tensor.dtype not in INTEGER_VIEW:
@@ -291,18 +315,9 @@ def check_batch(
             )
         if tensor.numel() == 0:
             raise ValueError(f"{name} must have at least one row, got shape {list(tensor.shape)}")
-        if tensor.device != first.device or (group.cp_size > 1 and tensor.device.type != group.device_type):
-            raise ValueError(
-                f"all tensors must be on one {group.device_type} device, where the cp group communicates, got {name} "
-                f"on {tensor.device}: move it there"
-            )
+        check_device(name, tensor, first, group)
     if isinstance(layout, DeviceLayout) and layout.cu_seqlens.device != first.device:
         raise ValueError(
             f"the bounds of a DeviceLayout must be on the batch's device {first.device}, got "
             f"{layout.cu_seqlens.device}: move them there, or pass DeviceLayout.on_host()"
-        )
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        raise ValueError(
-            f"the batch must be on the current device cuda:{torch.cuda.current_device()}, got {first.device}: call "
-            "torch.cuda.set_device"
         )

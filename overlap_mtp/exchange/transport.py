@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.layout import SequenceLayout
 
 WORD_BYTES = 8
@@ -63,7 +63,7 @@ class TransportConfig:
 
     group: ExchangeGroup  # that carries the exchanges
     plans: list[ExchangePlan]  # of all ranks, in rank order
-    spec: ExchangeSpec  # of the batches
+    spec: Any  # ExchangeSpec or RowSpec of the batches
     traffic: Traffic  # counts what is sent
     is_overlapped: bool  # send on the side stream
     local_len: int  # tokens a rank of the first batch: launches are captured ahead for this length
@@ -73,16 +73,18 @@ class Transport(ABC):
     """Moves tokens between the ranks of a group. It knows plans and kernels, not schedules."""
 
     name: str
+    carries = "tokens"
     has_captures = False  # a CUDA graph holds an exchange of it
 
     def __init__(self, config: TransportConfig) -> None:
         self.group, self.spec, self.traffic = config.group, config.spec, config.traffic
         self.plan, self.device = config.plans[config.group.cp_rank], config.spec.device
+        self._flagged: Sequence[int] = self.plan.sources  # which cp ranks the first error flag counts
         self.num_started = 0
         self.failure: str | None = None  # what `raise_if_failed` has raised
-        # [0]: 1 + the index of a source with another plan; [1]: 1 + a cp rank that is late with tokens; [2]: 1 + a cp
-        # rank that is late with an acknowledgement; [3]: 1 if the bounds of a DeviceLayout are illegal. Pinned: kernels
-        # write it, and the host reads it without waiting.
+        # [0]: 1 + the index in `_flagged` of a rank with another plan; [1]: 1 + a cp rank that is late with tokens;
+        # [2]: 1 + a cp rank that is late with an acknowledgement; [3]: 1 if the bounds of a DeviceLayout are illegal.
+        # Pinned: kernels write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words
@@ -154,10 +156,9 @@ class Transport(ABC):
                     f"overlap_mtp: cp rank {self.plan.cp_rank} of {self.plan.cp_size} gave up waiting for {what} of "
                     f"cp rank {peer - 1} ({where}): that rank is missing, late or at another exchange"
                 )
-        peer = self.plan.sources[source - 1]
         return (
-            f"overlap_mtp: cp rank {peer} exchanged tokens by another plan than cp rank {self.plan.cp_rank} "
-            f"({where}): {IN_STEP}"
+            f"overlap_mtp: cp rank {self._flagged[source - 1]} exchanged {self.carries} by another plan than cp rank "
+            f"{self.plan.cp_rank} ({where}): {IN_STEP}"
         )
 
     def describe(self, number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.spec import ExchangeSpec
 
 Described = dict[str, object]
@@ -13,7 +14,7 @@ Described = dict[str, object]
 def agree(
     group: ExchangeGroup,
     schedule: str,
-    spec: ExchangeSpec | None,
+    spec: ExchangeSpec | RowSpec | None,
     error: str | None = None,
     number: int = 0,
 ) -> None:

@@ -12,17 +12,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.plan import make_plans
 from overlap_mtp.exchange.select import make_transport
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec
+from overlap_mtp.exchange.spec import Batch
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Tokens
+from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Spec, Tokens
 
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
 
@@ -46,13 +46,14 @@ class PackedRoller(Roller):
     """A roller whose exchanges carry all tensors and documents at once."""
 
     reads_device_bounds = True
+    timings = TIMINGS
 
     def __init__(self, config: RollerConfig) -> None:
         super().__init__(config)
-        self.is_overlapped, all_depths = TIMINGS[self.name]
+        self.is_overlapped, all_depths = self.timings[self.name]
         self._depths_per_exchange = self.num_depths if all_depths else 1
         self._asked_transport = config.transport
-        self._transports: dict[ExchangeSpec, Transport] = {}
+        self._transports: dict[Spec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
         self._layout: Layout  # of the last batch
         self.refusal: PendingExchange | None = None  # in place of the last microbatch
@@ -61,19 +62,21 @@ class PackedRoller(Roller):
     def transport(self) -> str:
         return self._transport.name if self._transport else self._asked_transport
 
-    def _adopt(self, spec: ExchangeSpec, layout: Layout) -> None:
+    def _adopt(self, spec: Spec, layout: Layout) -> None:
         if spec in self._transports:
             self._transports[spec] = self._transports.pop(spec)  # the last one is the last used
         else:
             self._make_room()
-            pattern = layout.pattern() if isinstance(layout, DeviceLayout) else layout
-            plans = make_plans(pattern, self._depths_per_exchange, self.max_documents)
-            config = TransportConfig(
-                self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len
-            )
             with torch.inference_mode(False):  # what is allocated outlives the mode of the first use
-                self._transports[spec] = make_transport(config)
+                self._transports[spec] = self._make_transport(spec, layout)
         self._transport = self._transports[spec]
+
+    def _make_transport(self, spec: Any, layout: Layout) -> Transport:
+        pattern = layout.pattern() if isinstance(layout, DeviceLayout) else layout
+        plans = make_plans(pattern, self._depths_per_exchange, self.max_documents)
+        return make_transport(
+            TransportConfig(self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len)
+        )
 
     def _make_room(self) -> None:
         """Retire the transports that were used least recently. All ranks do so for the same ones."""
@@ -118,12 +121,7 @@ class PackedRoller(Roller):
         transport, spec = self._transport, self._spec
         assert transport is not None
         assert spec is not None
-        local_len, device = self._layout.local_len, spec.device
-        tensors = [
-            torch.zeros((*shape, local_len), dtype=dtype, device=device)
-            for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
-        ]
-        return transport.start(tensors, self._layout, mark)
+        return transport.start(spec.zeros(self._layout.local_len), self._layout, mark)
 
     def close(self) -> None:
         super().close()

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import torch
 
 from overlap_mtp.device_layout import Layout
-from overlap_mtp.exchange.spec import Batch, ExchangeSpec, check_fill, roll_options
+from overlap_mtp.exchange.spec import Batch, check_fill, roll_options
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.reference import roll_reference
-from overlap_mtp.schedules.roller import Roller, Rolls, Tokens, detached
+from overlap_mtp.schedules.roller import Roller, Rolls, Spec, Tokens, detached
 from overlap_mtp.tensors import IGNORE_INDEX
 
 PREPARED = re.compile(r"_depth\d+$")
@@ -68,7 +68,8 @@ class PreparedRoller(Roller):
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         return PreparedRolls(self, detached(batch))
 
-    def _check_names(self, spec: ExchangeSpec) -> None:
+    def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
+        super()._check(batch, layout, spec)
         if self.name == "none":
             return
         wanted = (

@@ -11,11 +11,13 @@ import torch
 
 from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec, RollOptions, check_batch
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.agreement import agree
 
 Tokens = dict[str, torch.Tensor]
+Spec = ExchangeSpec | RowSpec
 MARKS = 128  # of a microbatch: one for each of its exchanges, and these for one in its place
 CHANGED, REFUSED = 126, 127  # a microbatch of another kind; one that was refused
 
@@ -104,9 +106,9 @@ class Roller(ABC):
         # The first mark of the last microbatch, started or refused after the first use. Ranks whose exchanges have
         # different marks are out of step.
         self.mark = self._number * MARKS * 2**16
-        self._agreed: ExchangeSpec | None = None  # what all ranks agreed on last
-        self._spec: ExchangeSpec | None = None  # of the last batch that could be started
-        self._spec_of = partial(
+        self._agreed: Spec | None = None  # what all ranks agreed on last
+        self._spec: Spec | None = None  # of the last batch that could be started
+        self._spec_of: Callable[[Batch, Layout], Spec] = partial(
             ExchangeSpec.of,
             group=self._group,
             schedule=self.name,
@@ -153,8 +155,7 @@ class Roller(ABC):
             spec = self._spec_of(batch, layout)
             is_new = spec != self._spec
             if is_new:
-                check_batch(batch, layout, self._group, self.options.fills)
-                self._check_names(spec)
+                self._check(batch, layout, spec)
         except Exception as error:
             if self._agreed is None:
                 agree(self._group, self.name, None, str(error))
@@ -187,10 +188,11 @@ class Roller(ABC):
     @abstractmethod
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls: ...
 
-    def _check_names(self, spec: ExchangeSpec) -> None:  # noqa: B027 - most schedules have nothing to check
-        """Raise ValueError if the schedule needs tensors that the batch lacks."""
+    def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
+        """Raise ValueError if the batch cannot be rolled."""
+        check_batch(batch, layout, self._group, self.options.fills)
 
-    def _adopt(self, spec: ExchangeSpec, layout: Layout) -> None:  # noqa: B027 - most have nothing to make
+    def _adopt(self, spec: Spec, layout: Layout) -> None:  # noqa: B027 - most have nothing to make
         """Make what batches of a new spec need. Collective."""
 
     def raise_if_failed(self) -> None:  # noqa: B027 - most schedules find out when they roll

@@ -1,0 +1,111 @@
+"""Activations between CPU ranks: gloo, and the kernels in plain torch."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
+from overlap_mtp.exchange.rows import Round
+from overlap_mtp.exchange.transport import PendingExchange
+from overlap_mtp.kernels import row_reference
+
+
+@dataclass(frozen=True, eq=False)
+class Posted:
+    """A round under way. gloo writes into the buffer whenever a message arrives, so it must live until then."""
+
+    rounds: list[Round]  # the one under way, then those that follow it
+    works: list[dist.Work | None]  # of what it receives, then of what it sends
+    what: str  # for error messages
+    buffer: torch.Tensor
+    owner: weakref.ref[RowExchange]
+
+
+class GlooRowTransport(RowTransport):
+    """Sends and receives over gloo, one for each peer: so a peer that never comes is named. Waiting blocks the host."""
+
+    name = "process_group"
+    kernels = row_reference
+
+    def take_back(self, exchange: PendingExchange) -> None:
+        """Let the exchange go. What is under way stays in `group.unfinished`; the next `start` waits for it."""
+        exchange.buffers = None
+
+    def close(self) -> None:
+        self.raise_if_failed()
+
+    @contextmanager
+    def _aside(
+        self, exchange: RowExchange, reads: Tensors, ready: torch.cuda.Event | None = None
+    ) -> Iterator[None]:
+        """gloo sends in threads of its own. But first, what nobody waits for any more has to arrive."""
+        for posted in [one for one in self.group.unfinished if one.owner() is None]:
+            self._wait(posted)
+        yield
+
+    def _leave(self, exchange: RowExchange) -> None:
+        """Post the first round. The others follow when it has arrived."""
+        self._post(exchange, self._rounds(exchange))
+
+    def _arrive(self, exchange: RowExchange) -> None:
+        while exchange.posted is not None:
+            posted: Posted = exchange.posted
+            self._wait(posted)
+            exchange.posted = None
+            if self._is_wrong(exchange, posted.rounds[0]):
+                return
+            self._post(exchange, posted.rounds[1:])
+
+    def _post(self, exchange: RowExchange, rounds: list[Round]) -> None:
+        if not rounds:
+            return
+        what = f"{'the backward of ' * exchange.is_backward}{self.describe(exchange.number)}"
+        rank_of, group = self.group.global_rank, self.group.process_group
+        with self.group.named_errors(what):
+            received, sent = (
+                [
+                    call(part, rank_of(message.peer), group, self._tag(exchange, part))
+                    for message, part in ((message, message.of(exchange.buffer)) for message in messages)
+                ]
+                for call, messages in ((dist.irecv, rounds[0].received), (dist.isend, rounds[0].sent))
+            )
+        self._count(exchange.buffer, rounds[0])
+        owner = weakref.ref(exchange)
+        exchange.posted = Posted(rounds, received + sent, what, exchange.buffer, owner)
+        self.group.unfinished.append(exchange.posted)
+
+    def _tag(self, exchange: RowExchange, part: torch.Tensor) -> int:
+        """The tag of a message, 31 bits. Messages meet if their tags are equal.
+
+        A header tells what a message is for. So the messages of a peer that is out of step are received, unless they
+        have another length, which would end the process. Without headers they must not be received.
+        """
+        if self._has_headers:
+            return exchange.order % 2**20 << 11 | part.nbytes % 1021 << 1 | exchange.is_backward
+        return zlib.crc32(self._fingerprint(exchange).to_bytes(8)) % 2**31
+
+    def _wait(self, posted: Posted) -> None:
+        messages = posted.rounds[0].received + posted.rounds[0].sent
+        for work, message in zip(posted.works, messages, strict=True):
+            assert work is not None
+            with self.group.named_errors(f"{posted.what}, in which it waited for cp rank {message.peer},"):
+                work.wait()
+        self.group.unfinished.remove(posted)
+
+    def _is_wrong(self, exchange: RowExchange, one: Round) -> bool:
+        """Set the error flag if a message of a round was not meant for this exchange."""
+        if not self._has_headers:
+            return False
+        fingerprint = self._fingerprint(exchange)
+        for message in one.received:
+            if int(exchange.buffer[message.begin].view(torch.int64)[0]) != fingerprint:
+                self.error_flags[0] = 1 + message.peer
+                return True
+        return False

@@ -1,0 +1,289 @@
+"""Rolls of activations: differentiable, and exact in their gradients on the rank that owns each row.
+
+Tokens are known when the batch arrives. Activations are born in the middle of a step, and their gradients must travel
+back. So there are two exchanges: one leaves at `start` and is waited for at the first `at`; the other leaves in
+backward of `at` and is waited for in backward of `start`. Between the two lies the compute that hides them.
+
+- sync: a blocking message for each tensor, depth and document, in both directions;
+- merged: a blocking message for each depth;
+- overlap: one message for all depths, on the side stream;
+- none: no exchange. It returns zeros in place of the rows of peers and is for timing only.
+
+All add up the same numbers in the same order: sync, merged and overlap give the same bits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from overlap_mtp.device_layout import Layout
+from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.exchange.row_gloo import GlooRowTransport
+from overlap_mtp.exchange.row_spec import RowSpec
+from overlap_mtp.exchange.row_transport import EXPECTS_GRADIENTS, RowExchange, RowTransport
+from overlap_mtp.exchange.rows import make_row_plans
+from overlap_mtp.exchange.spec import Batch, roll_options
+from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules.packed import PackedRoller, Timing
+from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls, Spec, Tokens
+from overlap_mtp.tensors import IGNORE_INDEX
+
+TIMINGS = {
+    "sync": Timing(is_overlapped=False, all_depths=True),
+    "merged": Timing(is_overlapped=False, all_depths=True),
+    "overlap": Timing(is_overlapped=True, all_depths=True),
+    "none": Timing(is_overlapped=False, all_depths=True),
+}
+ACTIVATION_SCHEDULES = tuple(name for name in TIMINGS if name != "none")
+
+
+def make_activation_roller(
+    schedule: str,
+    cp_group: dist.ProcessGroup | None,
+    num_depths: int,
+    max_documents: int = 128,
+    seq_dim: int = 1,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Roller:
+    """Make a roller of activations. It communicates nothing: that begins with the first `start`.
+
+        rolls = roller.start({"embeddings": embeddings}, layout)   # where they are born
+        ...
+        ahead = rolls.at(depth)["embeddings"]                      # [B, L, H], differentiable
+
+    Row i of the roll at depth k is row i + k if that is a valid token of the same document, else 0. Gradients arrive at
+    the tensors that `start` was given, on the rank that owns the row. Call `start` and `at` outside of recomputed
+    functions, and give these the rolls as inputs: then backward sends nothing a second time.
+
+    Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls.
+
+    Args:
+        schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).
+        cp_group: the ranks that share a sequence; None for one rank that holds everything.
+        num_depths: how many depths `at` will be asked for.
+        max_documents: as in `make_roller`. It sizes the messages: about 3 * num_depths rows for a document.
+        seq_dim: the sequence dimension of the tensors: 1 for [B, L, H], 0 for [L, B, H] or [L, H].
+        tp_group: the tensor-parallel ranks, if each holds a slice of its cp rank's rows (sequence parallelism). Their
+            slices lie one after the other, in rank order.
+
+    Returns:
+        The roller. Its batches hold float64, float32, bfloat16 or float16, one dtype in each batch.
+
+    Raises:
+        ValueError: if the schedule is unknown, or a size is below 1.
+    """
+    if schedule not in TIMINGS:
+        raise ValueError(f"schedule must be one of {', '.join(ACTIVATION_SCHEDULES)}, got {schedule!r}")
+    if seq_dim not in (0, 1):
+        raise ValueError(f"seq_dim must be 0 or 1, got {seq_dim}")
+    options = roll_options(num_depths, max_documents, IGNORE_INDEX, None, None)
+    config = RollerConfig(
+        schedule, exchange_group_of(cp_group), "", options, IGNORE_INDEX, check_layouts=False
+    )
+    return ActivationRoller(config, seq_dim, tp_group)
+
+
+class ActivationRoller(PackedRoller):
+    """A roller whose rolls are differentiable."""
+
+    reads_device_bounds = False
+    timings = TIMINGS
+
+    def __init__(self, config: RollerConfig, seq_dim: int, tp_group: dist.ProcessGroup | None) -> None:
+        super().__init__(config)
+        is_shared = tp_group is not None and tp_group.size() > 1
+        self._tp_group = exchange_group_of(tp_group) if is_shared else None
+        self._tp = (self._tp_group.cp_rank, self._tp_group.cp_size) if self._tp_group else (0, 1)
+        self._spec_of = partial(
+            RowSpec.of,
+            group=self._group,
+            schedule=self.name,
+            options=config.options,
+            seq_dim=seq_dim,
+            tp_size=self._tp[1],
+        )
+
+    def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
+        """RowSpec.of has checked the rest."""
+        if spec.device.type != "cpu":
+            raise ValueError(f"activations are rolled between CPU ranks only so far, got {spec.device}")
+
+    def _make_transport(self, spec: RowSpec, layout: Layout) -> Transport:
+        assert isinstance(layout, SequenceLayout)
+        plans = make_row_plans(layout, self.num_depths, self.max_documents, self.name == "merged", self._tp)
+        tokens = [one.tokens for one in plans]
+        config = TransportConfig(
+            self._group, tokens, spec, self.traffic, self.is_overlapped, layout.local_len
+        )
+        return GlooRowTransport(config, plans, self._tp_group)
+
+    def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
+        assert isinstance(self._transport, RowTransport)
+        self._layout = layout
+        if self.refusal is not None or self._transport.failure:
+            self.check_in_step()
+        return ActivationRolls(self, self._transport, batch, layout, ready)
+
+
+class ActivationRolls(Rolls):
+    """The rolls of one exchange. Autograd sees two functions: one at `start`, one at the first `at`."""
+
+    def __init__(
+        self,
+        roller: ActivationRoller,
+        transport: RowTransport,
+        batch: Batch,
+        layout: Layout,
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        self._roller, self._transport, self._layout = roller, transport, layout
+        self._tensors = [batch[name] for name in transport.spec.names]
+        self._mark = roller.mark
+        self._rolled: list[Tokens] = []
+        self._pending: PendingExchange | None = None
+        self._backward: Backward | None = None
+        if torch.is_grad_enabled() and any(one.requires_grad for one in self._tensors):
+            self._mark += EXPECTS_GRADIENTS
+            self._backward = Backward(transport)
+            self._backward.watch(self._tensors)
+            self._tensors = list(_Start.apply(self._backward, *self._tensors))  # type: ignore[no-untyped-call]
+        if roller.is_overlapped:
+            self._start_exchange(ready)
+
+    def at(self, depth: int) -> Tokens:
+        self._roller.check_depth(depth)
+        if not self._rolled:
+            self._roller.check_open()
+            if self._transport.failure:
+                raise RuntimeError(self._transport.failure)
+            if self._pending is None:
+                self._start_exchange()
+            names = self._transport.spec.names
+            flat = self._join() if self._backward is None else self._join_differentiably(self._backward)
+            depths = [flat[at : at + len(names)] for at in range(0, len(flat), len(names))]
+            self._rolled = [dict(zip(names, rolls, strict=True)) for rolls in depths]
+            self._tensors = []
+        return dict(self._rolled[depth - 1])
+
+    def _join_differentiably(self, backward: Backward) -> tuple[torch.Tensor, ...]:
+        flat: tuple[torch.Tensor, ...] = _Join.apply(self._join, backward, *self._tensors)  # type: ignore[no-untyped-call]
+        return flat
+
+    def _start_exchange(self, ready: torch.cuda.Event | None = None) -> None:
+        detached = [tensor.detach() for tensor in self._tensors]
+        if ready is not None and not all(map(torch.Tensor.is_contiguous, detached)):
+            torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
+            ready = None
+        detached = [tensor.contiguous() for tensor in detached]
+        self._pending = self._transport.start(detached, self._layout, self._mark, ready)
+        if self._backward is not None:
+            self._backward.exchange = self._pending.buffers
+        self._transport.raise_if_failed()
+
+    def _join(self) -> tuple[torch.Tensor, ...]:
+        assert self._pending is not None
+        depths = self._pending.wait()
+        self._transport.raise_if_failed()
+        return tuple(depth[name] for depth in depths for name in self._transport.spec.names)
+
+
+class Backward:
+    """The backward of one exchange: it begins with the gradients of the rolls and ends at the tensors.
+
+    A rank whose loss does not use the rolls still has to take part, because its peers wait for it. It notices when the
+    gradient of one of its tensors is complete, and sends zeros then.
+    """
+
+    def __init__(self, transport: RowTransport) -> None:
+        self._transport = transport
+        self.exchange: RowExchange | None = None  # None until it is started
+        self._is_complete = False  # the last one that began has ended
+        self._late: dict[int, torch.Tensor] = {}  # by tensor: gradients of peers that have not been added
+
+    def begin(self, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """As RowTransport.begin_backward."""
+        assert self.exchange is not None
+        self._is_complete = False
+        sums = self._transport.begin_backward(self.exchange, gradients)
+        self._transport.raise_if_failed()
+        return sums
+
+    def end(self, sums: list[torch.Tensor]) -> None:
+        """As RowTransport.end_backward."""
+        assert self.exchange is not None
+        self._transport.end_backward(self.exchange, sums)
+        self._transport.raise_if_failed()
+        self._is_complete = True
+
+    def watch(self, tensors: list[torch.Tensor]) -> None:
+        """Take part in the peers' backward when the gradient of one of the tensors is complete, if not before."""
+        for number, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                # A hook on a leaf lives as long as the tensor.
+                this = weakref.ref(self) if tensor.is_leaf else lambda: self
+                tensor.register_hook(partial(_take_part, this, number))  # type: ignore[no-untyped-call]
+
+    def take_part(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a tensor with what peers add to it; None if there is nothing to add."""
+        if self.exchange is None:
+            return None
+        if not self._is_complete:
+            depth = self._transport.spec.zeros(self.exchange.layout.local_len)
+            sums = self.begin([depth] * self._transport.plan.num_depths)
+            self.end(sums)
+            self._late = dict(enumerate(sums))
+        late = self._late.pop(number, None)
+        return None if late is None else gradient + late
+
+
+def _take_part(
+    backward: Callable[[], Backward | None], number: int, gradient: torch.Tensor
+) -> torch.Tensor | None:
+    one = backward()
+    return None if one is None else one.take_part(number, gradient)
+
+
+class _Start(torch.autograd.Function):
+    """The identity. Its backward waits for the gradients of peers and adds them."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Backward, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.exchange_backward = backward
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.exchange_backward.end(list(sums))
+        wanted = zip(sums, ctx.needs_input_grad[1:], strict=True)
+        return None, *(one if is_wanted else None for one, is_wanted in wanted)
+
+
+class _Join(torch.autograd.Function):
+    """The rolls of all depths. Its backward sends the gradients of the rows that came from peers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, join: Callable[[], tuple[torch.Tensor, ...]], backward: Backward, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.exchange_backward, ctx.num_tensors = backward, len(tensors)
+        return join()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        size = ctx.num_tensors
+        depths = [list(gradients[at : at + size]) for at in range(0, len(gradients), size)]
+        return (
+            None,
+            None,
+            *ctx.exchange_backward.begin([[one.contiguous() for one in depth] for depth in depths]),
+        )
