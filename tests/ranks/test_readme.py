@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from overlap_mtp import roll_reference
+from overlap_mtp import SequenceLayout, roll_reference
 
 from rank_pool import RankPool
 
@@ -84,3 +84,45 @@ def run_integration(group: dist.ProcessGroup) -> list[str]:
 
 def test_the_integration_page_gives_the_defined_rolls_and_a_sum_of_gradients(pool: RankPool):
     assert pool.run(run_integration, 8) == [[]] * 8
+
+
+def run_activations(group: dist.ProcessGroup) -> tuple[float, list[torch.Tensor]]:
+    """Loss and all gradients of the blocks, summed over ranks."""
+    layout = SequenceLayout.packed([0, 32, 48, 96], group.size(), valid_lengths=[30, 16, 41])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCAB, (1, layout.seq_len), generator=generator)
+    features = torch.randn(1, layout.seq_len, HIDDEN, generator=generator)
+    torch.manual_seed(0)
+    modules = {
+        "embedding": nn.Embedding(VOCAB, HIDDEN),
+        "trunk": nn.Linear(HIDDEN, HIDDEN),
+        "mtp_layers": nn.ModuleList([MTPLayer(), MTPLayer()]),
+        "norm": nn.RMSNorm(HIDDEN),
+        "head": nn.Linear(HIDDEN, VOCAB),
+    }
+    names: dict[str, Any] = {
+        **modules,
+        "cp_group": group,
+        "layout": layout,
+        "ids": layout.shard(ids, group.rank()),
+        "image_features": layout.shard(features, group.rank(), dim=1),
+        "is_image": layout.shard(ids % 5 == 0, group.rank()),
+        "num_tokens": int(layout.valid_lengths.sum()),
+    }
+    for code in blocks_of("docs/activations.md"):
+        exec(code, names)
+    sums = [names["loss"].detach().double(), *(p.grad for one in modules.values() for p in one.parameters())]
+    for one in sums:
+        dist.all_reduce(one, group=group)
+    for roller in ("roller", "older", "teacher"):
+        names[roller].close()
+    return sums[0].item(), sums[1:]
+
+
+def test_the_page_of_activations_gives_the_same_gradients_on_any_number_of_ranks(pool: RankPool):
+    loss, gradients = pool.run(run_activations, 2)[0]
+    assert 0 < loss < 2  # of two depths, each at most 1
+    for cp_size in (4, 8):
+        for other_loss, others in pool.run(run_activations, cp_size):
+            assert abs(other_loss - loss) < 1e-5
+            torch.testing.assert_close(others, gradients)
