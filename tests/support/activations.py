@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import product
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from overlap_mtp import SequenceLayout, roll_reference
+from overlap_mtp import Roller, SequenceLayout, roll_reference
+from overlap_mtp.device_layout import Layout
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 
+from exact_activations import SEQ_DIM, Activations, Tensors
+from rank_bodies import device_layout_of
 from rank_pool import device_of
-from strategies import same_bits
+from strategies import KINDS, same_bits
 
 
 def rolled(full: torch.Tensor, layout: SequenceLayout, depth: int) -> torch.Tensor:
@@ -72,4 +78,109 @@ def activations_differ(
     for name, gradients in found.items():
         if not all(same_bits(gradients[0], other) for other in gradients[1:]):
             wrong.append(f"gradients of {name} differ between schedules")
+    return wrong
+
+
+def rolls_of(roller: Roller, tensors: Tensors, layout: Layout) -> list[Tensors]:
+    """The rolls of all depths."""
+    rolls = roller.start(tensors, layout)
+    return [rolls.at(depth) for depth in range(1, roller.num_depths + 1)]
+
+
+def run_backward(batch: Activations, tensors: Tensors, rolled: list[Tensors]) -> None:
+    """Run backward from the rolls and from the tensors themselves, which have another consumer."""
+    ends = [(tensor * 1, batch.weight(name, 0)) for name, tensor in tensors.items()]
+    for depth, by_name in enumerate(rolled, start=1):
+        ends += [(tensor, batch.weight(name, depth)) for name, tensor in by_name.items()]
+    torch.autograd.backward(*zip(*ends, strict=True))
+
+
+def leaves_of(batch: Activations) -> Tensors:
+    return {name: tensor.requires_grad_() for name, tensor in batch.shards().items()}
+
+
+def wrong_rows(batch: Activations, roller: Roller, on_device: bool = False) -> list[str]:
+    """What is wrong with one microbatch, forward and backward."""
+    leaves = leaves_of(batch)
+    tensors = {name: leaf * 1 for name, leaf in leaves.items()}
+    layout = device_layout_of(batch.layout, batch.device) if on_device else batch.layout
+    rolled = rolls_of(roller, tensors, layout)
+    run_backward(batch, tensors, rolled)
+    return batch.wrong_rolls(rolled) + batch.wrong_gradients(gradients_of(leaves))
+
+
+def gradients_of(leaves: Tensors) -> Tensors:
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def rows_differ(
+    group: dist.ProcessGroup | None,
+    layout: SequenceLayout,
+    num_depths: int,
+    form: str = "BLH",
+    names: str = "ab",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    on_device: bool = False,
+    schedules: tuple[str, ...] = ACTIVATION_SCHEDULES,
+    tp_group: dist.ProcessGroup | None = None,
+) -> list[str]:
+    """The rows of rolls and gradients that are not those of the definition, bit for bit."""
+    batch = Activations.of(group, layout, num_depths, form, names, dtype, seed, tp_group)
+    documents = layout.num_documents + on_device  # those of a DeviceLayout count one more for a tail
+    wrong = []
+    for schedule in schedules:
+        roller = make_activation_roller(schedule, group, num_depths, documents, batch.seq_dim, tp_group)
+        wrong += [f"{schedule}: {one}" for one in wrong_rows(batch, roller, on_device)]
+        roller.close()
+    return wrong
+
+
+def make_grid(tp_size: int, cp_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None] | None:
+    """This rank's (tp group, cp group) in a grid of the first ranks, the tp rank first; None if it is outside."""
+    ranks = torch.arange(tp_size * cp_size).view(cp_size, tp_size)
+    made = [
+        [dist.new_group(members) for members in grid.tolist()] if grid.shape[1] > 1 else [None] * len(grid)
+        for grid in (ranks, ranks.T)
+    ]
+    if dist.get_rank() >= tp_size * cp_size:
+        return None
+    cp_rank, tp_rank = divmod(dist.get_rank(), tp_size)
+    return made[0][cp_rank], made[1][tp_rank]
+
+
+def shared_layouts(tp_size: int, cp_size: int) -> list[SequenceLayout]:
+    """Slices of one row and of several, with documents that end on slices and one row beside them."""
+    found = []
+    for kind, slice_len in product(KINDS, (1, 3, 4)):
+        seq_len = slice_len * tp_size * cp_size
+        if kind == "zigzag":  # documents of 2 tokens a rank
+            bounds = [*range(0, seq_len + 1, 2 * cp_size)]
+        else:
+            ends = range(slice_len, seq_len, slice_len)
+            bounds = [0, *sorted(end + n % 3 - 1 for n, end in enumerate(ends)), seq_len]
+        lengths = np.diff(bounds)
+        found.append(SequenceLayout.dense(seq_len, cp_size, kind))
+        found.append(SequenceLayout.packed(bounds, cp_size, kind))
+        found.append(
+            SequenceLayout.packed([0, *bounds], cp_size, kind, [0, *(lengths - 1).clip(0)])
+        )  # padded
+        if len(bounds) > 2:
+            found.append(SequenceLayout.packed(bounds[:2], cp_size, kind, seq_len=seq_len))  # with a tail
+    return found
+
+
+def shared_rows_differ(world: dist.ProcessGroup, grids: list[tuple[int, int]]) -> list[str]:
+    """What is wrong with rows that tp ranks share, in grids of (tp, cp) ranks."""
+    wrong, dtypes, forms = [], (torch.float64, torch.float32, torch.bfloat16), list(SEQ_DIM)
+    for tp_size, cp_size in grids:
+        grid = make_grid(tp_size, cp_size)
+        if grid is None:
+            continue
+        tp_group, cp_group = grid
+        for n, layout in enumerate(shared_layouts(tp_size, cp_size)):
+            schedule, num_depths = ACTIVATION_SCHEDULES[n % 5 % 3], (1, 2, 3, 5)[n % 7 % 4]
+            how = num_depths, forms[n % 4], ("a", "ab")[n % 2], dtypes[n % 3], n
+            found = rows_differ(cp_group, layout, *how, False, (schedule,), tp_group)
+            wrong += [f"tp {tp_size}, cp {cp_size}, layout {n}: {one}" for one in found]
     return wrong
