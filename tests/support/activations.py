@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -184,3 +188,70 @@ def shared_rows_differ(world: dist.ProcessGroup, grids: list[tuple[int, int]]) -
             found = rows_differ(cp_group, layout, *how, False, (schedule,), tp_group)
             wrong += [f"tp {tp_size}, cp {cp_size}, layout {n}: {one}" for one in found]
     return wrong
+
+
+def bits_differ(
+    group: dist.ProcessGroup | None,
+    layout: SequenceLayout,
+    dtype: torch.dtype,
+    tp_group: dist.ProcessGroup | None = None,
+) -> list[str]:
+    """Two runs of every schedule whose values or gradients have not the bits of the first one.
+
+    Gradients are sums that are rounded, of rolls and of other consumers before and after the rolls.
+    """
+    batch = Activations.of(group, layout, 5, dtype=dtype, tp_group=tp_group)
+    found: dict[str, list[torch.Tensor]] = {}
+    for schedule in ACTIVATION_SCHEDULES:
+        documents = layout.num_documents
+        roller = make_activation_roller(schedule, group, 5, documents, tp_group=tp_group)
+        for run in range(2):
+            leaves = leaves_of(batch)
+            tensors = {name: leaf * 1 for name, leaf in leaves.items()}
+            before = sum(tensor.square().sum() for tensor in tensors.values())
+            rolled = rolls_of(roller, tensors, layout)
+            after = sum(tensor.sin().sum() for tensor in tensors.values())
+            losses = (roll * roll.cos() / 3 for by_name in rolled for roll in by_name.values())
+            sum((loss.sum() for loss in losses), before + after).backward()
+            values = [roll.detach() for by_name in rolled for roll in by_name.values()]
+            found[f"{schedule}, run {run}"] = values + list(gradients_of(leaves).values())
+        roller.close()
+    first = next(iter(found.values()))
+    return [name for name, bits in found.items() if not all(map(same_bits, bits, first))]
+
+
+def shared_bits_differ(world: dist.ProcessGroup, dtype: torch.dtype) -> list[str]:
+    """As `bits_differ`, if 2 tp ranks share the rows of each of 4 cp ranks."""
+    grid = make_grid(2, 4)
+    assert grid is not None
+    return bits_differ(grid[1], SequenceLayout.packed([0, 16, 48, 64], 4), dtype, grid[0])
+
+
+def count_traffic(
+    group: dist.ProcessGroup, schedule: str, layout: SequenceLayout, num_depths: int, names: str
+) -> list[tuple[int, int]]:
+    """(messages, bytes) of forward and of backward, as the roller counts them; they are those that leave."""
+    batch = Activations.of(group, layout, num_depths, names=names, dtype=torch.float32)
+    roller = make_activation_roller(schedule, group, num_depths, layout.num_documents)
+    roller.start(batch.shards(), layout).at(1)  # the first time the ranks agree on it
+    tensors = {name: leaf * 1 for name, leaf in leaves_of(batch).items()}
+    counts, sent = [], []
+    isend = dist.isend
+
+    def counted(tensor: torch.Tensor, *args: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return isend(tensor, *args)
+
+    def step(call: Callable[[], Any]) -> Any:
+        before = replace(roller.traffic)
+        result = call()
+        counts.append((roller.traffic.messages - before.messages, roller.traffic.bytes - before.bytes))
+        assert counts[-1] == (len(sent), sum(sent))
+        sent.clear()
+        return result
+
+    with mock.patch.object(dist, "isend", counted):
+        rolled = step(lambda: rolls_of(roller, tensors, layout))
+        step(lambda: run_backward(batch, tensors, rolled))
+    roller.close()
+    return counts

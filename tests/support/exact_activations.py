@@ -74,7 +74,10 @@ class Activations:
         for n, name in enumerate(names):
             is_flat = form == "LH" or (form == "LH and LBH" and n == 0)
             shapes[name] = (layout.seq_len, *(() if is_flat else (2,)), 3 + 2 * n)
-        tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        tensors = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            for name, shape in shapes.items()
+        }
 
         def whole(shape: tuple[int, ...]) -> torch.Tensor:
             sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
