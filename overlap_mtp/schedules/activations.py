@@ -173,7 +173,9 @@ class ActivationRolls(Rolls):
             self._tensors = []
         return dict(self._rolled[depth - 1])
 
+    @torch.enable_grad()
     def _join_differentiably(self, backward: Backward) -> tuple[torch.Tensor, ...]:
+        """Also if the first `at` is under no_grad: later ones return the same rolls."""
         flat: tuple[torch.Tensor, ...] = _Join.apply(self._join, backward, *self._tensors)  # type: ignore[no-untyped-call]
         return flat
 
