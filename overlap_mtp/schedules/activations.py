@@ -229,9 +229,11 @@ class Backward:
         """Take part in the peers' backward when the gradient of one of the tensors is complete, if not before."""
         for number, tensor in enumerate(tensors):
             if tensor.requires_grad:
-                # A hook on a leaf lives as long as the tensor.
+                # A hook on a leaf lives as long as the tensor, which may be a parameter.
                 this = weakref.ref(self) if tensor.is_leaf else lambda: self
-                tensor.register_hook(partial(_take_part, this, number))  # type: ignore[no-untyped-call]
+                handle = tensor.register_hook(partial(_take_part, this, number))  # type: ignore[no-untyped-call]
+                if tensor.is_leaf:
+                    weakref.finalize(self, handle.remove).atexit = False
 
     def take_part(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
         """The gradient of a tensor with what peers add to it; None if there is nothing to add."""
