@@ -43,6 +43,7 @@ TIMINGS = {
     "none": Timing(is_overlapped=False, all_depths=True),
 }
 ACTIVATION_SCHEDULES = tuple(name for name in TIMINGS if name != "none")
+NO_PASS = -1  # in place of the number of a backward pass
 
 
 def make_activation_roller(
@@ -63,7 +64,8 @@ def make_activation_roller(
     the tensors that `start` was given, on the rank that owns the row. Call `start` and `at` outside of recomputed
     functions, and give these the rolls as inputs: then backward sends nothing a second time.
 
-    Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls.
+    Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls, if it
+    uses every tensor and none of them is a leaf, or the rolls live until backward.
 
     Args:
         schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).
@@ -207,13 +209,13 @@ class Backward:
     def __init__(self, transport: RowTransport) -> None:
         self._transport = transport
         self.exchange: RowExchange | None = None  # None until it is started
-        self._is_complete = False  # the last one that began has ended
+        self._ended_in = NO_PASS  # the last pass of autograd in which it ended
+        self._watched: list[int] = []  # the tensors that have a gradient
         self._late: dict[int, torch.Tensor] = {}  # by tensor: gradients of peers that have not been added
 
     def begin(self, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """As RowTransport.begin_backward."""
         assert self.exchange is not None
-        self._is_complete = False
         sums = self._transport.begin_backward(self.exchange, gradients)
         self._transport.raise_if_failed()
         return sums
@@ -223,12 +225,13 @@ class Backward:
         assert self.exchange is not None
         self._transport.end_backward(self.exchange, sums)
         self._transport.raise_if_failed()
-        self._is_complete = True
+        self._ended_in = _current_pass()
 
     def watch(self, tensors: list[torch.Tensor]) -> None:
         """Take part in the peers' backward when the gradient of one of the tensors is complete, if not before."""
         for number, tensor in enumerate(tensors):
             if tensor.requires_grad:
+                self._watched.append(number)
                 # A hook on a leaf lives as long as the tensor, which may be a parameter.
                 this = weakref.ref(self) if tensor.is_leaf else lambda: self
                 handle = tensor.register_hook(partial(_take_part, this, number))  # type: ignore[no-untyped-call]
@@ -239,13 +242,30 @@ class Backward:
         """The gradient of a tensor with what peers add to it; None if there is nothing to add."""
         if self.exchange is None:
             return None
-        if not self._is_complete:
+        if self._ended_in != _current_pass():
             depth = self._transport.spec.zeros(self.exchange.layout.local_len)
             sums = self.begin([depth] * self._transport.plan.num_depths)
             self.end(sums)
-            self._late = dict(enumerate(sums))
+            self._late = {one: sums[one] for one in self._watched}
+            torch.autograd.Variable._execution_engine.queue_callback(self._check_late)
         late = self._late.pop(number, None)
         return None if late is None else gradient + late
+
+    def _check_late(self) -> None:
+        """At the end of a pass: raise RuntimeError if a gradient of peers belongs to a tensor without one here."""
+        late, self._late = self._late, {}
+        lost = [self._transport.spec.names[one] for one, gradient in late.items() if gradient.any()]
+        if lost:
+            raise RuntimeError(
+                f"overlap_mtp: peers sent gradients of {', '.join(lost)}, but the loss of cp rank "
+                f"{self._transport.plan.cp_rank} uses neither this nor the rolls: let it use all tensors that were "
+                "given to `start`, or the rolls (times 0, if they do not count)"
+            )
+
+
+def _current_pass() -> int:
+    """The number of the backward pass that this thread is in. DDP, FSDP and checkpoint use it, too."""
+    return torch._C._current_graph_task_id()
 
 
 def _take_part(
