@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
+
 from activation_faults import (
+    DIFFERENT,
+    OUT_OF_STEP,
     close_with_exchanges_under_way,
+    go_out_of_step,
     leaks,
     look_under_no_grad,
     lose_a_gradient,
     recompute,
     roll_among_others,
     run_backward_of_several_microbatches,
+    start_other_kinds,
     what_outlives_a_step,
     wrong_after_passes,
 )
 from cases import ODD_RANK
-from rank_pool import RankPool
+from rank_pool import TIMEOUT_S, RankPool
+
+SLACK_S = 6
 
 
 def test_every_rank_takes_part_in_backward_whatever_its_losses_use(ranks: RankPool):
@@ -58,3 +66,47 @@ def test_microbatches_of_several_rollers_do_not_disturb_each_other(ranks: RankPo
 
 def test_one_backward_of_several_microbatches_whose_rolls_a_rank_does_not_use(ranks: RankPool):
     ranks.check(run_backward_of_several_microbatches, 3)
+
+
+@pytest.fixture(scope="module")
+def other_kinds(ranks: RankPool) -> list[dict[str, tuple[str, list[str]]]]:
+    return ranks.run(start_other_kinds, 3)
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_all_ranks_refuse_what_one_rank_starts_first(other_kinds, case):
+    for found in other_kinds:
+        error, wrong = found[case]
+        assert error.startswith("ValueError: "), error
+        for word in (f"cp rank {ODD_RANK}", *DIFFERENT[case][2]):
+            assert word in error, error
+        assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def out_of_step() -> list[dict[tuple[str, str], list[tuple[str, float]]]]:
+    with RankPool(3, timeout_s=30, sizes=()) as three:
+        return three.run(go_out_of_step, 3)
+
+
+@pytest.mark.parametrize(("schedule", "case"), OUT_OF_STEP)
+def test_a_rank_out_of_step_is_an_error_on_all_ranks(out_of_step, schedule, case):
+    """Those that hear from it say so at once. Those that wait for it name it within the group's timeout."""
+    is_heard = schedule != "sync" and case not in ("away", "no backward")
+    for rank, outcomes in enumerate(out_of_step):
+        (first, _), (second, seconds), (third, _) = outcomes[schedule, case]
+        assert first == "right", first
+        assert third.startswith("RuntimeError: "), third
+        assert seconds < (TIMEOUT_S / 2 if is_heard else TIMEOUT_S + SLACK_S), (second, seconds)
+        if rank == ODD_RANK and case in ("away", "no backward"):
+            continue
+        if rank == ODD_RANK and case == "illegal":
+            assert second.startswith("ValueError: a must be one of float64"), second
+            continue
+        assert second.startswith("RuntimeError: overlap_mtp: "), second
+        assert f"cp rank {ODD_RANK}" in second, second
+        if is_heard:
+            assert "exchanged activations by another plan" in second, second
+            assert "cu_seqlens, valid_lengths, of_batch" in second, second
+        elif rank != ODD_RANK:
+            assert f"waited for cp rank {ODD_RANK}" in second, second

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.exchange.group import exchange_group_of
 
 from cases import (
     EXCHANGING,
@@ -23,10 +21,9 @@ from cases import (
     error_of,
     replace_labels,
 )
-from rank_pool import RankPool
+from rank_pool import TIMEOUT_S, RankPool, fresh_group
 from strategies import KINDS
 
-TIMEOUT_S = 6  # long enough for a first microbatch on a busy machine
 SLACK_S = 6
 
 
@@ -35,14 +32,6 @@ def short_pool() -> Iterator[RankPool]:
     """Three ranks that make a group of their own for each test, which it may break."""
     with RankPool(3, timeout_s=30) as ranks:
         yield ranks
-
-
-def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:
-    """A cp group with its exchange group made."""
-    group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=timeout_s))
-    assert group is not None
-    assert exchange_group_of(group).process_group is not None
-    return group
 
 
 def plans_differ(world: dist.ProcessGroup, schedule: str, kind: str) -> tuple[str, str]:

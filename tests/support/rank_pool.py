@@ -35,6 +35,9 @@ def forks() -> ForkServerContext:
     return context
 
 
+TIMEOUT_S = 6  # long enough for a first microbatch on a busy machine
+
+
 class RankError(Exception):
     """An exception on a rank, with its traceback there."""
 
@@ -143,6 +146,14 @@ def _make_groups(
             groups[size] = group
             assert exchange_group_of(group).process_group is not None
     return groups
+
+
+def fresh_group(world: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:
+    """A cp group with its exchange group made."""
+    group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=timeout_s))
+    assert group is not None
+    assert exchange_group_of(group).process_group is not None
+    return group
 
 
 def run_on_forks(
