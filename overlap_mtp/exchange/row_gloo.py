@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
 from overlap_mtp.exchange.rows import Round
-from overlap_mtp.exchange.transport import PendingExchange
+from overlap_mtp.exchange.transport import IN_STEP, PendingExchange
 from overlap_mtp.kernels import row_reference
 
 
@@ -46,8 +48,9 @@ class GlooRowTransport(RowTransport):
         self, exchange: RowExchange, reads: Tensors, ready: torch.cuda.Event | None = None
     ) -> Iterator[None]:
         """gloo sends in threads of its own. But first, what nobody waits for any more has to arrive."""
-        for posted in [one for one in self.group.unfinished if one.owner() is None]:
-            self._wait(posted)
+        if not self.failure:  # peers that are in step have sent it
+            for posted in [one for one in self.group.unfinished if one.owner() is None]:
+                self._wait(posted)
         yield
 
     def _leave(self, exchange: RowExchange) -> None:
@@ -60,8 +63,19 @@ class GlooRowTransport(RowTransport):
             self._wait(posted)
             exchange.posted = None
             if self._is_wrong(exchange, posted.rounds[0]):
+                self._refuse_rest(exchange, posted.rounds[1:])
                 return
             self._post(exchange, posted.rounds[1:])
+
+    def _refuse_rest(self, exchange: RowExchange, rest: list[Round]) -> None:
+        """Send what peers will wait for, with headers of no exchange: so those that are no neighbours hear of it."""
+        for is_backward in (False, True)[exchange.is_backward :]:
+            rounds = rest if is_backward == exchange.is_backward else None
+            exchange.is_backward = is_backward
+            for one in self._rounds(exchange) if rounds is None else rounds:
+                for message in one.sent:
+                    exchange.buffer[message.begin].view(torch.int64)[0] = 0
+                self._post(exchange, [one])
 
     def _post(self, exchange: RowExchange, rounds: list[Round]) -> None:
         if not rounds:
@@ -98,6 +112,30 @@ class GlooRowTransport(RowTransport):
             with self.group.named_errors(f"{posted.what}, in which it waited for cp rank {message.peer},"):
                 work.wait()
         self.group.unfinished.remove(posted)
+
+    def _sum_over_tp(self, exchange: RowExchange, rows: torch.Tensor, summed_as: torch.Tensor) -> None:
+        """Only if all tp ranks mean the same exchange: other sizes would end the process."""
+        if self.tp_group is not None and self.schedule != "none":
+            words = self._words_of_tp(exchange, self.tp_group)
+            others = [rank for rank, word in enumerate(words) if word != words[self.tp_group.cp_rank]]
+            if others:
+                self.failure = (
+                    f"overlap_mtp: tp rank {others[0]} exchanged {self.carries} by another plan than tp rank "
+                    f"{self.tp_group.cp_rank}: {IN_STEP}"
+                )
+                raise RuntimeError(self.failure)
+        super()._sum_over_tp(exchange, rows, summed_as)
+
+    def _words_of_tp(self, exchange: RowExchange, tp_group: ExchangeGroup) -> list[int]:
+        """A word of each tp rank, which says what it means to exchange."""
+        kind = zlib.crc32(repr(self.spec.describe()).encode())
+        mark = exchange.mark % 2**23  # without the roller's number among those of its cp group
+        words = torch.zeros(tp_group.cp_size, dtype=torch.int64)
+        words[tp_group.cp_rank] = fingerprint_of(exchange.maps.checksum ^ kind, exchange.layout.batch, mark)
+        with tp_group.named_errors("the sum of boundary rows over the tp ranks"):
+            dist.all_reduce(words, group=tp_group.process_group)
+        found: list[int] = words.tolist()
+        return found
 
     def _is_wrong(self, exchange: RowExchange, one: Round) -> bool:
         """Set the error flag if a message of a round was not meant for this exchange."""

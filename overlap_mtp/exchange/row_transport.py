@@ -15,7 +15,7 @@ from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec
-from overlap_mtp.exchange.rows import Round, RowMaps, RowPlan, document_rounds, message_rounds
+from overlap_mtp.exchange.rows import HEADER, Round, RowMaps, RowPlan, document_rounds, message_rounds
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.tracing import span
@@ -80,7 +80,9 @@ class RowTransport(Transport):
                 exchange.received = exchange.buffer[self.rows.in_rows]
                 rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
                 self.kernels.pack_rows(self._by_sequence(tensors), exchange.maps.packed, rows, fingerprint)
-            self._sum_over_tp(rows.view(torch.int32))  # others hold zeros there: a sum of bits is exact
+            self._sum_over_tp(
+                exchange, rows, rows.view(torch.int32)
+            )  # others hold zeros: a sum of bits is exact
             self._leave(exchange)
         return PendingExchange(self, exchange.number, layout.local_len, [], exchange)
 
@@ -111,6 +113,7 @@ class RowTransport(Transport):
             For each tensor the sum over the depths, without what peers send.
         """
         self._arrive(exchange)  # if nobody has waited for it
+        self.raise_if_failed()
         exchange.is_backward = True
         by_depth = [self._by_sequence(depth) for depth in gradients]
         with self._aside(exchange, [one for depth in gradients for one in depth]):
@@ -121,7 +124,7 @@ class RowTransport(Transport):
                     exchange.buffer[: self.rows.sent.num_rows] = 0
                 rows, fingerprint = exchange.buffer[self.rows.in_rows], self._fingerprint(exchange)
                 self.kernels.pack_sums(by_depth, exchange.maps.in_back, rows, fingerprint)
-            self._sum_over_tp(rows)
+            self._sum_over_tp(exchange, rows, rows)
             self._leave(exchange)
         if not self.is_overlapped:
             self._arrive(exchange)
@@ -170,10 +173,20 @@ class RowTransport(Transport):
         parts = [message.of(buffer) for message in one.sent]
         self.traffic.add(len(parts), sum(part.nbytes for part in parts))
 
-    def _sum_over_tp(self, rows: torch.Tensor) -> None:
-        if self.tp_group is not None and self.schedule != "none":
-            with self.tp_group.named_errors("the sum of boundary rows over the tp ranks"):
-                dist.all_reduce(rows, group=self.tp_group.process_group)
+    def _sum_over_tp(self, exchange: RowExchange, rows: torch.Tensor, summed_as: torch.Tensor) -> None:
+        """Add up the rows that the tp ranks have packed, and write the headers again, which are no numbers.
+
+        Args:
+            exchange: whose rows.
+            rows: the part of its buffer.
+            summed_as: the same memory, in the dtype of the sum.
+        """
+        if self.tp_group is None or self.schedule == "none":
+            return
+        with self.tp_group.named_errors("the sum of boundary rows over the tp ranks"):
+            dist.all_reduce(summed_as, group=self.tp_group.process_group)
+        index = exchange.maps.in_back[0] if exchange.is_backward else exchange.maps.packed
+        rows.view(torch.int64)[:, 0].masked_fill_(index == HEADER, self._fingerprint(exchange))
 
     def _rounds(self, exchange: RowExchange) -> list[Round]:
         """What travels, in this order. In backward the last depth comes first."""

@@ -14,6 +14,7 @@ All add up the same numbers in the same order: sync, merged and overlap give the
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -126,6 +127,10 @@ class ActivationRoller(PackedRoller):
             self._group, tokens, spec, self.traffic, self.is_overlapped, layout.local_len
         )
         return GlooRowTransport(config, plans, self._tp_group)
+
+    def _refuse(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
+            super()._refuse()
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(self._transport, RowTransport)
