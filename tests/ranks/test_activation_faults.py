@@ -8,6 +8,8 @@ from activation_faults import (
     DIFFERENT,
     OUT_OF_STEP,
     close_with_exchanges_under_way,
+    count_collectives_of_none,
+    differ_among_tp_ranks,
     go_out_of_step,
     leaks,
     look_under_no_grad,
@@ -110,3 +112,25 @@ def test_a_rank_out_of_step_is_an_error_on_all_ranks(out_of_step, schedule, case
             assert "cu_seqlens, valid_lengths, of_batch" in second, second
         elif rank != ODD_RANK:
             assert f"waited for cp rank {ODD_RANK}" in second, second
+
+
+def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):
+    for rank, found in enumerate(ranks.run(differ_among_tp_ranks, 4)):
+        for (schedule, case), (first, second) in found.items():
+            assert first == "nothing", first
+            if case == "nothing":
+                assert second == "nothing", second
+            elif case == "illegal" and rank % 2 == ODD_RANK:
+                assert second.startswith("ValueError: the layout is for cp_size 3"), second
+            else:
+                other = 1 - rank % 2
+                assert second.startswith(f"RuntimeError: overlap_mtp: tp rank {other} exchanged"), (
+                    schedule,
+                    second,
+                )
+
+
+def test_none_sums_nothing_over_tp_ranks(ranks: RankPool):
+    for *counts, of_none in ranks.run(count_collectives_of_none, 4):
+        assert all(counts)
+        assert of_none == 0

@@ -9,7 +9,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from overlap_mtp import Roller, Rolls, SequenceLayout, make_roller
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 from overlap_mtp.schedules.timed import TimedRoller
 
-from activations import gradients_of, leaves_of, rolls_of, run_backward, wrong_rows
+from activations import gradients_of, leaves_of, make_grid, rolls_of, run_backward, wrong_rows
 from cases import ODD_RANK, Microbatch, error_of
 from exact_activations import Activations, Tensors
 from rank_pool import fresh_group
@@ -552,3 +554,50 @@ def start_other_kinds(group: dist.ProcessGroup) -> dict[str, tuple[str, list[str
         found[case] = error, [] if options else wrong_rows(batch, roller)
         roller.close()
     return found
+
+
+# What tp rank 1 starts second in place of its batch, as (batch, layout, hidden size).
+SHARED: dict[str, Callable[[int], tuple[SequenceLayout, int]]] = {
+    "layout": lambda cp_size: (SequenceLayout.packed([0, 12, 24], cp_size), 3),
+    "length": lambda cp_size: (SequenceLayout.packed([0, 8, 48], cp_size), 3),
+    "shape": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 5),
+    "illegal": lambda cp_size: (SequenceLayout.dense(24, 3), 3),
+    "nothing": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 3),
+}
+
+
+def differ_among_tp_ranks(world: dist.ProcessGroup) -> dict[tuple[str, str], list[str]]:
+    """By schedule and case, the outcomes of two microbatches on 2 cp ranks of 2 tp ranks."""
+    found = {}
+    for schedule, case in product(ACTIVATION_SCHEDULES, SHARED):
+        grid = make_grid(2, 2)
+        assert grid is not None
+        tp_group, cp_group = grid
+        assert tp_group is not None
+        roller = make_activation_roller(schedule, cp_group, NUM_DEPTHS, tp_group=tp_group)
+
+        def step(layout: SequenceLayout, hidden: int, roller: Roller = roller) -> None:
+            leaf = torch.ones(1, layout.local_len // 2, hidden, requires_grad=True)
+            roller.start({"a": leaf * 1}, layout).at(1)["a"].sum().backward()
+
+        is_odd = tp_group.rank() == ODD_RANK
+        good = SHARED["nothing"](2)
+        found[schedule, case] = [error_of(step, *one) for one in (good, SHARED[case](2) if is_odd else good)]
+    return found
+
+
+def count_collectives_of_none(world: dist.ProcessGroup) -> list[int]:
+    """How many sums over tp ranks each schedule takes for one microbatch, forward and backward; the last is `none`."""
+    grid = make_grid(2, 2)
+    assert grid is not None
+    layout, counts = SequenceLayout.dense(24, 2), []
+    for schedule in (*ACTIVATION_SCHEDULES, "none"):
+        batch = Activations.of(grid[1], layout, NUM_DEPTHS, tp_group=grid[0])
+        roller = make_activation_roller(schedule, grid[1], NUM_DEPTHS, tp_group=grid[0])
+        roller.start(batch.shards(), layout).at(1)
+        tensors, rolls = start(batch, roller, leaves_of(batch))
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums:
+            run_backward(batch, tensors, [rolls.at(depth) for depth in (1, 2)])
+        counts.append(sums.call_count)
+        roller.close()
+    return counts
