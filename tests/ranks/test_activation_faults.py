@@ -11,6 +11,7 @@ from activation_faults import (
     count_collectives_of_none,
     differ_among_tp_ranks,
     go_out_of_step,
+    go_out_of_step_far_away,
     leaks,
     look_under_no_grad,
     lose_a_gradient,
@@ -134,3 +135,16 @@ def test_none_sums_nothing_over_tp_ranks(ranks: RankPool):
     for *counts, of_none in ranks.run(count_collectives_of_none, 4):
         assert all(counts)
         assert of_none == 0
+
+
+def test_ranks_that_are_no_neighbours_of_one_out_of_step_hear_of_it(ranks: RankPool):
+    """Rank 3 of 4 has nothing to do with rank 1. It hears from rank 2, which heard from rank 1."""
+    by_rank = ranks.run(go_out_of_step_far_away, 4)
+    for rank, found in enumerate(by_rank):
+        for case, ((first, _), (second, seconds), _) in found.items():
+            assert first == "right", (case, first)
+            assert seconds < TIMEOUT_S, (case, rank, second, seconds)
+            error = (
+                "ValueError: " if rank == ODD_RANK and case[1] == "illegal" else "RuntimeError: overlap_mtp: "
+            )
+            assert second.startswith(error), (case, rank, second)

@@ -508,6 +508,12 @@ def go_out_of_step(world: dist.ProcessGroup) -> dict[tuple[str, str], list[tuple
         return dict(zip(groups, threads.map(lambda one: outcomes_of(groups[one], *one), groups), strict=True))
 
 
+def go_out_of_step_far_away(world: dist.ProcessGroup) -> dict[tuple[str, str], list[tuple[str, float]]]:
+    """The outcomes of cases that headers give away, on more ranks than a rank has neighbours."""
+    cases = list(product(("overlap", "merged"), ("cu_seqlens", "dtype", "no_grad", "illegal")))
+    return {case: outcomes_of(fresh_group(world, timeout_s=20), *case) for case in cases}
+
+
 # What the odd rank's roller and first batch have in place of the others', and what the errors say.
 DIFFERENT: dict[str, tuple[dict[str, Any], Callable[[Activations], Activations], list[str]]] = {
     "num_depths": ({"num_depths": 1}, lambda batch: batch, ["num_depths", "1", "2"]),
