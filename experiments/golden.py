@@ -67,7 +67,7 @@ def train(device: torch.device, dims: ParallelDims, out: Path, done: int) -> Non
             for name, value in named.items():
                 assert value is not None
                 values.setdefault(name, []).append(value)
-        model.mtp.roller.close()
+        model.mtp.close()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
 

@@ -158,7 +158,7 @@ def step(case: Case, parallel: ParallelMesh, device: torch.device, folder: Path)
     model.recompute_layers(case.recompute)
     full = batch_of(case.documents, case.dp, model.config.vocab_size)
     loss = trainer.step(share_out(full, layout_of(case.documents, case.cp), parallel, device)).loss
-    model.mtp.roller.close()
+    model.mtp.close()
     # They are DTensors after `parallelize`.
     gradients: dict[str, Any] = {name: p.grad for name, p in model.named_parameters()}
     return {"loss": loss, "gradients": {n: g.full_tensor().cpu().double() for n, g in gradients.items()}}

@@ -69,7 +69,7 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
-        self.trainer = Trainer(self.model, optimizer, config, parallel, on_phase)
+        self.trainer = Trainer(self.model, optimizer, config, parallel, on_phase, settings.seed)
         self.saved = self.model, optimizer, self.trainer.scheduler  # in checkpoints
         self.stream, self.identity = settings.stream(corpus), settings.identity(corpus)
         self.checkpoints = settings.checkpoints(save_group)
@@ -232,7 +232,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
                 run.save()
                 ended_by = ended_by or _signal_to_any(save_group, device)  # while it saved
     watchdog.phase("drawing the losses")
-    run.model.mtp.roller.close()
+    run.model.mtp.close()
     for one in logs:
         one.close()
     if log is not None:

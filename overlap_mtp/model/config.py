@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from overlap_mtp.tensors import IGNORE_INDEX
 
+MTPInputs = Literal["ids", "embeddings"]
+Distillation = Literal["none", "tv", "kl"]
 SIZES = ("hidden_size", "num_layers", "num_depths", "num_heads", "num_kv_heads", "ffn_size", "vocab_size")
 
 
@@ -32,6 +35,15 @@ class ModelConfig:
     detach_mtp: bool = False  # the MTP losses train the MTP block only
     derive_labels: bool = False  # labels are the next ids: the batch brings none
     ignore_index: int = IGNORE_INDEX  # the label that does not count
+    mtp_inputs: MTPInputs = "ids"  # depth k embeds the rolled ids, or takes the trunk's embeddings, rolled
+    hidden_state_mixing: bool = (
+        False  # in training, a depth takes hidden states of all earlier depths at random
+    )
+    distillation: Distillation = (
+        "none"  # the distance of a depth's prediction from the trunk's, added to its loss
+    )
+    distillation_weight: float = 1.0
+    distillation_detach: bool = True  # distillation does not change the trunk's prediction
     num_experts: int = 0  # in each feed-forward layer; 0 means one SwiGLU and no router
     experts_per_token: int = 2
     aux_loss_factor: float = 0.01  # of the load-balancing loss, which is a mean over layers
@@ -64,6 +76,20 @@ class ModelConfig:
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token must be in [1, num_experts = {self.num_experts}], got {self.experts_per_token}"
+            )
+        self._check_activation_uses()
+
+    def _check_activation_uses(self) -> None:
+        for name, choices in (("mtp_inputs", get_args(MTPInputs)), ("distillation", get_args(Distillation))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.hidden_state_mixing and self.num_depths < 2:
+            raise ValueError(f"hidden_state_mixing needs num_depths >= 2, got {self.num_depths}")
+        if self.distillation != "none" and not 0 < self.distillation_weight < math.inf:
+            raise ValueError(f"distillation_weight must be finite and > 0, got {self.distillation_weight}")
+        if self.distillation != "none" and self.detach_mtp and not self.distillation_detach:
+            raise ValueError(
+                "distillation_detach must be set if detach_mtp is: the MTP losses would train the trunk otherwise"
             )
 
     @property

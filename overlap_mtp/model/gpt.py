@@ -14,9 +14,18 @@ from torch import nn
 from torch.func import functional_call
 
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.model.activations import RolledRows
 from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
-from overlap_mtp.model.loss import DraftAcceptance, accepted_sum, count_tokens, masked_loss_sum, token_mask
+from overlap_mtp.model.distillation import distillation_sum
+from overlap_mtp.model.loss import (
+    DraftAcceptance,
+    accepted_sum,
+    count_tokens,
+    counted_tokens,
+    masked_loss_sum,
+    token_mask,
+)
 from overlap_mtp.model.moe import MoE, RouterStats, balance_loss
 from overlap_mtp.model.mtp import MultiTokenPrediction, Recomputed
 from overlap_mtp.schedules.roller import Roller
@@ -85,6 +94,7 @@ class GPT(nn.Module):
         config: the model's sizes.
         cp_group: the ranks that share the sequence; None if this rank holds all of it.
         schedule, max_documents: as in `make_roller`.
+        activation_schedule: as `schedule` in `make_activation_roller`.
     """
 
     def __init__(
@@ -93,6 +103,7 @@ class GPT(nn.Module):
         cp_group: dist.ProcessGroup | None = None,
         schedule: str = "prefetch",
         max_documents: int = 128,
+        activation_schedule: str = "overlap",
     ) -> None:
         super().__init__()
         self.config = config
@@ -115,6 +126,8 @@ class GPT(nn.Module):
             detach=config.detach_mtp,
             derive_labels=config.derive_labels,
             ignore_index=config.ignore_index,
+            mix_hidden_states=config.hidden_state_mixing,
+            activation_schedule=activation_schedule,
         )
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._ready: torch.cuda.Event | None = None
@@ -127,12 +140,14 @@ class GPT(nn.Module):
         layout: SequenceLayout,
         roller: Roller | TimedRoller | None = None,
         acceptance: DraftAcceptance | None = None,
+        mixing_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sums of the losses over this rank's valid tokens.
 
-        The exchange starts after the first layer's kernels are launched. The GPU is then busy, so the host time of
-        starting (0.2 ms on cold caches, measured on H200) is hidden too. On the GPU the exchange begins together with
-        that layer's feed-forward part, whose kernels are much longer than the exchange.
+        The exchange of tokens starts after the first layer's kernels are launched. The GPU is then busy, so the host
+        time of starting (0.2 ms on cold caches, measured on H200) is hidden too. On the GPU the exchange begins
+        together with that layer's feed-forward part, whose kernels are much longer than the exchange. Activations
+        leave where they are born (`overlap_mtp.model.activations`).
 
         Args:
             batch: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and
@@ -140,9 +155,12 @@ class GPT(nn.Module):
             layout: the layout of the batch.
             roller: starts the exchange; by default the MTP block's own roller.
             acceptance: receives how many drafted tokens were right.
+            mixing_keys: if hidden states are mixed, a key for each row of the batch, int64 [B]: the same on all ranks
+                that share the row. Default: zeros.
 
         Returns:
-            [num_sums]: LM, MTP depth 1, 2, ..., and load balancing if there are experts; fp32 or better.
+            [num_sums]: LM, MTP depth 1, 2, ..., and load balancing if there are experts; fp32 or better. The sum of a
+            depth holds its distillation, too: both are means over the same tokens.
             `overlap_mtp.model.loss.combine` turns them and the counts of `counts` into the loss.
 
         Raises:
@@ -164,6 +182,9 @@ class GPT(nn.Module):
         stats: list[RouterStats | None] = []
         with span("trunk"):
             hidden = backward.ends(self.embedding(ids))
+            embed: nn.Module | RolledRows = self.embedding
+            if self.config.mtp_inputs == "embeddings":
+                embed = self.mtp.start_embeddings(hidden, layout)
             angles = rope(position_ids, self.config, hidden.dtype)
             make_plan = attention_plan if layout.is_packed else self._dense_plan
             plan = make_plan(layout, self.cp_rank, ids.shape[0], hidden.device, hidden.dtype)
@@ -178,9 +199,12 @@ class GPT(nn.Module):
         tokens = dict(batch)
         if self.config.derive_labels:
             tokens |= rolls.at(0)
-        sums = [self._loss_sum(self.norm(hidden), tokens, layout, 0, acceptance)]
-        for p in self.mtp(hidden, rolls, self.embedding, by_depth=inputs[1:]):
-            sums.append(self._loss_sum(p.hidden, p.tokens, layout, p.depth, acceptance))
+        normed = self.norm(hidden)
+        teacher = self._start_teacher(normed, layout)
+        sums = [self._loss_sum(normed, tokens, layout, 0, acceptance)]
+        keys = ids.new_zeros(ids.shape[0], dtype=torch.int64) if mixing_keys is None else mixing_keys
+        for p in self.mtp(hidden, rolls, embed, by_depth=inputs[1:], layout=layout, mixing_keys=keys):
+            sums.append(self._loss_sum(p.hidden, p.tokens, layout, p.depth, acceptance, teacher))
             stats.append(p.extra)
         if self.config.num_experts:
             groups = [group for group in (self.tp_group, self.cp_group) if group is not None]
@@ -235,17 +259,37 @@ class GPT(nn.Module):
         layout: SequenceLayout,
         depth: int,
         acceptance: DraftAcceptance | None,
+        teacher: RolledRows | None = None,
     ) -> torch.Tensor:
-        labels, derived, ignored = tokens["labels"], self.config.derive_labels, self.config.ignore_index
+        config, labels = self.config, tokens["labels"]
         with span("loss", depth=depth):
-            mask = token_mask(tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, derived)
-            weight: torch.Tensor = self.head.weight
-            if depth and self.config.detach_mtp:
-                weight = weight.detach()
-            logits = functional_call(self.head, {"weight": weight}, (hidden,))
+            mask = token_mask(
+                tokens.get("loss_mask"), layout, self.cp_rank, depth, labels, config.derive_labels
+            )
+            logits = self._logits(hidden, is_weight_detached=depth > 0 and config.detach_mtp)
             if acceptance is not None:
-                acceptance.right.append(accepted_sum(logits.detach(), labels, mask, ignored))
-            return masked_loss_sum(logits, labels, mask, ignored)
+                right = accepted_sum(logits.detach(), labels, mask, config.ignore_index)
+                acceptance.right.append(right)
+            loss = masked_loss_sum(logits, labels, mask, config.ignore_index)
+            if teacher is None:
+                return loss
+            ahead = self._logits(teacher.at(depth), is_weight_detached=config.distillation_detach)
+            counts = counted_tokens(labels, mask, config.ignore_index)
+            distances = distillation_sum(config.distillation, logits, ahead, counts, mask)
+            return loss + config.distillation_weight * distances
+
+    def _start_teacher(self, normed: torch.Tensor, layout: SequenceLayout) -> RolledRows | None:
+        """Start the exchange of the trunk's normalised hidden states, which the loss of depth 1 joins."""
+        if self.config.distillation == "none":
+            return None
+        rows = normed.detach() if self.config.distillation_detach else normed
+        return self.mtp.activations.start("teacher", rows, self.config.num_depths, layout)
+
+    def _logits(self, hidden: torch.Tensor, is_weight_detached: bool) -> torch.Tensor:
+        weight: torch.Tensor = self.head.weight
+        return functional_call(  # type: ignore[no-any-return]
+            self.head, {"weight": weight.detach() if is_weight_detached else weight}, (hidden,)
+        )
 
     def _routed(self, layout: SequenceLayout, ids: torch.Tensor) -> list[torch.Tensor | None]:
         """Return for the trunk and for each depth which tokens enter the experts' statistics.

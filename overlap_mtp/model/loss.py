@@ -46,6 +46,13 @@ def token_mask(
     return valid if mask is None else mask.masked_fill(~valid, 0)
 
 
+def counted_tokens(
+    labels: torch.Tensor, mask: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Return which tokens count: bool [B, L], true unless the mask is 0 or the label is `ignore_index`."""
+    return (mask != 0) & (labels != ignore_index)
+
+
 def masked_loss_sum(
     logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, ignore_index: int = IGNORE_INDEX
 ) -> torch.Tensor:
@@ -69,8 +76,8 @@ def masked_loss_sum(
         ValueError: if a label that counts is outside of the vocabulary. On CUDA the host does not wait for the labels:
             an assertion on the device fails, and the next call that waits for the device raises RuntimeError.
     """
-    target = torch.where(mask != 0, labels.long(), ignore_index)
-    counts = target != ignore_index
+    counts = counted_tokens(labels, mask, ignore_index)
+    target = torch.where(counts, labels.long(), ignore_index)
     _check_labels(target, counts, logits)
     if isinstance(logits, DTensor):
         precise: torch.Tensor = DTensor.from_local(

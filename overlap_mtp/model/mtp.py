@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.model.activations import ActivationRollers, RolledRows
+from overlap_mtp.model.mixing import MixingChoice, StateMixer
 from overlap_mtp.schedules import Roller, Rolls, make_roller
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.tensors import IGNORE_INDEX, upload
@@ -54,7 +56,16 @@ class MultiTokenPrediction(nn.Module):
         for p in mtp(hidden, rolls, embedding, *layer_arguments):
             loss += cross_entropy(head(p.hidden), p.tokens["labels"], p.tokens["loss_mask"])
         ...
-        mtp.roller.close()                                 # after the last step
+        mtp.close()                                        # after the last step
+
+    Two uses of rolled activations are optional. Their gradients travel back to the rank that owns the row.
+
+    - Inputs that are no ids, such as embeddings with an image in them: `start_embeddings` rolls the embeddings
+      themselves, and `forward` takes what it returns in place of `embedding`.
+    - `mix_hidden_states` (`overlap_mtp.model.mixing`): in training, h_{k-1} is mixed with the states of all earlier
+      depths. `forward` then needs the layout and a key for each row.
+
+    If tensor-parallel ranks share the tokens of a cp rank, set `mtp.activations.tp_group` before the first step.
 
     Args:
         hidden_size: the width of the hidden states.
@@ -69,10 +80,12 @@ class MultiTokenPrediction(nn.Module):
         derive_labels: take labels from the ids that follow. The batch then has no labels, and ids are rolled one
             depth further in the same message.
         ignore_index: as in `make_roller`. Derived labels hold it past the end of a document, too.
+        mix_hidden_states: mix the inputs of depths 2 .. D in training.
+        activation_schedule: as `schedule` in `make_activation_roller`.
 
     Raises:
-        ValueError: if `make_roller` refuses the schedule, the transport or a size, or if labels are derived and
-            `ignore_index` could be an id.
+        ValueError: if `make_roller` refuses the schedule, the transport or a size, if the schedule of activations is
+            unknown, or if labels are derived and `ignore_index` could be an id.
     """
 
     def __init__(
@@ -90,15 +103,19 @@ class MultiTokenPrediction(nn.Module):
         detach: bool = False,
         derive_labels: bool = False,
         ignore_index: int = IGNORE_INDEX,
+        mix_hidden_states: bool = False,
+        activation_schedule: str = "overlap",
     ) -> None:
         super().__init__()
         if derive_labels and ignore_index >= 0:
             raise ValueError(f"ignore_index must be < 0 if labels are derived, got {ignore_index}")
         self.num_depths, self.detach, self.derive_labels = num_depths, detach, derive_labels
+        self.mix_hidden_states = mix_hidden_states
         self.cp_rank = 0 if cp_group is None else cp_group.rank()
         self.roller: Roller = make_roller(
             schedule, cp_group, num_depths + derive_labels, transport, max_documents, ignore_index
         )
+        self.activations = ActivationRollers(activation_schedule, cp_group, max_documents)
         self.depths = nn.ModuleList(
             MTPDepth(hidden_size, make_layer(depth), norm_eps)
             for depth in range(1, 2 if repeat_layer else num_depths + 1)
@@ -133,40 +150,85 @@ class MultiTokenPrediction(nn.Module):
             return rolls
         return LabelledRolls(rolls, layout, self.cp_rank, self.num_depths, self.roller.ignore_index)
 
+    def start_embeddings(self, embeddings: torch.Tensor, layout: SequenceLayout) -> RolledRows:
+        """Start the exchange of embeddings, for depths that take them instead of ids.
+
+        Call it where they are born: the exchange then lies under the trunk. Depth 1 joins it.
+
+        Args:
+            embeddings: of this rank's tokens, [B, L, hidden].
+            layout: the layout of the batch.
+
+        Returns:
+            The rolls, for `forward`. Rows past the end of a document are 0.
+
+        Raises:
+            ValueError: as `Roller.start` does.
+        """
+        if self.detach:
+            embeddings = embeddings.detach()
+        return self.activations.start("embeddings", embeddings, self.num_depths, layout)
+
     def forward(
         self,
         hidden: torch.Tensor,
         rolls: Rolls,
-        embed: Callable[[torch.Tensor], torch.Tensor],
+        embed: Callable[[torch.Tensor], torch.Tensor] | RolledRows,
         *layer_arguments: Any,
         by_depth: Sequence[Any] | None = None,
+        layout: SequenceLayout | None = None,
+        mixing_keys: torch.Tensor | None = None,
     ) -> list[Prediction]:
         """Run all depths.
 
         Args:
             hidden: the trunk's hidden states before its final norm, [B, L, hidden].
             rolls: what `start` returned.
-            embed: maps ids [B, L] to embeddings [B, L, hidden].
+            embed: maps ids [B, L] to embeddings [B, L, hidden]; or what `start_embeddings` returned.
             *layer_arguments: passed to each layer.
             by_depth: one more argument for the layer of each depth, passed last: [D].
+            layout: the layout of the batch; needed if hidden states are mixed.
+            mixing_keys: int64 [B], from which the choices of the mixing follow. The same on all ranks that share a row.
 
         Returns:
             The predictions of depths 1 .. D.
+
+        Raises:
+            ValueError: if hidden states are mixed and the layout or the keys are missing.
         """
         predictions = []
         if self.detach:
             hidden = hidden.detach()
+        mixer = self._new_mixer(layout, mixing_keys) if self.mix_hidden_states and self.training else None
         for depth in range(1, self.num_depths + 1):
             block = self.depths[min(depth, len(self.depths)) - 1]
             with span("depth", depth, depth=depth):
                 tokens = rolls.at(depth)
-                embedded = embed(tokens["input_ids"])
+                embedded = embed.at(depth) if isinstance(embed, RolledRows) else embed(tokens["input_ids"])
                 if self.detach:
                     embedded = embedded.detach()
+                if mixer is not None:
+                    hidden = mixer.input_of(depth, hidden)
                 own = () if by_depth is None else (by_depth[depth - 1],)
                 hidden, normed, extra = block(hidden, embedded, *layer_arguments, *own)
             predictions.append(Prediction(depth, normed, tokens, extra))
         return predictions
+
+    def _new_mixer(self, layout: SequenceLayout | None, keys: torch.Tensor | None) -> StateMixer:
+        if layout is None or keys is None:
+            raise ValueError("mix_hidden_states needs the layout of the batch and mixing_keys")
+        choice = MixingChoice(keys, layout, self.cp_rank, self.activations.tp)
+        return StateMixer(choice, self.activations, layout, self.num_depths)
+
+    def raise_if_failed(self) -> None:
+        """Raise RuntimeError if an exchange failed (`Roller.raise_if_failed`). It never waits."""
+        for roller in (self.roller, *self.activations):
+            roller.raise_if_failed()
+
+    def close(self) -> None:
+        """Free the buffers of all exchanges (`Roller.close`)."""
+        for roller in (self.roller, *self.activations):
+            roller.close()
 
 
 class LabelledRolls(Rolls):

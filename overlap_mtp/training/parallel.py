@@ -188,7 +188,7 @@ def parallelize(model: GPT, parallel: ParallelMesh, compute_dtype: torch.dtype |
 
 def _split_tensors(model: GPT, mesh: DeviceMesh) -> None:
     """Apply tensor and sequence parallelism: between blocks each rank holds a part of the tokens."""
-    model.tp_group = mesh.get_group()
+    model.tp_group = model.mtp.activations.tp_group = mesh.get_group()
     layer: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(use_local_output=True),
         "attention.qkv_proj": ColwiseParallel(input_layouts=Shard(1)),

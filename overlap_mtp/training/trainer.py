@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import DraftAcceptance, combine
+from overlap_mtp.model.mixing import mixing_keys
 from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.training.flops import attention_pairs, step_flops
@@ -105,6 +106,7 @@ class Trainer:
         config: length, learning rate and loss normalisation.
         parallel: the mesh; None on a single process.
         on_phase: is told what comes next, at the same places on all ranks (`Watchdog.phase`).
+        seed: of the mixing of hidden states, the same on all ranks, in [0, 2^63 - 1].
     """
 
     def __init__(
@@ -114,9 +116,10 @@ class Trainer:
         config: TrainConfig,
         parallel: ParallelMesh | None = None,
         on_phase: Callable[[str], None] = lambda text: None,
+        seed: int = 0,
     ) -> None:
         self.model, self.optimizer, self.config, self.parallel = model, optimizer, config, parallel
-        self._on_phase = on_phase
+        self._on_phase, self._seed = on_phase, seed
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.schedule)
 
     def step(
@@ -160,14 +163,16 @@ class Trainer:
                 self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
             acceptance = DraftAcceptance()
             with split_loss(self.parallel):
-                mine = self.model(batch, layout, roller, acceptance)
+                mine = self.model(batch, layout, roller, acceptance, self._mixing_keys(batch, number))
                 self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
             right.append(torch.stack(acceptance.right))
         self._on_phase(f"{where}: losses and update")  # here the host waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table.tensor_split([counts.shape[-1]], -1)
-        (roller or self.model.mtp.roller).raise_if_failed()  # no wrong token may change a weight
+        if roller is not None:  # no wrong token may change a weight
+            roller.raise_if_failed()
+        self.model.mtp.raise_if_failed()
         self._check_finite(totals, where, first_batch)
         norms = self._clip(where)
         self.optimizer.step()
@@ -216,6 +221,17 @@ class Trainer:
             return counts.sum((0, 1))
         dp_rank = self.parallel.dp_rank if self.parallel is not None else 0
         return counts[dp_rank, number] * (counts.shape[0] * counts.shape[1])
+
+    def _mixing_keys(self, batch: Mapping[str, torch.Tensor], number: int) -> torch.Tensor | None:
+        """Return a key for each row of a microbatch, if hidden states are mixed.
+
+        They follow from the seed, the step, and the row's place in the step: dp ranks take a batch each, then the next.
+        """
+        if not self.model.config.hidden_state_mixing:
+            return None
+        dp, dp_rank = (self.parallel.dims.dp, self.parallel.dp_rank) if self.parallel is not None else (1, 0)
+        ids, step = batch["input_ids"], self.scheduler.last_epoch
+        return mixing_keys(self._seed, step, number * dp + dp_rank, ids.shape[0], ids.device)
 
     def _objective(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         config = self.model.config

@@ -64,9 +64,9 @@ def counting(group: dist.ProcessGroup) -> Iterator[Sent]:
         ]
         return all_to_all_single(output, input, output_split_sizes, input_split_sizes, **options)
 
-    def counted_isend(tensor, dst=None, **options):
+    def counted_isend(tensor, dst=None, *args, **options):
         sent.messages.append((dist.get_group_rank(group, dst), tensor.nbytes))
-        return isend(tensor, dst, **options)
+        return isend(tensor, dst, *args, **options)
 
     def noted(name: str) -> Any:
         original = getattr(dist, name)

@@ -22,6 +22,7 @@ SMALL = ModelConfig(
 )
 EXPERTS = {"num_experts": 4}
 ALL_FLAGS = {"repeat_mtp_layer": True, "detach_mtp": True, "derive_labels": True}
+ACTIVATIONS = {"mtp_inputs": "embeddings", "hidden_state_mixing": True, "distillation": "kl"}
 OPTIONS = {
     "experts": EXPERTS,
     "one expert a token": {"num_experts": 3, "experts_per_token": 1},
@@ -31,7 +32,13 @@ OPTIONS = {
     "detached": {"detach_mtp": True},
     "derived labels": {"derive_labels": True},
     "one depth": {"num_depths": 1, "mtp_loss_factor": 0.7},
-    "all at once": {"num_depths": 3, **EXPERTS, **ALL_FLAGS},
+    "embeddings": {"mtp_inputs": "embeddings"},
+    "detached embeddings": {"mtp_inputs": "embeddings", "detach_mtp": True},
+    "mixed hidden states": {"num_depths": 4, "hidden_state_mixing": True},
+    "total variation": {"distillation": "tv", "distillation_weight": 2.0},
+    "a divergence": {"distillation": "kl", "distillation_detach": False},
+    "all uses of activations": {"num_depths": 3, **ACTIVATIONS},
+    "all at once": {"num_depths": 3, **EXPERTS, **ALL_FLAGS, **ACTIVATIONS},
 }
 LAYOUTS = {
     "dense": SequenceLayout.dense(16, 1, "contiguous"),
