@@ -23,7 +23,8 @@ def step_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
 
     - trunk layers: projections of attention, the feed-forward layer or the router and the experts that a token goes to;
     - each MTP depth: the projection of (embedding, hidden states) and one layer, although depths may share weights;
-    - the head, once for the LM loss and once for each depth;
+    - the head, once for the LM loss and once for each depth; with distillation, once more for each depth, and without
+      backward if the teacher is detached;
     - attention scores and weighted values: only pairs within a document, of a query and the keys up to it.
 
     They do not hold padding, recomputation, masked pairs, embeddings, norms, rotations, softmax or the optimizer. With
@@ -40,4 +41,6 @@ def step_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
     layer = projections + ffn + hidden * config.num_experts  # the router's
     layers, depths = config.num_layers + config.num_depths, config.num_depths
     weights = layers * layer + depths * 2 * hidden * hidden + (1 + depths) * hidden * config.vocab_size
-    return 3 * 2 * (tokens * weights + layers * pairs * 2 * width)
+    teacher = depths * hidden * config.vocab_size if config.distillation != "none" else 0
+    passes = 1 if config.distillation_detach else 3
+    return 2 * (3 * (tokens * weights + layers * pairs * 2 * width) + passes * tokens * teacher)

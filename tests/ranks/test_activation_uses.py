@@ -7,6 +7,7 @@ from functools import cache
 
 import parity
 import pytest
+import test_parallel
 import torch
 import torch.distributed as dist
 from test_model import make_batch
@@ -60,14 +61,11 @@ CASES = [
     Case("all_tv", ALL_TV, 1, 4),
     Case("all_tv", ALL_TV, 4, 2, "dense"),
     Case("detached", DETACHED, 2, 4, recompute=True),
-    Case("embeddings", EMBEDDINGS, 1, 4),
-    Case("embeddings", EMBEDDINGS, 4, 2, recompute=True),
+    Case("embeddings", EMBEDDINGS, 1, 4, recompute=True),
     Case("mixing", MIXING, 1, 4, "dense", recompute=True),
     Case("mixing", MIXING, 2, 2),
-    Case("tv", TV, 1, 2),
     Case("tv", TV, 2, 4, "dense", recompute=True),
     Case("kl", KL, 1, 4, "dense"),
-    Case("kl", KL, 4, 2),
 ]
 
 
@@ -137,16 +135,23 @@ def test_loss_and_every_gradient_equal_one_process(eight: RankPool, case):
         assert error <= 1e-10, name
 
 
-@pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2)])
-def test_schedules_give_the_same_bits(eight: RankPool, tp, cp):
-    results = [
-        eight.run(step, 8, Case("all", ALL, tp, cp, schedule=schedule))[0]
-        for schedule in ACTIVATION_SCHEDULES
-    ]
-    (loss, gradients), *others = results
+def test_schedules_give_the_same_bits(eight: RankPool):
+    (loss, gradients), *others = (
+        eight.run(step, 8, Case("all", ALL, 2, 2, schedule=schedule))[0] for schedule in ACTIVATION_SCHEDULES
+    )
     for other_loss, found in others:
         assert torch.equal(loss, other_loss)
         assert [name for name in gradients if not torch.equal(gradients[name], found[name])] == []
+
+
+def test_a_training_step_is_that_of_one_process(eight: RankPool):
+    """Also the keys of mixed rows, which the trainer gives to dp ranks and accumulated microbatches."""
+    setting = test_parallel.Setting(replace(ALL, distillation="tv"), recompute=True)
+    report, gradients = test_parallel.step(None, None, setting)
+    found_report, found = eight.run(test_parallel.step, 8, ParallelDims(2, 2, 2), setting)[0]
+    assert found_report.mtp_losses == pytest.approx(report.mtp_losses, rel=1e-10)
+    for name, gradient in gradients.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) <= 1e-10, name
 
 
 def sent_in_a_step(group: dist.ProcessGroup, schedule: str, recompute: bool) -> list:

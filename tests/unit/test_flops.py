@@ -33,6 +33,8 @@ def counted(config) -> int:
         {},
         {"num_depths": 3, "num_kv_heads": 1, "vocab_size": 48, "repeat_mtp_layer": True},
         {"num_experts": 3, "experts_per_token": 2},
+        {"mtp_inputs": "embeddings", "hidden_state_mixing": True, "distillation": "tv"},
+        {"distillation": "kl", "distillation_detach": False},
     ],
 )
 def test_torch_counts_the_same(changes):

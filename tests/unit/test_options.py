@@ -289,6 +289,18 @@ def test_the_error_of_a_ruined_model_does_not_vouch_for_its_weights():
         ({"mtp_loss_factor": float("nan")}, "mtp_loss_factor must be finite and >= 0, got nan"),
         ({"aux_loss_factor": -1.0}, "aux_loss_factor must be finite and >= 0"),
         ({"rope_theta": 0.0}, "rope_theta must be finite and > 0"),
+        ({"mtp_inputs": "pixels"}, "mtp_inputs must be one of ids, embeddings, got 'pixels'"),
+        ({"distillation": "mse"}, "distillation must be one of none, tv, kl, got 'mse'"),
+        (
+            {"distillation": "kl", "distillation_weight": 0.0},
+            "distillation_weight must be finite and > 0, got 0",
+        ),
+        ({"distillation": "kl", "distillation_weight": math.inf}, "distillation_weight must be finite"),
+        (
+            {"distillation": "tv", "detach_mtp": True, "distillation_detach": False},
+            "distillation_detach must be set if detach_mtp is",
+        ),
+        ({"hidden_state_mixing": True, "num_depths": 1}, "hidden_state_mixing needs num_depths >= 2, got 1"),
     ],
 )
 def test_illegal_configurations_say_what_disagrees(change, words):
