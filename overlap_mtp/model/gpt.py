@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.activations import RolledRows
-from overlap_mtp.model.attention import Attention, AttentionPlan, Rope, attention_plan, rope
+from overlap_mtp.model.attention import AttentionPlan, attention_plan, rope
 from overlap_mtp.model.config import ModelConfig
+from overlap_mtp.model.decoder import DecoderLayer, LayerInputs
 from overlap_mtp.model.distillation import distillation_sum
 from overlap_mtp.model.loss import (
     DraftAcceptance,
@@ -32,56 +31,6 @@ from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.schedules.timed import TimedRoller
 from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import BackwardSpan, span
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward layer (arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-class DecoderLayer(Recomputed):
-    """Attention, then a feed-forward layer or experts. Return hidden states, and the router's statistics if any.
-
-    The event `before_ffn` is recorded just before the feed-forward layer, whose kernels are long.
-    """
-
-    def __init__(self, config: ModelConfig, cp_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config, cp_group)
-        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.ffn = MoE(config) if config.num_experts else SwiGLU(config)
-
-    def _forward(
-        self, x: torch.Tensor, inputs: LayerInputs, before_ffn: torch.cuda.Event | None = None
-    ) -> tuple[torch.Tensor, RouterStats | None]:
-        x = x + self.attention(self.attention_norm(x), inputs.rope, inputs.plan)
-        normed, stats = self.ffn_norm(x), None
-        if before_ffn is not None:
-            before_ffn.record()
-        if isinstance(self.ffn, MoE):
-            out, stats = self.ffn(normed, inputs.valid)
-        else:
-            out = self.ffn(normed)
-        return x + out, stats
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """The inputs, besides hidden states, that all layers of a microbatch share."""
-
-    rope: Rope
-    plan: AttentionPlan
-    valid: torch.Tensor | None = None  # bool [L], for experts: the tokens that enter the layer's statistics
 
 
 class GPT(nn.Module):

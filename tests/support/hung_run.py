@@ -8,7 +8,8 @@ import time
 import torch.distributed as dist
 from train import main
 
-from overlap_mtp.model.gpt import GPT, DecoderLayer
+from overlap_mtp.model.decoder import DecoderLayer
+from overlap_mtp.model.gpt import GPT
 
 # Seconds by call. A microbatch has four layers, two of them MTP, and three losses.
 OWNER, NAME, STOPS = {
