@@ -59,19 +59,21 @@ class _Distance(torch.autograd.Function):
         kind: Distillation,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        p_logits, q_logits = _precise(student), _precise(teacher)
-        highest = _reduced(torch.stack([p_logits.amax(-1), q_logits.amax(-1)]), dist.ReduceOp.MAX, group)
-        sums = [
-            (x - top[..., None]).exp_().sum(-1) for x, top in zip((p_logits, q_logits), highest, strict=True)
-        ]
-        normalizers = highest + _reduced(torch.stack(sums), dist.ReduceOp.SUM, group).log_()
-        log_p, log_q = p_logits - normalizers[0][..., None], q_logits - normalizers[1][..., None]
-        p, q = log_p.exp(), log_q.exp()
+        precise = torch.promote_types(student.dtype, torch.float32)
+        highest = torch.stack([student.amax(-1), teacher.amax(-1)]).to(precise)
+        highest = _reduced(highest, dist.ReduceOp.MAX, group)
+        sums = torch.stack(
+            [_minus(x, top).exp_().sum(-1) for x, top in zip((student, teacher), highest, strict=True)]
+        )
+        normalizers = highest + _reduced(sums, dist.ReduceOp.SUM, group).log_()
+        log_p, log_q = _minus(student, normalizers[0]), _minus(teacher, normalizers[1])
         if kind == "kl":
-            parts = (q * (log_q - log_p)).sum(-1)[None]
+            q = log_q.exp()
+            parts = q.mul_(log_q.sub_(log_p)).sum(-1)[None]
         else:
-            slope = 0.5 * (p - q).sign_()
-            parts = torch.stack([(slope * p).sum(-1), (slope * q).sum(-1)])
+            p, q = log_p.exp_(), log_q.exp_()
+            slope = (p - q).sign_().mul_(0.5)
+            parts = torch.stack([p.mul_(slope).sum(-1), q.mul_(slope).sum(-1)])
         parts = _reduced(parts, dist.ReduceOp.SUM, group)
         ctx.kind = kind
         ctx.save_for_backward(student, teacher, counts, normalizers, parts)
@@ -82,36 +84,30 @@ class _Distance(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, counts, normalizers, parts = ctx.saved_tensors
-        wants_student, wants_teacher, *_ = ctx.needs_input_grad
-        log_p, log_q = (
-            _precise(x) - one[..., None] for x, one in zip((student, teacher), normalizers, strict=True)
-        )
-        p, q = log_p.exp(), log_q.exp()
-        parts = parts[..., None]
+        log_p, log_q = _minus(student, normalizers[0]), _minus(teacher, normalizers[1])
         if ctx.kind == "kl":
-            of_student = p - q
-            of_teacher = q * (log_q - log_p - parts[0]) if wants_teacher else None
+            q = log_q.exp()
+            of_teacher = _minus(log_q.sub_(log_p), parts[0]).mul_(q)
+            of_student = log_p.exp_().sub_(q)
         else:
-            slope = 0.5 * (p - q).sign_()
-            of_student = p * (slope - parts[0])
-            of_teacher = q * (parts[1] - slope) if wants_teacher else None
-
-        def finished(one: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-            if one is None:
-                return None
-            return torch.where(counts[..., None], one * gradient[..., None], 0).to(like.dtype)
-
-        return (
-            finished(of_student if wants_student else None, student),
-            finished(of_teacher, teacher),
-            None,
-            None,
-            None,
-        )
+            p, q = log_p.exp_(), log_q.exp_()
+            slope = (p - q).sign_().mul_(0.5)
+            of_teacher = q.mul_(_minus(slope, parts[1]).neg_())
+            of_student = p.mul_(_minus(slope, parts[0]))
+        gradients = [
+            torch.where(counts[..., None], one.mul_(gradient[..., None]), 0).to(like.dtype)
+            if is_wanted
+            else None
+            for one, like, is_wanted in zip(
+                (of_student, of_teacher), (student, teacher), ctx.needs_input_grad[:2], strict=True
+            )
+        ]
+        return *gradients, None, None, None
 
 
-def _precise(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _minus(rows: torch.Tensor, of_row: torch.Tensor) -> torch.Tensor:
+    """Subtract a value from each row: a new tensor, in the wider dtype of both."""
+    return rows - of_row[..., None]
 
 
 def _reduced(values: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:

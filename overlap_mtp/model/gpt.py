@@ -151,8 +151,9 @@ class GPT(nn.Module):
         normed = self.norm(hidden)
         teacher = self._start_teacher(normed, layout)
         sums = [self._loss_sum(normed, tokens, layout, 0, acceptance)]
-        keys = ids.new_zeros(ids.shape[0], dtype=torch.int64) if mixing_keys is None else mixing_keys
-        for p in self.mtp(hidden, rolls, embed, by_depth=inputs[1:], layout=layout, mixing_keys=keys):
+        if self.config.hidden_state_mixing and mixing_keys is None:
+            mixing_keys = ids.new_zeros(ids.shape[0], dtype=torch.int64)
+        for p in self.mtp(hidden, rolls, embed, by_depth=inputs[1:], layout=layout, mixing_keys=mixing_keys):
             sums.append(self._loss_sum(p.hidden, p.tokens, layout, p.depth, acceptance, teacher))
             stats.append(p.extra)
         if self.config.num_experts:
