@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -69,13 +70,16 @@ class GlooRowTransport(RowTransport):
 
     def _refuse_rest(self, exchange: RowExchange, rest: list[Round]) -> None:
         """Send what peers will wait for, with headers of no exchange: so those that are no neighbours hear of it."""
-        for is_backward in (False, True)[exchange.is_backward :]:
-            rounds = rest if is_backward == exchange.is_backward else None
-            exchange.is_backward = is_backward
-            for one in self._rounds(exchange) if rounds is None else rounds:
-                for message in one.sent:
-                    exchange.buffer[message.begin].view(torch.int64)[0] = 0
-                self._post(exchange, [one])
+        self._post_refusals(exchange, rest)
+        if not exchange.is_backward:
+            exchange.is_backward = True
+            self._post_refusals(exchange, self._rounds(exchange))
+
+    def _post_refusals(self, exchange: RowExchange, rounds: list[Round]) -> None:
+        for one in rounds:
+            for message in one.sent:
+                exchange.buffer[message.begin].view(torch.int64)[0] = 0
+            self._post(exchange, [one])
 
     def _post(self, exchange: RowExchange, rounds: list[Round]) -> None:
         if not rounds:
@@ -126,12 +130,18 @@ class GlooRowTransport(RowTransport):
                 raise RuntimeError(self.failure)
         super()._sum_over_tp(exchange, rows, summed_as)
 
+    @cached_property
+    def _kind(self) -> int:
+        """The checksum of the spec."""
+        return zlib.crc32(repr(self.spec.describe()).encode())
+
     def _words_of_tp(self, exchange: RowExchange, tp_group: ExchangeGroup) -> list[int]:
         """A word of each tp rank, which says what it means to exchange."""
-        kind = zlib.crc32(repr(self.spec.describe()).encode())
         mark = exchange.mark % 2**23  # without the roller's number among those of its cp group
         words = torch.zeros(tp_group.cp_size, dtype=torch.int64)
-        words[tp_group.cp_rank] = fingerprint_of(exchange.maps.checksum ^ kind, exchange.layout.batch, mark)
+        words[tp_group.cp_rank] = fingerprint_of(
+            exchange.maps.checksum ^ self._kind, exchange.layout.batch, mark
+        )
         with tp_group.named_errors("the sum of boundary rows over the tp ranks"):
             dist.all_reduce(words, group=tp_group.process_group)
         found: list[int] = words.tolist()

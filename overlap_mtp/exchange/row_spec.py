@@ -9,7 +9,7 @@ import torch
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.spec import Batch, RollOptions, check_device, check_tensors
+from overlap_mtp.exchange.spec import Batch, RollOptions, check_device, check_documents, check_tensors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes that a row is a multiple of: kernels read and write as many at once
@@ -60,14 +60,11 @@ class RowSpec(NamedTuple):
             ValueError: if the tensors do not fit the layout or one another.
         """
         check_activations(batch, layout, group, seq_dim, tp_size)
-        if layout.num_documents > options.max_documents < layout.num_used_documents:
-            raise ValueError(
-                f"the layout has {layout.num_used_documents} documents, more than max_documents "
-                f"{options.max_documents}: pass a larger max_documents"
-            )
+        check_documents(layout, options.max_documents)
         names = tuple(sorted(batch))
         first = batch[names[0]]
-        shapes = tuple(torch.Size(_without(batch[name].shape, seq_dim)) for name in names)
+        whole = [batch[name].shape for name in names]
+        shapes = tuple(torch.Size([*shape[:seq_dim], *shape[seq_dim + 1 :]]) for shape in whole)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
         asked = (schedule, options.num_depths, options.max_documents)
         return cls(*asked, *of_layout, names, first.dtype, shapes, seq_dim, tp_size, first.device)
@@ -138,7 +135,3 @@ def check_activations(batch: Batch, layout: Layout, group: ExchangeGroup, seq_di
         if tensor.numel() == 0:
             raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
         check_device(name, tensor, first, group)
-
-
-def _without(shape: torch.Size, dim: int) -> list[int]:
-    return [*shape[:dim], *shape[dim + 1 :]]

@@ -154,11 +154,7 @@ class ExchangeSpec(NamedTuple):
         if not (are_dense and are_together and fit_layout):
             check_batch(batch, layout, group, options.fills)
         num_depths, max_documents = options.num_depths, options.max_documents
-        if layout.num_documents > max_documents < layout.num_used_documents:
-            raise ValueError(
-                f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
-                "pass a larger max_documents to make_roller"
-            )
+        check_documents(layout, max_documents)
         asked = (schedule, transport, num_depths, max_documents)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
         on_device = isinstance(layout, DeviceLayout)
@@ -251,6 +247,15 @@ def column_addresses(tensors: Sequence[torch.Tensor | None], parts: tuple[int, .
             first, step = tensor.data_ptr(), tensor.nbytes // columns
             addresses += [first + part * step for part in range(columns)]
     return addresses
+
+
+def check_documents(layout: Layout, max_documents: int) -> None:
+    """Raise ValueError if a layout has more documents than the roller's messages hold."""
+    if layout.num_documents > max_documents < layout.num_used_documents:
+        raise ValueError(
+            f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
+            "pass a larger max_documents to make_roller"
+        )
 
 
 def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
