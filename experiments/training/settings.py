@@ -130,9 +130,8 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
     def checkpoints(self, group: dist.ProcessGroup | None = None) -> Checkpoints:
         """Return the checkpoints of the run. `group` holds all ranks; None if no rank has been started."""
         folder, sizes = self.folder / "checkpoints", asdict(self.dims)
-        names = (
-            ["steps"] if self.warmup is not None else ["steps", "warmup_steps"]
-        )  # which follows from the steps
+        # The default warm-up follows from the steps.
+        names = ["steps"] if self.warmup is not None else ["steps", "warmup_steps"]
         may_differ = tuple(f"train_config.{name}" for name in names)
         return Checkpoints(folder, self.keep, sizes=sizes, may_differ=may_differ, group=group)
 

@@ -80,9 +80,8 @@ class RowTransport(Transport):
                 exchange.received = exchange.buffer[self.rows.in_rows]
                 rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
                 self.kernels.pack_rows(self._by_sequence(tensors), exchange.maps.packed, rows, fingerprint)
-            self._sum_over_tp(
-                exchange, rows, rows.view(torch.int32)
-            )  # others hold zeros: a sum of bits is exact
+            # The other tp ranks hold zeros, so that a sum of bits is exact.
+            self._sum_over_tp(exchange, rows, rows.view(torch.int32))
             self._leave(exchange)
         return PendingExchange(self, exchange.number, layout.local_len, [], exchange)
 

@@ -43,9 +43,8 @@ class RowOrder(NamedTuple):
     """Where the rows of a plan lie in a buffer, and the messages that they make."""
 
     position: IntArray  # [rows of the plan]: the row in the buffer; NOTHING for the plan's own headers
-    splits: tuple[
-        tuple[int, ...], ...
-    ]  # [messages][cp_size]: rows to or from each peer, with a header; 0 for none
+    # [messages][cp_size]: rows to or from each peer, with a header; 0 for none
+    splits: tuple[tuple[int, ...], ...]
     headers: tuple[tuple[int, ...], ...]  # [messages]: the rows of the headers, one for each peer
 
     @property

@@ -36,12 +36,8 @@ class ModelConfig:
     derive_labels: bool = False  # labels are the next ids: the batch brings none
     ignore_index: int = IGNORE_INDEX  # the label that does not count
     mtp_inputs: MTPInputs = "ids"  # depth k embeds the rolled ids, or takes the trunk's embeddings, rolled
-    hidden_state_mixing: bool = (
-        False  # in training, a depth takes hidden states of all earlier depths at random
-    )
-    distillation: Distillation = (
-        "none"  # the distance of a depth's prediction from the trunk's, added to its loss
-    )
+    hidden_state_mixing: bool = False  # in training, a depth's input is taken from all earlier depths
+    distillation: Distillation = "none"  # a depth's distance from the trunk, added to its loss
     distillation_weight: float = 1.0
     distillation_detach: bool = True  # distillation does not change the trunk's prediction
     num_experts: int = 0  # in each feed-forward layer; 0 means one SwiGLU and no router

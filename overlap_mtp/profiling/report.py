@@ -43,9 +43,7 @@ class Schedule:
     step_ms: float | None  # median; a step lasts from its first to its last activity, on its slowest device
     exchange_hidden: float | None  # fraction of the ranges `pack` and `send-recv`
     exchange_worst: float | None
-    exchange_p10: (
-        float | None
-    )  # of single steps, each device's for itself: a tenth of them hide less than this
+    exchange_p10: float | None  # a tenth of the steps hide less; each device's steps count by themselves
     exchange_least: float | None  # in the worst step of a device
     all_hidden: float | None  # fraction of all communication
     all_worst: float | None

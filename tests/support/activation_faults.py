@@ -398,7 +398,7 @@ def roll_among_others(group: dist.ProcessGroup) -> list[str]:
 
 
 def run_backward_of_several_microbatches(group: dist.ProcessGroup) -> list[str]:
-    """One backward for three microbatches, of which the odd rank uses the rolls of one alone."""
+    """Run backward once for three microbatches. The odd rank uses the rolls of only one of them."""
     roller = make_activation_roller("overlap", group, NUM_DEPTHS)
     batches = [batch_of(group, seed) for seed in range(3)]
     leaves = [leaves_of(batch) for batch in batches]

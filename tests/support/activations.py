@@ -102,9 +102,8 @@ def shared_layouts(tp_size: int, cp_size: int) -> list[SequenceLayout]:
         lengths = np.diff(bounds)
         found.append(SequenceLayout.dense(seq_len, cp_size, kind))
         found.append(SequenceLayout.packed(bounds, cp_size, kind))
-        found.append(
-            SequenceLayout.packed([0, *bounds], cp_size, kind, [0, *(lengths - 1).clip(0)])
-        )  # padded
+        padded = [0, *(lengths - 1).clip(0)]
+        found.append(SequenceLayout.packed([0, *bounds], cp_size, kind, padded))
         if len(bounds) > 2:
             found.append(SequenceLayout.packed(bounds[:2], cp_size, kind, seq_len=seq_len))  # with a tail
     return found
