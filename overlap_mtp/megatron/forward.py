@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from overlap_mtp.megatron.layouts import LeftToMegatronError
 from overlap_mtp.megatron.prefetch import Prefetch, can_roll
 from overlap_mtp.megatron.rolls import no_exchange
-from overlap_mtp.megatron.settings import status
+from overlap_mtp.megatron.settings import Settings, status
 
 Tensors = dict[str, torch.Tensor]
 ROLLED = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
@@ -25,14 +26,15 @@ class Entry:
     """A function where a forward begins: `GPTModel.forward` and its like."""
 
     function: Callable[..., Any]
-    model: str  # name of the class
+    name: str  # of the function
+    model: str  # name of its class
     position: dict[str, int]  # of the parameters that can be given by position, without self
 
     @classmethod
-    def of(cls, function: Callable[..., Any], model: str) -> Entry:
+    def of(cls, function: Callable[..., Any], name: str, model: str) -> Entry:
         parameters = list(inspect.signature(function).parameters.values())[1:]
         by_position = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
-        return cls(function, model, {name: at for at, name in enumerate(by_position)})
+        return cls(function, name, model, {name: at for at, name in enumerate(by_position)})
 
     def get(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """The argument of this name, or None."""
@@ -58,27 +60,50 @@ def patched_forward(entry: Entry) -> Callable[..., Any]:
 
     @functools.wraps(entry.function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if status().settings is None or not getattr(self.config, "mtp_num_layers", None):
+        settings = status().settings
+        if settings is None or not getattr(self.config, "mtp_num_layers", None):
             return entry.function(self, *args, **kwargs)
-        aliases: Tensors = {}
-        reason = ""
+        prefetch, reason = None, ""
         try:
-            aliases = _prefetch(self, entry, functools.partial(entry.get, args, kwargs))
+            prefetch = _prefetch(self, entry, functools.partial(entry.get, args, kwargs), settings)
         except LeftToMegatronError as error:
             reason = str(error)
-        args, kwargs = entry.replaced(args, kwargs, aliases)
-        with no_exchange(reason):
+        if prefetch is None:
+            with no_exchange(lambda: reason):
+                return entry.function(self, *args, **kwargs)
+        args, kwargs = entry.replaced(args, kwargs, prefetch.aliases())
+        with no_exchange(lambda: prefetch.reason), _sent_under_decoder(prefetch, self, entry):
             return entry.function(self, *args, **kwargs)
 
     return forward
 
 
-def _prefetch(model: Any, entry: Entry, get: Callable[[str], Any]) -> Tensors:
-    """Start the exchange of a forward, and return aliases of the tensors that it knows."""
+@contextlib.contextmanager
+def _sent_under_decoder(prefetch: Prefetch, model: Any, entry: Entry) -> Iterator[None]:
+    """Send the exchange once the host has launched the first layer of the decoder.
+
+    At the entry the device may be idle, and would wait for the host to send.
+    """
+    layers = getattr(getattr(model, "decoder", None), "layers", None)
+    # A graph of a layer calls no hooks when it is replayed, and must not hold the exchange.
+    has_graphs = getattr(model.config, "cuda_graph_impl", "none") != "none"
+    if entry.name != "forward" or not layers or has_graphs:
+        prefetch.start()
+        yield
+        return
+    hook = layers[0].register_forward_hook(lambda *_: prefetch.start())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _prefetch(model: Any, entry: Entry, get: Callable[[str], Any], settings: Settings) -> Prefetch | None:
+    """Prepare the exchange of a forward; None if it rolls nothing that one can carry."""
     if _is_inference(model, get):
         raise LeftToMegatronError("inference")
     if get("compute_mtp_loss") is False:
-        return {}
+        return None
     cp_group = _cp_group(model)
     packed = get("packed_seq_params")
     if packed is not None and getattr(packed, "cp_group", None) not in (None, cp_group):
@@ -87,9 +112,8 @@ def _prefetch(model: Any, entry: Entry, get: Callable[[str], Any]) -> Tensors:
     tensors, depths = _rolled_here(model, entry, get)
     known = {name: tensor for name, tensor in tensors.items() if can_roll(tensor)}
     if not known:
-        return {}
-    prefetch = Prefetch(known, {name: depths[name] for name in known}, cp_group, packed)
-    return {name: prefetch.mark(tensor, name, 0) for name, tensor in known.items()}
+        return None
+    return Prefetch(known, {name: depths[name] for name in known}, cp_group, packed, settings)
 
 
 def _rolled_here(

@@ -95,7 +95,7 @@ def install(
         for module in _holders(original):
             _set(module, "roll_tensor", roll)
         for owner, name in entries:
-            entry = Entry.of(getattr(owner, name), owner.__name__)
+            entry = Entry.of(getattr(owner, name), name, owner.__name__)
             _set(owner, name, patched_forward(entry))
     status().settings = chosen
     reset_status()

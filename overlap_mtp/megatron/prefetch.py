@@ -1,4 +1,4 @@
-"""The rolls of one forward: an exchange that leaves at its entry, and the tensors that it answers for.
+"""The rolls of one forward: an exchange that leaves near its entry, and the tensors that it answers for.
 
 A tensor that the exchange knows goes into the model as an alias with a mark: which prefetch, which name, which depth. A
 roll of a marked tensor is answered from the exchange, and the answer is marked with the next depth. A clone of a marked
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from overlap_mtp.device_layout import DeviceLayout
 from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
-from overlap_mtp.megatron.settings import roller_for, status
+from overlap_mtp.megatron.settings import Settings, roller_for, status
 from overlap_mtp.schedules import Rolls
 from overlap_mtp.tensors import INTEGER_VIEW
 
@@ -38,7 +38,7 @@ class Mark(NamedTuple):
 
 
 class Prefetch:
-    """The exchange of one forward."""
+    """The exchange of one forward. `start` sends it; the first roll does if nobody has."""
 
     def __init__(
         self,
@@ -46,36 +46,53 @@ class Prefetch:
         depths: dict[str, int],
         cp_group: dist.ProcessGroup,
         packed: Any | None,
+        settings: Settings,
     ) -> None:
-        """Start the exchange.
+        """Prepare the exchange, with as little work as possible: the device may be idle.
 
         Args:
             tensors: of this rank, by name, [..., local_len] each.
             depths: how far each one will be rolled.
             cp_group: the ranks that share the sequence.
             packed: Megatron-LM's PackedSeqParams; None for a dense batch.
-
-        Raises:
-            LeftToMegatronError: if the batch is not one that we can roll.
+            settings: of the drop-in.
         """
-        settings = status().settings
-        assert settings is not None
         self.cp_group, self.packed, self.depths = cp_group, packed, depths
+        self._settings = settings
+        self.reason = ""  # why the batch is left to Megatron-LM
+        # By name and depth, with their versions. Depth 0 is what the exchange reads.
+        self._known = {name: [(tensor, tensor._version)] for name, tensor in tensors.items()}
+        self._rolls: Rolls | None = None
+
+    def start(self) -> None:
+        """Send the exchange, unless it was sent. If the batch is not one that we can roll, say why in `reason`."""
+        if self._rolls is None and not self.reason:
+            try:
+                self._rolls = self._send()
+            except LeftToMegatronError as error:
+                self.reason = str(error)
+
+    def _send(self) -> Rolls:
+        tensors = {name: known[0][0] for name, known in self._known.items()}
+        settings, depths = self._settings, self.depths
         lengths = {tensor.shape[-1] for tensor in tensors.values()}
         if len(lengths) > 1:
             raise LeftToMegatronError(f"tensors of different lengths: {sorted(lengths)}")
-        layout = layout_of(packed, lengths.pop(), cp_group.size(), settings)
-        documents = 1 if packed is None else settings.max_documents + 1  # one for a tail
+        layout = layout_of(self.packed, lengths.pop(), self.cp_group.size(), settings)
+        documents = 1 if self.packed is None else settings.max_documents + 1  # one for a tail
         while documents < layout.num_used_documents:
             documents *= 2
         num_depths = max(depths.values())
         shapes = tuple((name, tensor.dtype, tensor.shape[:-1]) for name, tensor in tensors.items())
         kind = (documents, shapes, tuple(depths.values()), isinstance(layout, DeviceLayout))
-        roller = roller_for(cp_group, kind, num_depths, max_documents=documents, fills=ZEROS, depths=depths)
-        self._rolls: Rolls = roller.start(tensors, layout)
-        # By name and depth, with their versions. Depth 0 is what the exchange reads.
-        self._known = {name: [(tensor, tensor._version)] for name, tensor in tensors.items()}
+        options = {"max_documents": documents, "fills": ZEROS, "depths": depths}
+        roller = roller_for(self.cp_group, settings, kind, num_depths, **options)
         status().exchanges += 1
+        return roller.start(tensors, layout)
+
+    def aliases(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, each with its mark: they go into the model."""
+        return {name: self.mark(known[0][0], name, 0) for name, known in self._known.items()}
 
     def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
         """Return an alias of a tensor of this prefetch, with its mark.
@@ -90,9 +107,10 @@ class Prefetch:
         return any(tensor._version != version for tensor, version in self._known[name])
 
     def answer(self, mark: Mark) -> torch.Tensor | None:
-        """Roll a marked tensor by one more. None if it is not rolled that far."""
+        """Roll a marked tensor by one more. None if it is not rolled that far, or not by an exchange."""
         depth, known = mark.depth + 1, self._known[mark.name]
-        if depth > self.depths[mark.name]:
+        self.start()
+        if self._rolls is None or depth > self.depths[mark.name]:
             return None
         if depth == len(known):
             with torch.inference_mode(False):  # tensors of that mode have no versions

@@ -18,7 +18,7 @@ Answer = tuple[torch.Tensor | None, torch.Tensor | None]
 SUMMED = ("loss_mask",)  # the number of tokens; Megatron-LM drops the sums of all other tensors
 UNKNOWN = "a tensor that no forward has announced"
 
-_reasons: list[str] = []  # why the forward that is running has no exchange
+_reasons: list[Callable[[], str]] = []  # why the forward that is running has no exchange
 
 
 def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -63,25 +63,29 @@ def _answer(
     tensor: torch.Tensor, shifts: int, dims: int, cp_group: Any, packed: Any
 ) -> tuple[torch.Tensor | None, str]:
     """(the rolled tensor, "") or (None, why there is none)."""
-    if getattr(tensor, MARK, None) is None:
+    mark: Mark | None = getattr(tensor, MARK, None)
+    if mark is None:
         if tensor.requires_grad:
             return None, "a tensor that needs a gradient"
-        return None, _reasons[-1] if _reasons else UNKNOWN
-    mark = mark_of(tensor)
-    if mark is None or mark.prefetch.was_written(mark.name):
+        if not _reasons:
+            return None, UNKNOWN
+        return None, _reasons[-1]() or "a tensor that its forward does not know"
+    if mark.prefetch.reason:
+        return None, mark.prefetch.reason
+    if mark_of(tensor) is None or mark.prefetch.was_written(mark.name):
         return None, "a tensor that was written to after its forward began"
     if shifts != -1 or dims not in (-1, tensor.ndim - 1):
         return None, "another shift or dimension"
     if cp_group is not mark.prefetch.cp_group or packed is not mark.prefetch.packed:
         return None, "another cp_group or packed_seq_params than the model's"
     answer = mark.prefetch.answer(mark)
-    return answer, "" if answer is not None else "more depths than the model has"
+    return answer, "" if answer is not None else mark.prefetch.reason or "more depths than the model has"
 
 
 @contextlib.contextmanager
-def no_exchange(reason: str) -> Iterator[None]:
+def no_exchange(reason: Callable[[], str]) -> Iterator[None]:
     """Say why the rolls of the forward in this context have no exchange; "" if they have one."""
-    _reasons.append(reason or "a tensor that its forward does not know")
+    _reasons.append(reason)
     try:
         yield
     finally:

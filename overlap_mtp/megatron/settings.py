@@ -106,13 +106,16 @@ def reset_status() -> None:
     _status.fallbacks.clear()
 
 
-def roller_for(cp_group: dist.ProcessGroup, kind: Hashable, num_depths: int, **options: Any) -> Roller:
+def roller_for(
+    cp_group: dist.ProcessGroup, settings: Settings, kind: Hashable, num_depths: int, **options: Any
+) -> Roller:
     """Return the roller for a kind of batch.
 
     Each kind has a roller of its own: another kind in the same roller would be agreed on again, which blocks.
 
     Args:
         cp_group: the ranks that share a sequence.
+        settings: of the drop-in.
         kind: what all batches of the roller have in common. All ranks need new kinds in the same order.
         num_depths: as in `make_roller`.
         options: of `make_roller`.
@@ -120,8 +123,6 @@ def roller_for(cp_group: dist.ProcessGroup, kind: Hashable, num_depths: int, **o
     Returns:
         The roller.
     """
-    settings = _status.settings
-    assert settings is not None
     of_group = _rollers.setdefault(cp_group, {})
     key = (settings, num_depths, kind)
     roller = of_group.pop(key, None)

@@ -165,7 +165,8 @@ def test_a_model_can_call_another_one(four):
 def test_a_forward_that_raises_does_not_disturb_the_next(four, where):
     outcomes = compare(four, Case(), "a_forward_that_raises", where)
     before_the_error = 2 if where == "mtp" else 0
-    assert_answered(outcomes, exchanges=4, rolls=2 * (PER_BATCH + before_the_error))
+    exchanges = 4 if where == "mtp" else 2  # the decoder raises before the exchange leaves
+    assert_answered(outcomes, exchanges=exchanges, rolls=2 * (PER_BATCH + before_the_error))
 
 
 def test_batches_may_change_in_rows_tokens_and_documents(four):

@@ -241,7 +241,8 @@ def rolls_of_written_tensors(schedule: str) -> list[str]:
         twice = roll(once.clone())
 
         def marked() -> torch.Tensor:
-            return Prefetch({"labels": given}, {"labels": 2}, group, None).mark(given, "labels", 0)
+            settings = drop_in.Settings(schedule=schedule)
+            return Prefetch({"labels": given}, {"labels": 2}, group, None, settings).mark(given, "labels", 0)
 
         given = labels.clone()
         copy = marked().clone()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from overlap_mtp import SequenceLayout
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.megatron import prefetch, settings
+from overlap_mtp.megatron.forward import Entry, _sent_under_decoder
 from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
 from overlap_mtp.megatron.prefetch import Mark, Prefetch, _marked, can_roll, mark_of
 from overlap_mtp.megatron.rolls import no_exchange, patched_roll
@@ -57,7 +58,7 @@ def test_a_marked_tensor_can_be_copied_and_saved():
 class FakePrefetch:
     """Answers the first roll of a tensor."""
 
-    cp_group, packed = "group", "documents"
+    cp_group, packed, reason = "group", "documents", ""
 
     def __getstate__(self) -> None:
         raise TypeError("a process group cannot be pickled")
@@ -119,9 +120,9 @@ def test_only_loss_masks_are_summed_and_only_if_asked(monkeypatch):
 def test_a_roll_without_an_exchange_is_counted_by_the_reason_of_its_forward(monkeypatch):
     monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
     roll = patched_roll(own_roll)
-    with no_exchange("inference"):
+    with no_exchange(lambda: "inference"):
         roll(torch.ones(3))
-        with no_exchange(""):
+        with no_exchange(str):
             roll(torch.ones(3))
             roll(torch.ones(3, requires_grad=True))
         roll(torch.ones(3))
@@ -156,7 +157,7 @@ def test_unknown_tensors_are_rolled_exactly_if_the_settings_say_so(monkeypatch):
     assert rolled({"unknown": "exact"}, packed_seq_params=illegal)[0] is tensor
     for options in ({"shifts": -2}, {"dims": 0}):
         assert rolled({"unknown": "exact"}, **options)[0] is tensor
-    with no_exchange("inference"):
+    with no_exchange(lambda: "inference"):
         assert rolled({"unknown": "exact"})[0] is tensor
 
 
@@ -200,16 +201,53 @@ def test_a_tensor_of_inference_mode_cannot_be_carried():
         assert not can_roll(torch.ones(3))
 
 
-def test_tensors_of_different_lengths_are_left_to_megatron(monkeypatch):
-    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+def test_tensors_of_different_lengths_are_left_to_megatron():
     tensors = {"labels": torch.ones(1, 4), "loss_mask": torch.ones(1, 8)}
-    with pytest.raises(LeftToMegatronError, match=r"different lengths: \[4, 8\]"):
-        Prefetch(tensors, {"labels": 1, "loss_mask": 1}, cast(dist.ProcessGroup, None), None)
+    depths, group = {"labels": 1, "loss_mask": 1}, cast(dist.ProcessGroup, None)
+    made = Prefetch(tensors, depths, group, None, drop_in.Settings())
+    made.start()
+    assert made.reason == "tensors of different lengths: [4, 8]"
+    assert made.answer(Mark(made, "labels", 0, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "graphs", "layers", "expected"),
+    [
+        ("forward", "none", 2, ["entry", "layer 0", "start", "layer 1"]),
+        ("forward", "local", 2, ["entry", "start", "layer 0", "layer 1"]),
+        ("build_schedule_plan", "none", 2, ["entry", "start", "layer 0", "layer 1"]),
+        ("forward", "none", 0, ["entry", "start"]),
+    ],
+)
+def test_an_exchange_leaves_when_the_first_layer_was_launched(entry, graphs, layers, expected):
+    """Or at the entry, if no hook of a layer will be called."""
+    done: list[str] = []
+
+    class Layer(torch.nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            done.append(f"layer {self.number}")
+            return x
+
+    model = SimpleNamespace(
+        config=SimpleNamespace(cuda_graph_impl=graphs),
+        decoder=SimpleNamespace(layers=[Layer(number) for number in range(layers)]),
+    )
+    starts = cast(Prefetch, SimpleNamespace(start=lambda: done.append("start")))
+    done.append("entry")
+    with _sent_under_decoder(starts, model, Entry(mock.Mock(), entry, "GPTModel", {})):
+        for layer in model.decoder.layers:
+            assert layer(expected) is expected
+    assert done == expected
+    assert not any(layer._forward_hooks for layer in model.decoder.layers)
 
 
 def test_which_batches_share_a_roller(monkeypatch):
     """More documents than there is room for double the room. What is past an end is 0 in all tensors."""
-    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings(max_documents=4))
+    chosen = drop_in.Settings(max_documents=4)
     roller_for = mock.Mock()
     monkeypatch.setattr(prefetch, "roller_for", roller_for)
     tensors = {name: torch.ones(1, 24) for name in ("labels", "padding_mask")}
@@ -217,9 +255,9 @@ def test_which_batches_share_a_roller(monkeypatch):
     def asked_for(documents: int, labels: int = 2) -> tuple[Any, int, int]:
         packed = packed_params(torch.arange(0, 24 + 1, 24 // documents)) if documents else None
         group = cast(dist.ProcessGroup, SimpleNamespace(size=lambda: 1))
-        made = Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed)
+        made = Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed, chosen)
         assert made.answer(Mark(made, "labels", labels, 0)) is None  # no tensor is rolled further
-        (_, kind, num_depths), options = roller_for.call_args
+        (_, _, kind, num_depths), options = roller_for.call_args
         assert options["fills"].items() >= {"labels": 0, "padding_mask": 0}.items()
         assert options["depths"] == {"labels": labels, "padding_mask": 2}
         return kind, num_depths, options["max_documents"]
@@ -247,13 +285,13 @@ def test_the_roller_that_was_used_least_recently_makes_room(monkeypatch):
             self.is_closed = True
 
     def roller(kind: str, num_depths: int = 2) -> FakeRoller:
-        return settings.roller_for(group, kind, num_depths, max_documents=4)
+        return settings.roller_for(group, chosen, kind, num_depths, max_documents=4)
 
+    chosen = drop_in.Settings()
     group = FakeRoller()  # anything that can be referred to weakly
     made.clear()
     monkeypatch.setattr(settings, "make_roller", FakeRoller)
     monkeypatch.setattr(settings, "MAX_ROLLERS", 3)
-    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
     a, b, _ = roller("a"), roller("b"), roller("c")
     assert (a.options, roller("a")) == ({"max_documents": 4}, a)
     roller("d")
@@ -261,7 +299,7 @@ def test_the_roller_that_was_used_least_recently_makes_room(monkeypatch):
     assert roller("d") is made[3]
     assert roller("b") is not b
     assert not any(one.is_closed for one in made)  # a forward may still need what they have started
-    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings(schedule="merged"))
+    chosen = drop_in.Settings(schedule="merged")
     assert roller("a") is not a
     drop_in.close()
     assert [one.is_closed for one in made] == [False, False, False, True, False, True, True]
