@@ -4,6 +4,7 @@
     python experiments/megatron_step.py --preset h4096 --documents 0,8,32,128 --out out/megatron
     torchrun --nproc-per-node 4 experiments/megatron_step.py --preset h2048
     python experiments/megatron_step.py --rounds 0 --train-steps 200 --documents 0,8
+    python experiments/megatron_step.py --draw out/a/results.json --draw out/b/results.json       # in one picture
 
 Needs megatron-core, from PyPI or a checkout of Megatron-LM that `--checkout` names, but no Transformer Engine: the core
 attention is ours, because Megatron-LM's own needs that package under context parallelism. Everything else of the model
@@ -15,9 +16,9 @@ is Megatron-LM's. The modes:
     dropin_host     the same with cu_seqlens in host memory (packed documents only)
     none            local rolls, which send nothing: wrong tokens, for timing only. All ratios are to this one
 
-Every round runs one step (forward and backward, without optimizer) of each mode in random order, on the same weights
-and batch. Before that, one step of each mode is compared with Megatron-LM's, bit for bit. Writes `results.json`,
-`results.md` and `step_time.png` into `--out`. Exit status 1: a bit differs.
+Every round runs one step (forward and backward, without optimizer) of each mode in random order, and then in the
+reverse of it, on the same weights and batch. Before that, one step of each mode is compared with Megatron-LM's, bit for
+bit. Writes `results.json`, `results.md` and `step_time.png` into `--out`. Exit status 1: a bit differs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from tyro.conf import UseAppendAction
 
 from dropin.modes import MODES
 from dropin.sizes import Problem, problem_of
@@ -132,6 +134,8 @@ class OutputOptions:
 
     out: Path = Path("out/megatron_step")
     """Folder for the record, the table and the picture."""
+    draw: UseAppendAction[tuple[Path, ...]] = ()
+    """Draw the ratios of this record (results.json) into a picture of all that are given, and time nothing."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Options(ModelOptions, DropInOptions, TimingOptions, TrainingOptions, Outpu
 
     def recorded(self, problem: Problem) -> dict[str, Any]:
         """Return the settings for the record, without any path."""
-        left_out = ("out", "profile_out", "profile", "ranks", "device")
+        left_out = ("out", "draw", "profile_out", "profile", "ranks", "device")
         return {
             **{name: value for name, value in asdict(self).items() if name not in left_out},
             "checkout": self.checkout is not None,
@@ -250,6 +254,17 @@ def benchmark_on_rank(device: torch.device, options: Options, problem: Problem) 
     console.print("wrote " + ", ".join(map(str, paths)), soft_wrap=True)
 
 
+def draw_records(paths: tuple[Path, ...], out: Path) -> None:
+    """Draw the ratios of several records into `step_time.png` in `out`."""
+    from dropin import report
+
+    with usage_errors():
+        check_out(out, "step_time.png")
+        record = report.read_together(paths)
+    report.draw(record, out / "step_time.png")
+    print(f"wrote {out / 'step_time.png'}")
+
+
 def main() -> None:
     set_variables()
     about = (
@@ -257,6 +272,9 @@ def main() -> None:
         "all bits. The core attention is ours: Megatron-LM's own needs Transformer Engine under context parallelism."
     )
     options = parse_options(Options, about, on_cpu=ON_CPU)
+    if options.draw:
+        draw_records(options.draw, options.out)
+        return
     with usage_errors():
         problem = options.problem()
         check_out(options.out, "results.json", "results.md", "step_time.png")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ CAPTION = (
     "median over rounds of the slowest rank [95 % interval]; none: local rolls with wrong tokens, for timing only; the "
     "attention is ours"
 )
+OF_TIMING = ("modes", "documents", "rounds", "warmup", "limit", "train_steps", "optimizer")  # settings
 Record = dict[str, Any]
 
 
@@ -107,21 +109,57 @@ def training_line(found: Record) -> str:
     )
 
 
+def read_together(paths: Sequence[Path]) -> Record:
+    """Return one record with the modes and documents of several, for `draw`.
+
+    Every ratio stays that to the `none` of its own record. Of a mode that several records hold, the last counts.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is no record, or two records are not of the same step on the same devices.
+    """
+    records = [json.loads(path.read_text()) for path in paths]
+    runs: dict[str, Any] = {}
+    for path, record in zip(paths, records, strict=True):
+        if not isinstance(record, dict) or record.get("experiment") != "megatron_step":
+            raise ValueError(f"{path} is not a record of megatron_step, which writes results.json")
+        one, other = _step_of(records[0]), _step_of(record)
+        if differing := [name for name in {**one, **other} if one.get(name) != other.get(name)]:
+            raise ValueError(f"{paths[0]} and {path} must agree in {', '.join(differing)} to share a picture")
+        for name, run in record["runs"].items():
+            together = runs.setdefault(name, {"rows": {}, "status": {"transports": []}})
+            together["status"]["transports"] += run["status"].get("transports", ())
+            for clock, rows in run.get("rows", {}).items():
+                together["rows"].setdefault(clock, {}).update(rows)
+    return {**records[0], "runs": runs}
+
+
+def _step_of(record: Record) -> dict[str, Any]:
+    """Return what a record's ratios depend on."""
+    where = {name: record["where"][name] for name in ("megatron_core", "ranks", "device")}
+    return where | {name: value for name, value in record["settings"].items() if name not in OF_TIMING}
+
+
 def draw(record: Record, path: Path) -> None:
     """Draw the step times over that of `none`: a group of bars for each number of documents, with 95 % intervals."""
-    runs = {name: run["rows"] for name, run in record["runs"].items() if "rows" in run}
+    runs = {name: run["rows"] for name, run in record["runs"].items() if run.get("rows")}
     figure, [[axes]] = plots.subplots(1, 1, (1.6 + 2 * len(runs), 3.8))
     clock = "events_ms" if all("events_ms" in rows for rows in runs.values()) else "wall_ms"
     shown = [
         mode for mode in MODES if mode != BASELINE and any(mode in rows[clock] for rows in runs.values())
     ]
+    groups = [[mode for mode in shown if mode in rows[clock]] for rows in runs.values()]
     width = 0.8 / max(1, len(shown))
-    for index, mode in enumerate(shown):
-        at = [place for place, rows in enumerate(runs.values()) if mode in rows[clock]]
+    for mode in shown:
+        at = [
+            place + (group.index(mode) - (len(group) - 1) / 2) * width
+            for place, group in enumerate(groups)
+            if mode in group
+        ]
         ratios = [rows[clock][mode]["ratio"] for rows in runs.values() if mode in rows[clock]]
         values, low, high = (np.array([one[part] for one in ratios]) for part in ("value", "low", "high"))
         bars = axes.bar(
-            np.array(at) + (index - (len(shown) - 1) / 2) * width,
+            at,
             values,
             width,
             label=mode,
