@@ -17,6 +17,8 @@ from overlap_mtp.profiling import Report, nsys, read_profile, report_on
 
 ROOT = Path(__file__).parents[2]
 EXPORTS = sorted((ROOT / "profiles").glob("*.sqlite.gz"))
+MEGATRON = ROOT / "profiles/megatron-32-documents.sqlite.gz"
+COMPARISONS = [path for path in EXPORTS if path != MEGATRON]
 READ = {*nsys.TABLES.values(), nsys.CALLS, nsys.RANGES, nsys.NODES, "StringIds", "META_DATA_EXPORT"}
 
 
@@ -26,9 +28,8 @@ def report(path: Path) -> Report:
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
-def test_a_recorded_profile_adds_up_and_shows_what_it_was_recorded_for(path):
+def test_a_recorded_profile_adds_up(path):
     found = report(path)
-    assert found.notes == ()
     devices = [one.label for one in found.timelines]
     assert devices == [f"rank {rank}" for rank in range(len(devices))]
     assert len(devices) > 1
@@ -41,14 +42,35 @@ def test_a_recorded_profile_adds_up_and_shows_what_it_was_recorded_for(path):
             assert 0 <= row.hidden_fraction <= 1
     kinds = [{(row.schedule, row.kind) for row in found.rows if row.device == device} for device in devices]
     assert all(kind == kinds[0] for kind in kinds)
-
-    schedules = {one.name: one for one in found.schedules}
     assert all(one.step_ms > 0 for one in found.schedules if one.steps)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
+def test_a_comparison_shows_what_it_was_recorded_for(path):
+    found = report(path)
+    assert found.notes == ()
+    schedules = {one.name: one for one in found.schedules}
     assert schedules["prepared"].exchange_hidden is None
     assert schedules["prefetch"].exchange_hidden > 0.5 > 0.1 > schedules["sync"].exchange_hidden
     sends = [row for row in found.rows if row.range == "send-recv"]
     launches = {name: sum(row.launches for row in sends if row.schedule == name) for name in schedules}
     assert launches["sync"] > launches["prefetch"] > 0
+
+
+def test_megatrons_step_is_beside_that_of_the_drop_in():
+    """With the figures that profiles/README.md states."""
+    found = report(MEGATRON)
+    assert found.notes == ("No overlap efficiency: it needs steps of sync and of prepared.",)
+    own, dropin = found.schedules
+    assert (own.name, own.steps, dropin.name, dropin.steps) == ("megatron", 1, "dropin", 1)
+    assert len(found.timelines) == 4
+    assert (round(own.step_ms), round(dropin.step_ms)) == (532, 175)
+    assert own.exchange_hidden == 0
+    assert (round(dropin.exchange_hidden, 3), round(dropin.exchange_worst, 3)) == (0.553, 0.538)
+    sends = [row for row in found.rows if row.kind == "exchange"]
+    assert {row.launches for row in sends if row.schedule == "dropin"} == {2}
+    times_ms = [row.time_us / 1000 for row in sends if row.schedule == "megatron"]
+    assert (round(min(times_ms)), round(max(times_ms))) == (65, 175)
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
