@@ -158,3 +158,46 @@ def last_at_or_below(bounds, value, COUNT: tl.constexpr, STEPS: tl.constexpr):
         bound = tl.load(bounds + candidate, mask=known, other=0)
         found = tl.where(known & (bound <= value), candidate, found)
     return found
+
+
+@triton.jit
+def bounds_of(metadata, sequence, known, C: tl.constexpr):
+    """(start, end) of sequences [BLOCK]. Those that are not known have none."""
+    if C.by_document:
+        start = tl.load(metadata + CU_AT + sequence, mask=known, other=0).to(tl.int32)
+        end = tl.load(metadata + CU_AT + sequence + 1, mask=known, other=0).to(tl.int32)
+    else:
+        start = tl.zeros_like(sequence)
+        end = start + tl.load(metadata + SEQ_LEN_AT).to(tl.int32)
+    return start, end
+
+
+@triton.jit
+def chunk_of(metadata, local_index, C: tl.constexpr):
+    """Where local tokens [BLOCK] lie: (sequence, its start, length of its chunks, which held chunk, offset in it)."""
+    if C.by_document:
+        sequence = last_at_or_below(
+            metadata + CU_AT, local_index * C.cp_size, C.max_documents, C.search_steps
+        )
+    else:
+        sequence = tl.zeros_like(local_index)
+    start, end = bounds_of(metadata, sequence, sequence >= 0, C)
+    chunk_len = tl.maximum((end - start) // C.num_chunks, 1)
+    within = local_index - start // C.cp_size
+    held = tl.minimum(within // chunk_len, C.num_chunks // C.cp_size - 1)
+    return sequence, start, chunk_len, held, within - held * chunk_len
+
+
+@triton.jit
+def held_chunk(held, C: tl.constexpr):
+    """Which chunk of its sequence a held one is."""
+    return tl.where(held == 0, C.held_chunks[0], C.held_chunks[C.num_chunks // C.cp_size - 1])
+
+
+@triton.jit
+def document_of(metadata, sequence, position, C: tl.constexpr):
+    """(document, its valid end, which is negative for a tail) of positions [BLOCK] of the stream."""
+    document = sequence
+    if not C.by_document:
+        document = last_at_or_below(metadata + CU_AT, position, C.max_documents, C.search_steps)
+    return document, tl.load(metadata + CU_AT + (C.max_documents + 1) + document)

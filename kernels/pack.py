@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.kernels.common import (
-    CU_AT,
     FINGERPRINT_AT,
     NO_DOCUMENT_AT,
-    SEQ_LEN_AT,
     ExchangeConstants,
     as_pointer,
+    bounds_of,
     copy_metadata,
     local_len_of,
     metadata_of,
@@ -27,12 +26,7 @@ def token_of_row(metadata, plan_table, row, inside, C: tl.constexpr):
     held = tl.load(plan_table + C.num_send_rows + row, mask=inside, other=0)
     offset = tl.load(plan_table + 2 * C.num_send_rows + row, mask=inside, other=0)
     used = inside & (sequence >= 0)
-    if C.by_document:
-        start = tl.load(metadata + CU_AT + sequence, mask=used, other=0).to(tl.int32)
-        end = tl.load(metadata + CU_AT + sequence + 1, mask=used, other=0).to(tl.int32)
-    else:
-        start = tl.zeros_like(sequence)
-        end = start + tl.load(metadata + SEQ_LEN_AT).to(tl.int32)
+    start, end = bounds_of(metadata, sequence, used, C)
     chunk_len = (end - start) // C.num_chunks
     local_index = start // C.cp_size + held * chunk_len + offset
     return local_index, used & (end < NO_DOCUMENT_AT) & (offset < chunk_len), inside & (sequence < 0)

@@ -7,48 +7,28 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.kernels.common import (
-    CU_AT,
     FINGERPRINT_AT,
-    SEQ_LEN_AT,
     ExchangeConstants,
     as_pointer,
+    chunk_of,
     copy_metadata,
-    last_at_or_below,
+    document_of,
+    held_chunk,
     local_len_of,
 )
 from overlap_mtp.kernels.launch import Grid, Launch
 
 
 @triton.jit
-def find_sources(metadata, plan_table, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the token `depth` after each local token of this program is, [BLOCK] each:
+def find_sources(metadata, plan_table, local_index, depth, C: tl.constexpr):
+    """Where the token `depth` after each local token [BLOCK] is, [BLOCK] each:
 
     (its local_index or its received row, whether it is held here, whether it was received)
     """
-    local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.program_id(1) + 1
     inside = local_index < local_len_of(metadata, C)
-    if C.by_document:
-        sequence = last_at_or_below(
-            metadata + CU_AT, local_index * C.cp_size, C.max_documents, C.search_steps
-        )
-        start = tl.load(metadata + CU_AT + sequence).to(tl.int32)
-        end = tl.load(metadata + CU_AT + sequence + 1).to(tl.int32)
-    else:
-        sequence = tl.zeros_like(local_index)
-        start = sequence
-        end = start + tl.load(metadata + SEQ_LEN_AT).to(tl.int32)
-    chunk_len = tl.maximum((end - start) // C.num_chunks, 1)
-    first = start // C.cp_size
-    within = local_index - first
-    held = tl.minimum(within // chunk_len, C.num_chunks // C.cp_size - 1)
-    chunk = tl.where(held == 0, C.held_chunks[0], C.held_chunks[C.num_chunks // C.cp_size - 1])
-    offset = within - held * chunk_len
-    position = start + chunk * chunk_len + offset
-    document = sequence
-    if not C.by_document:
-        document = last_at_or_below(metadata + CU_AT, position, C.max_documents, C.search_steps)
-    valid_end = tl.load(metadata + CU_AT + (C.max_documents + 1) + document)
+    sequence, start, chunk_len, held, offset = chunk_of(metadata, local_index, C)
+    position = start + held_chunk(held, C) * chunk_len + offset
+    _, valid_end = document_of(metadata, sequence, position, C)
     wanted = inside & (position + depth < valid_end)
     in_tail = inside & (valid_end < 0)  # stays as it is
 
@@ -57,7 +37,9 @@ def find_sources(metadata, plan_table, C: tl.constexpr, BLOCK: tl.constexpr):
     route = plan_table + C.routes_at + 2 * (held * (C.num_depths + 1) + chunk_distance)
     code = tl.load(route, mask=wanted, other=0)
     stride = tl.load(route + 1, mask=wanted, other=0)
-    source = tl.where(code < 0, first + (-1 - code) * chunk_len, code + sequence * stride) + beyond
+    source = (
+        tl.where(code < 0, start // C.cp_size + (-1 - code) * chunk_len, code + sequence * stride) + beyond
+    )
     source = tl.where(in_tail, local_index, source)
     return source.to(tl.int64), in_tail | wanted & (code < 0), wanted & (code >= 0)
 
@@ -118,7 +100,9 @@ def unroll_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    source, is_held, is_received = find_sources(metadata, plan_table, C, BLOCK)
+    local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    depth = tl.program_id(1) + 1
+    source, is_held, is_received = find_sources(metadata, plan_table, local_index, depth, C)
     store_rolls(metadata, tensor_table, recv_buffer, source, is_held, is_received, C, BLOCK)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         check_headers(metadata, plan_table, recv_buffer, error_flags, C)

@@ -38,7 +38,9 @@ def wait_unroll_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    source, is_held, is_received = find_sources(metadata, plan_table, C, BLOCK)
+    local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    depth = tl.program_id(1) + 1
+    source, is_held, is_received = find_sources(metadata, plan_table, local_index, depth, C)
     seq_no = tl.load(metadata + SEQ_NO_AT)
     recv_buffer = memory + seq_no % C.num_buffers * C.buffer_words
     arrived = seq_no > 0
