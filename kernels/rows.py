@@ -43,6 +43,30 @@ class RowConstants(NamedTuple):
     block_rows: int
     block: int  # elements
 
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def of(
+        cls,
+        order: tuple[int, int],
+        itemsize: int,
+        column: int,
+        elements: int,
+        num_depths: int,
+        num_headers: int,
+    ) -> RowConstants:
+        """Collect the constants of a launch, and choose its tiles.
+
+        Args:
+            order: batch_rows and hidden.
+            itemsize, column, elements, num_depths, num_headers: as above.
+
+        Returns:
+            The constants.
+        """
+        block = min(triton.next_power_of_2(order[1]), STRIP_BYTES // itemsize)
+        block_rows = TILE_BYTES // (block * itemsize)
+        return cls(*order, itemsize, column, elements, num_depths, num_headers, block_rows, block)
+
 
 @triton.jit
 def tile_of(count, C: tl.constexpr):
@@ -87,7 +111,7 @@ def check_headers(rows, header_rows, header_peers, fingerprint, error_flags, C: 
                 tl.store(error_flags, wrong)
 
 
-@triton.jit(do_not_specialize=["length", "index", "count"])
+@triton.jit(do_not_specialize=["length", "index", "count", "fingerprint"])
 def pack_rows_kernel(
     tensor,
     length,
@@ -107,7 +131,7 @@ def pack_rows_kernel(
     write_headers(rows, row, token == HEADER_AT, fingerprint, C)
 
 
-@triton.jit(do_not_specialize=["length", "source", "header_rows", "header_peers"])
+@triton.jit(do_not_specialize=["length", "source", "header_rows", "header_peers", "fingerprint"])
 def unroll_rows_kernel(
     tensor,
     length,
@@ -168,7 +192,7 @@ def sum_rows_kernel(
     tl.store(sums + in_tensor(row, length, C) + element, total.to(sums.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "back", "count"])
+@triton.jit(do_not_specialize=["length", "back", "count", "fingerprint"])
 def pack_sums_kernel(
     gradients,  # a tensor for each depth
     length,
@@ -187,7 +211,10 @@ def pack_sums_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["returned_to", "returned", "uses", "count", "length", "header_rows", "header_peers"]
+    do_not_specialize=[
+        *("returned_to", "returned", "uses", "count", "length"),
+        *("header_rows", "header_peers", "fingerprint"),
+    ]
 )
 def add_rows_kernel(
     rows,
@@ -344,7 +371,7 @@ def _constants(
     assert len(orders) == 1, orders
     num_headers = len(header_rows) if header_rows is not None and column == 0 else 0
     elements = rows.shape[1] if rows is not None else 0
-    return _make_constants(*orders.pop(), tensors[0].itemsize, column, elements, num_depths, num_headers)
+    return RowConstants.of(orders.pop(), tensors[0].itemsize, column, elements, num_depths, num_headers)
 
 
 def _order(tensor: torch.Tensor) -> tuple[int, int]:
@@ -354,12 +381,6 @@ def _order(tensor: torch.Tensor) -> tuple[int, int]:
     length, batch_rows, hidden = tensor.shape
     assert tensor.stride() == (hidden, length * hidden, 1), f"strides {tensor.stride()} of {tensor.shape}"
     return batch_rows, hidden
-
-
-@lru_cache(maxsize=1024)
-def _make_constants(batch_rows: int, hidden: int, itemsize: int, *rest: int) -> RowConstants:
-    block = min(triton.next_power_of_2(hidden), STRIP_BYTES // itemsize)
-    return RowConstants(batch_rows, hidden, itemsize, *rest, TILE_BYTES // (block * itemsize), block)
 
 
 def _grid(count: int, constants: RowConstants) -> tuple[int, int, int]:

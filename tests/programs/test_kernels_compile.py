@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,17 +14,29 @@ from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}  # all others are of int64
+# Of the kernels of activations. All others are of int32.
+ROWS = dict.fromkeys(("tensor", "rows", "sums"), "*bf16") | dict.fromkeys(("length", "count", "uses"), "i32")
+ROWS |= {"fingerprint": "i64", "metadata": "*i64"} | dict.fromkeys(("rolls", "gradients"), ("*bf16", "*bf16"))
+
+
+def compiled(
+    kernel, types: dict[str, object], others: str, constants: dict[str, object]
+) -> dict[str, object]:
+    """What a kernel becomes, by stage. Tensors of activations begin at multiples of 16 bytes."""
+    names = kernel.arg_names
+    assert len(names) <= 12
+    signature = {name: types.get(name, others) for name in names} | dict.fromkeys(constants, "constexpr")
+    by_position = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {}
+    for at, one in enumerate(signature.values()):
+        paths = [(at, n) for n in range(len(one))] if isinstance(one, tuple) else [(at,)]
+        aligned |= {path: [["tt.divisibility", 16]] for path in paths if "*bf16" in one}
+    return triton.compile(ASTSource(kernel, signature, by_position, aligned), target=TARGET).asm
 
 
 def compiled_size(launch) -> int:
     """Bytes of machine code of what a launch would run."""
-    kernel, constants = launch._kernel, launch._constants
-    assert len(kernel.arg_names) <= 12
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature: dict[str, object] = {name: POINTERS.get(name, "*i64") for name in names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    by_position = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return len(triton.compile(ASTSource(kernel, signature, by_position), target=TARGET).asm["cubin"])
+    return len(compiled(launch._kernel, POINTERS, "*i64", launch._constants)["cubin"])
 
 
 def launches(kind: str) -> list[object]:
@@ -55,16 +68,60 @@ def launches(kind: str) -> list[object]:
     ]
 
 
-def test_kernels_compile_for_a_gpu():
+def row_kernels() -> list[dict[str, object]]:
+    """What the kernels of activations become, for two depths and rows of 4096 elements in bfloat16."""
+    from overlap_mtp.kernels import rows
+
+    constants = {
+        "C": rows.RowConstants.of((1, 4096), 2, column=0, elements=4096, num_depths=2, num_headers=2)
+    }
+    kernels = [rows.pack_rows_kernel, rows.unroll_rows_kernel, rows.sum_rows_kernel, rows.pack_sums_kernel]
+    return [compiled(one, ROWS, "*i32", constants) for one in [*kernels, rows.add_rows_kernel]]
+
+
+def row_maps(kind: str, tp: tuple[int, int]) -> dict[str, object]:
+    """What the kernel of the maps of activations becomes."""
+    from overlap_mtp import SequenceLayout
+    from overlap_mtp.exchange.rows import make_row_plans
+    from overlap_mtp.kernels.row_maps import RowMapper, row_maps_kernel
+
+    plan = make_row_plans(SequenceLayout.packed([0, 24, 48], 3, kind), 2, 100, True, tp)[1]
+    constants = {"C": RowMapper.of(plan, torch.device("cpu")).constants, "BLOCK": 128}
+    return compiled(row_maps_kernel, ROWS, "*i32", constants)
+
+
+def in_new_process(*arguments: str) -> list[str]:
+    """What this file prints: here the kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__]
+    command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    sizes = [int(size) for size in done.stdout.split()]
+    return done.stdout.split()
+
+
+def test_kernels_compile_for_a_gpu():
+    sizes = list(map(int, in_new_process("tokens")))
     assert len(sizes) == 2 * 5
     assert min(sizes) > 0
 
 
+def test_kernels_of_activations_compile_and_move_16_bytes_at_a_time():
+    found = in_new_process("activations")
+    assert found == ["ld.global.v4.b32", "st.global.v4.b32"] * 5 + ["compiled"] * 3
+
+
+def print_all(what: str) -> None:
+    if what == "tokens":
+        print(*(compiled_size(one) for kind in ("zigzag", "contiguous") for one in launches(kind)))
+        return
+    for asm in row_kernels():
+        for access in ("ld", "st"):
+            # Of bfloat16 there is no other access. Maps, headers and flags are of 4 or 8 bytes.
+            print(*sorted(set(re.findall(rf"\b({access}\.global\S*(?:v\d|b16)\S*)", asm["ptx"]))))
+    for kind, tp in (("zigzag", (0, 1)), ("zigzag", (1, 2)), ("contiguous", (1, 2))):
+        print("compiled" if row_maps(kind, tp)["cubin"] else "empty")
+
+
 if __name__ == "__main__":
-    print(*(compiled_size(one) for kind in ("zigzag", "contiguous") for one in launches(kind)))
+    print_all(sys.argv[1])

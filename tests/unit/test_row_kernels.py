@@ -1,0 +1,213 @@
+"""The kernels of activations under the interpreter, against the same in plain torch and numpy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from overlap_mtp.exchange.plan import make_metadata
+from overlap_mtp.exchange.row_spec import DTYPES
+from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan, make_row_plans
+from overlap_mtp.kernels import row_reference, rows
+from overlap_mtp.kernels.row_maps import RowMapper
+from overlap_mtp.layout import SequenceLayout
+
+from strategies import layouts, random_tensor, same_bits
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"
+)
+FINGERPRINT = 0x7654_3210_FEDC_BA98
+ORDERS = ("[S, H]", "[S, B, H]", "[B, S, H]")
+
+
+class Activations:
+    """Random tensors of two widths, in one order, and buffers for them."""
+
+    def __init__(self, order: str, length: int, hidden: int, dtype: torch.dtype, seed: int) -> None:
+        self.order, self.length, self.widths, self.dtype = order, length, (hidden, hidden + 5), dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.elements = -(-sum(self.widths) * (1 if order == "[S, H]" else 2) // 8) * 8
+
+    def bits(self, *shape: int) -> torch.Tensor:
+        return random_tensor(shape, self.dtype, self.generator)
+
+    def numbers(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.dtype)
+
+    def tensors(self, make) -> list[torch.Tensor]:
+        if self.order == "[S, H]":
+            return [make(self.length, hidden) for hidden in self.widths]
+        if self.order == "[S, B, H]":
+            return [make(self.length, 2, hidden) for hidden in self.widths]
+        return [make(2, self.length, hidden).movedim(1, 0) for hidden in self.widths]
+
+    def chosen(self, *shape: int, end: int) -> torch.Tensor:
+        """Rows in [NOTHING, end), int32."""
+        return torch.randint(NOTHING, end, shape, generator=self.generator, dtype=torch.int32)
+
+    def different(self, count: int, end: int) -> torch.Tensor:
+        """As `chosen`, each row once at most."""
+        return torch.cat(
+            [
+                torch.randperm(end, generator=self.generator)[:count],
+                torch.full((max(0, count - end),), NOTHING),
+            ]
+        ).int()[torch.randperm(count, generator=self.generator)]
+
+
+activations = st.builds(
+    Activations,
+    st.sampled_from(ORDERS),
+    length=st.sampled_from([1, 5, 20]),
+    hidden=st.sampled_from([1, 3, 8, 300]),  # the last is more than a strip of float64
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 999),
+)
+
+
+def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies with the same strides."""
+    return [torch.empty_like(tensor).copy_(tensor) for tensor in tensors]
+
+
+def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The interpreter does not round to bfloat16 as GPUs and torch do. All else has the same bits."""
+    if found.dtype == torch.bfloat16:
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+    else:
+        assert same_bits(found, expected)
+
+
+@settings(max_examples=25)
+@given(make=activations, count=st.integers(1, 20))
+def test_packed_rows_have_the_same_bits(make, count):
+    tensors = make.tensors(make.bits)
+    index = make.chosen(count, end=make.length)
+    index[::5] = HEADER
+    found, expected = copies([make.bits(count, make.elements)] * 2)
+    rows.pack_rows(tensors, index, found, FINGERPRINT)
+    row_reference.pack_rows(tensors, index.long(), expected, FINGERPRINT)
+    assert same_bits(found, expected)
+
+
+@settings(max_examples=25)
+@given(make=activations, num_depths=st.integers(1, 3), count=st.integers(1, 20))
+def test_rolls_have_the_same_bits(make, num_depths, count):
+    tensors, buffer = make.tensors(make.bits), make.bits(count, make.elements)
+    source = make.chosen(num_depths, make.length, end=make.length + count)
+    found, expected = ([make.tensors(make.bits) for _ in range(num_depths)] for _ in range(2))
+    rows.unroll_rows(tensors, source, buffer, found)
+    row_reference.unroll_rows(tensors, source.long(), buffer, expected)
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(same_bits, one, other))
+
+
+@settings(max_examples=25)
+@given(make=activations, num_depths=st.integers(1, 3))
+def test_sums_of_own_rows_are_the_same(make, num_depths):
+    gradients = [make.tensors(make.numbers) for _ in range(num_depths)]
+    back = torch.stack([make.different(make.length, make.length) for _ in range(num_depths)])
+    back[make.chosen(num_depths, make.length, end=2) == NOTHING] = NOTHING
+    found, expected = (make.tensors(make.bits) for _ in range(2))
+    rows.sum_rows(gradients, back, found)
+    row_reference.sum_rows(gradients, back.long(), expected)
+    for one, other in zip(found, expected, strict=True):
+        check(one, other)
+
+
+@settings(max_examples=25)
+@given(make=activations, num_depths=st.integers(1, 3), count=st.integers(1, 20))
+def test_packed_sums_are_the_same(make, num_depths, count):
+    gradients = [make.tensors(make.numbers) for _ in range(num_depths)]
+    back = torch.stack([make.different(count, make.length) for _ in range(num_depths)])
+    is_header = torch.arange(count) % 5 == 0
+    back[:, is_header] = NOTHING
+    back[0, is_header] = HEADER
+    found, expected = copies([make.numbers(count, make.elements)] * 2)
+    before = found.clone()
+    rows.pack_sums(gradients, back, found, FINGERPRINT)
+    row_reference.pack_sums(gradients, back.long(), expected, FINGERPRINT)
+    check(found[~is_header], expected[~is_header])
+    assert (found.view(torch.int64)[is_header, 0] == FINGERPRINT).all()
+    assert same_bits(found.view(torch.int64)[is_header, 1:], before.view(torch.int64)[is_header, 1:])
+
+
+@settings(max_examples=25)
+@given(make=activations, uses=st.integers(1, 3), count=st.integers(1, 20))
+def test_rows_are_added_in_order(make, uses, count):
+    buffer, found = make.numbers(9, make.elements), make.tensors(make.numbers)
+    returned_to, returned = make.different(count, make.length), make.chosen(uses, count, end=9)
+    expected, used = copies(found), returned_to >= 0
+    rows.add_rows(buffer, returned_to, returned, found)
+    row_reference.add_rows(buffer, returned_to[used].long(), returned[:, used].long(), expected)
+    for one, other in zip(found, expected, strict=True):
+        check(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["unroll_rows", "add_rows"])
+def test_a_wrong_header_is_reported(direction, dtype):
+    make = Activations("[B, S, H]", 4, 3, dtype, seed=1)
+    tensors, buffer = make.tensors(make.numbers), make.numbers(6, make.elements)
+    header_rows, header_peers = torch.tensor([0, 4]).int(), torch.tensor([3, 1]).int()
+
+    def flags_of(*headers: int) -> list[int]:
+        error_flags = torch.zeros(4, dtype=torch.int32)
+        buffer.view(torch.int64)[header_rows, 0] = torch.tensor(headers)
+        checks = (header_rows, header_peers, FINGERPRINT, error_flags)
+        if direction == "unroll_rows":
+            rows.unroll_rows(tensors, make.chosen(2, 4, end=10), buffer, [copies(tensors)] * 2, *checks)
+        else:  # nothing comes back, but a header is read
+            maps = torch.empty(0, dtype=torch.int32), torch.empty(2, 0, dtype=torch.int32)
+            rows.add_rows(buffer, *maps, copies(tensors), *checks)
+        return error_flags.tolist()
+
+    assert flags_of(FINGERPRINT, FINGERPRINT) == [0, 0, 0, 0]
+    assert flags_of(FINGERPRINT ^ 1, FINGERPRINT) == [4, 0, 0, 0]
+    assert flags_of(FINGERPRINT, FINGERPRINT ^ 1 << 62) == [2, 0, 0, 0]
+
+
+def uses(maps: RowMaps) -> dict[int, list[int]]:
+    """The rows of the buffer that are added to each own row, in order."""
+    found = {}
+    for own, at in zip(maps.returned_to.tolist(), maps.returned.T.tolist(), strict=True):
+        if own != NOTHING:
+            assert own not in found
+            found[own] = [row for row in at if row != NOTHING]
+    return found
+
+
+def check_maps(layout: SequenceLayout, plans: list[RowPlan]) -> None:
+    """The kernel's maps are those of numpy."""
+    for plan in plans:
+        metadata = torch.from_numpy(make_metadata(layout, plan.tokens))
+        expected, held = RowMaps.of(layout, plan), layout.local_len // plan.tp_size
+        found = RowMapper.of(plan, torch.device("cpu"))(metadata, held, expected.checksum)
+        assert found.checksum == expected.checksum
+        for name in ("packed", "source", "own_back", "in_back"):
+            assert torch.equal(getattr(found, name).long(), getattr(expected, name)), name
+        assert uses(found) == uses(expected)
+
+
+@settings(max_examples=25)
+@given(
+    layout=layouts(cp_sizes=(1, 2, 3)),
+    num_depths=st.integers(1, 4),
+    spare=st.integers(0, 2),
+    by_depth=st.booleans(),
+    tp=st.sampled_from([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]),
+    cp_rank=st.integers(0, 2),
+)
+def test_the_device_makes_the_maps_that_the_host_makes(layout, num_depths, spare, by_depth, tp, cp_rank):
+    assume(layout.local_len % tp[1] == 0)
+    plans = make_row_plans(layout, num_depths, layout.num_documents + spare, by_depth, tp)
+    check_maps(layout, [plans[cp_rank % layout.cp_size]])
+
+
+def test_maps_of_many_blocks_are_the_same():
+    """More rows and more slots than a program has."""
+    layout = SequenceLayout.packed(range(0, 488, 8), 2, "zigzag")
+    check_maps(layout, make_row_plans(layout, 3, layout.num_documents, False, (1, 2)))
