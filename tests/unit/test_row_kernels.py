@@ -14,7 +14,7 @@ from overlap_mtp.kernels import row_reference, rows
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.layout import SequenceLayout
 
-from strategies import layouts, random_tensor, same_bits
+from strategies import KINDS, layouts, random_tensor, same_bits
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"
@@ -180,12 +180,12 @@ def uses(maps: RowMaps) -> dict[int, list[int]]:
     return found
 
 
-def check_maps(layout: SequenceLayout, plans: list[RowPlan]) -> None:
+def check_maps(layout: SequenceLayout, plans: list[RowPlan], block: int = 128) -> None:
     """The kernel's maps are those of numpy."""
     for plan in plans:
         metadata = torch.from_numpy(make_metadata(layout, plan.tokens))
         expected, held = RowMaps.of(layout, plan), layout.local_len // plan.tp_size
-        found = RowMapper.of(plan, torch.device("cpu"))(metadata, held, expected.checksum)
+        found = RowMapper.of(plan, torch.device("cpu"))(metadata, held, expected.checksum, block)
         assert found.checksum == expected.checksum
         for name in ("packed", "source", "own_back", "in_back"):
             assert torch.equal(getattr(found, name).long(), getattr(expected, name)), name
@@ -207,7 +207,9 @@ def test_the_device_makes_the_maps_that_the_host_makes(layout, num_depths, spare
     check_maps(layout, [plans[cp_rank % layout.cp_size]])
 
 
-def test_maps_of_many_blocks_are_the_same():
-    """More rows and more slots than a program has."""
-    layout = SequenceLayout.packed(range(0, 488, 8), 2, "zigzag")
-    check_maps(layout, make_row_plans(layout, 3, layout.num_documents, False, (1, 2)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_of_many_documents_and_blocks_are_the_same(kind):
+    """Short chunks (zigzag), documents that end within a chunk (others), a tail, and many blocks of rows and slots."""
+    layout = SequenceLayout.packed(range(0, 328, 8), 2, kind, [7] * 20 + [8] * 20, 332)
+    plans = make_row_plans(layout, 3, layout.num_documents, False, (1, 2))
+    check_maps(layout, plans, block=64)
