@@ -115,9 +115,7 @@ class ActivationRoller(PackedRoller):
         )
 
     def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
-        """RowSpec.of has checked the rest."""
-        if spec.device.type != "cpu":
-            raise ValueError(f"activations are rolled between CPU ranks only so far, got {spec.device}")
+        """Do nothing: RowSpec.of has checked the batch."""
 
     def _make_transport(self, spec: RowSpec, layout: Layout) -> Transport:
         assert isinstance(layout, SequenceLayout)
@@ -126,7 +124,11 @@ class ActivationRoller(PackedRoller):
         config = TransportConfig(
             self._group, tokens, spec, self.traffic, self.is_overlapped, layout.local_len
         )
-        return GlooRowTransport(config, plans, self._tp_group)
+        if spec.device.type == "cpu":
+            return GlooRowTransport(config, plans, self._tp_group)
+        from overlap_mtp.exchange.row_cuda import NcclRowTransport  # here: Triton compiles for a GPU
+
+        return NcclRowTransport(config, plans, self._tp_group)
 
     def _refuse(self) -> None:
         with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
