@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -102,6 +103,7 @@ class ActivationRoller(PackedRoller):
 
     def __init__(self, config: RollerConfig, seq_dim: int, tp_group: dist.ProcessGroup | None) -> None:
         super().__init__(config)
+        self.backward_stopwatch: AbstractContextManager[None] = contextlib.nullcontext()  # around its calls
         is_shared = tp_group is not None and tp_group.size() > 1
         self._tp_group = exchange_group_of(tp_group) if is_shared else None
         self._tp = (self._tp_group.cp_rank, self._tp_group.cp_size) if self._tp_group else (0, 1)
@@ -161,7 +163,7 @@ class ActivationRolls(Rolls):
         self._backward: Backward | None = None
         if torch.is_grad_enabled() and any(one.requires_grad for one in self._tensors):
             self._mark += EXPECTS_GRADIENTS
-            self._backward = Backward(transport)
+            self._backward = Backward(transport, roller.backward_stopwatch)
             self._backward.watch(self._tensors)
             self._tensors = list(_Start.apply(self._backward, *self._tensors))  # type: ignore[no-untyped-call]
         if roller.is_overlapped:
@@ -213,8 +215,8 @@ class Backward:
     gradient of one of its tensors is complete, and sends zeros then.
     """
 
-    def __init__(self, transport: RowTransport) -> None:
-        self._transport = transport
+    def __init__(self, transport: RowTransport, stopwatch: AbstractContextManager[None]) -> None:
+        self._transport, self._stopwatch = transport, stopwatch
         self.exchange: RowExchange | None = None  # None until it is started
         self._ended_in = NO_PASS  # the last pass of autograd in which it ended
         self._watched: list[int] = []  # the tensors that have a gradient
@@ -223,14 +225,16 @@ class Backward:
     def begin(self, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """As RowTransport.begin_backward."""
         assert self.exchange is not None
-        sums = self._transport.begin_backward(self.exchange, gradients)
+        with self._stopwatch:
+            sums = self._transport.begin_backward(self.exchange, gradients)
         self._transport.raise_if_failed()
         return sums
 
     def end(self, sums: list[torch.Tensor]) -> None:
         """As RowTransport.end_backward."""
         assert self.exchange is not None
-        self._transport.end_backward(self.exchange, sums)
+        with self._stopwatch:
+            self._transport.end_backward(self.exchange, sums)
         self._transport.raise_if_failed()
         self._ended_in = _current_pass()
 

@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from overlap_mtp import Roller, make_roller, tracing
+from overlap_mtp import Roller, SequenceLayout, make_activation_roller, make_roller, tracing
 from overlap_mtp.labels import LABEL
-from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.schedules.timed import Stopwatch, TimedRoller
 from overlap_mtp.tracing import BackwardSpan, span
 
 from cases import NUM_DEPTHS, Microbatch
@@ -71,11 +71,44 @@ def test_a_timed_roller_rolls_the_same_and_knows_its_cost(schedule):
     assert timed.read().host_us == 0
 
 
+def test_a_timed_roller_knows_what_the_backward_pass_of_activations_costs():
+    layout, timed = (
+        SequenceLayout.dense(8, 1),
+        TimedRoller(make_activation_roller("overlap", None, NUM_DEPTHS)),
+    )
+    rows = torch.randn(1, 8, 4, requires_grad=True)
+    ahead = timed.start({"rows": rows}, layout).at(1)["rows"]
+    assert timed.backward.read().host_us == 0 < timed.read().host_us
+    ahead.sum().backward()
+    assert rows.grad is not None
+    assert rows.grad[0, :, 0].tolist() == [0] + 7 * [1]
+    assert timed.read().host_us == 0 < timed.backward.read().host_us < 1e6
+
+
+def test_a_stopwatch_subtracts_what_two_events_with_nothing_between_them_take():
+    class Event:
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.ms - self.ms
+
+    times = map(Event, [0, 0.002, 0.012, 1, 1.003, 1.033])
+    stopwatch = Stopwatch()
+    stopwatch.on_gpu = True
+    with mock.patch.object(stopwatch, "_now", side_effect=times):
+        for _ in range(2):
+            with stopwatch:
+                pass
+    assert stopwatch.read().stall_us == pytest.approx(8 + 28)
+    assert stopwatch.read().stall_us is None
+
+
 def test_a_timed_roller_finds_the_gpu_in_a_batch_that_begins_with_none(monkeypatch):
     roller = mock.create_autospec(Roller, instance=True)
     timed = TimedRoller(roller)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(timed, "_now", mock.Mock(return_value="an event"))
+    monkeypatch.setattr(timed.forward, "_now", mock.Mock(return_value="an event"))
     timed.start({"attention_mask": None, "tokens": SimpleNamespace(is_cuda=True)}, Microbatch.of(None).layout)
-    assert timed._spans == [("an event", "an event")]
+    assert timed.forward._spans == [3 * ["an event"]]
     roller.start.assert_called_once()
