@@ -31,14 +31,17 @@ from harness.command import (
 )
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
-from overlap_mtp.model.config import PRESETS
+from overlap_mtp.model.config import PRESETS, Distillation, MTPInputs
 
 ABOUT = """Compare the schedules in interleaved training steps on real text.
 
 The table has a row for each schedule: its step time, the ratio to the step of `prepared`, whose loader has rolled the \
 batch so that nothing is sent, the stall (how long rolls held up the compute stream), the messages of all ranks, and \
 whether rolls and loss have the same bits as those of `prepared`. Intervals are 95 % over rounds. `none` does not roll \
-at all: its tokens are wrong, and its time shows what a step without any exchange takes."""
+at all: its tokens are wrong, and its time shows what a step without any exchange takes.
+
+If the model rolls activations (--mtp-inputs embeddings, --hidden-state-mixing, --distillation tv), schedules of \
+these are compared: with the step of `none`, and with the bits of `merged`. Tokens are prepared."""
 OfPreset = Annotated[int | None, default_is("the preset's")]
 
 
@@ -60,6 +63,12 @@ class ModelOptions:
     """Width inside of a feed-forward layer."""
     vocab_size: OfPreset = None
     """Token ids that the model knows."""
+    mtp_inputs: MTPInputs = "ids"
+    """What the depths take: ids, which are embedded when they are rolled, or the trunk's embeddings, rolled."""
+    hidden_state_mixing: bool = False
+    """Take the inputs of depths from the hidden states of all earlier ones, rolled."""
+    distillation: Distillation = "none"
+    """Compare the depths' distributions with the trunk's, whose hidden states are rolled."""
 
 
 @dataclass(frozen=True)

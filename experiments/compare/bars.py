@@ -11,8 +11,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from compare.columns import NARROW
-from compare.comparison import BASELINE
+from compare.columns import BASELINE, NARROW, RATIO
 from compare.markup import element
 from harness.plots import colour_of
 
@@ -32,7 +31,7 @@ def bars_of(rows: dict[str, Any]) -> Element:
     Args:
         rows: of the record, by schedule.
     """
-    labels = {mode: NARROW[f"/ {BASELINE}"](mode, row) for mode, row in rows.items()}
+    labels = {mode: NARROW[RATIO](mode, row) for mode, row in rows.items()}
     ratios = {mode: row["ratio"] for mode, row in rows.items()}
     most = max(1.0, *(value for one in ratios.values() for value in one.values())) * 1.03
     height = ROW * len(rows)
@@ -57,7 +56,7 @@ def bars_of(rows: dict[str, Any]) -> Element:
         )
     return element(
         "svg",
-        element("title", f"Step time over that of {BASELINE}", id="bars-title"),
+        element("title", "Step time over that without any exchange", id="bars-title"),
         element("desc", "; ".join(f"{mode}: {label}" for mode, label in labels.items()), id="bars-desc"),
         *parts,
         xmlns="http://www.w3.org/2000/svg",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from compare.comparison import BASELINE, TIMING_ONLY
+from compare.comparison import TIMING_ONLY, TOKENS
 
+BASELINE = TOKENS.baseline
+RATIO = "/ no exchange"
 Row = dict[str, Any]
 Columns = dict[str, Callable[[str, Row], str]]  # by heading: the cell of a schedule and its row
 
@@ -25,6 +27,11 @@ def _ratio(mode: str, row: Row) -> str:
     return f"{_figure(value)} [{_figure(low, value)}, {_figure(high, value)}]"
 
 
+def _stalls(row: Row) -> list[dict[str, float]]:
+    """Return the stall of the forward pass and, of activations, that of the backward pass, if they were measured."""
+    return [one for one in (row["stall_us"], row.get("backward_stall_us")) if one is not None]
+
+
 def _same(mode: str, row: Row) -> str:
     if mode in (BASELINE, TIMING_ONLY):
         return "reference" if mode == BASELINE else "-"
@@ -34,15 +41,16 @@ def _same(mode: str, row: Row) -> str:
 NARROW: Columns = {
     "schedule": lambda mode, _: mode,
     "step (ms)": lambda _, row: _figure(row["median_ms"]),
-    f"/ {BASELINE}": _ratio,
-    "stall (µs)": lambda _, row: "-" if row["stall_us"] is None else f"{row['stall_us']['value']:,.0f}",
+    RATIO: _ratio,
+    "stall (µs)": lambda _, row: " + ".join(f"{one['value']:,.0f}" for one in _stalls(row)) or "-",
     "messages": lambda _, row: f"{row['messages_per_step']:,.0f}",
     "same bits": _same,
 }
 NARROW_CAPTION = (
-    f"median over rounds of the slowest rank; / {BASELINE}: ratio to the step without any exchange [95 % interval]; "
-    "stall: how long the rolls held up the compute stream, on GPUs; messages: of all ranks, in a step; "
-    f"{TIMING_ONLY}: rolls wrong tokens and sends nothing, for timing only"
+    f"median over rounds of the slowest rank; {RATIO}: ratio to the step of {BASELINE}, or, of activations, of "
+    f"{TIMING_ONLY} [95 % interval]; stall: how long the rolls held up the compute stream, on GPUs (of activations: "
+    "forward + backward); messages: of all ranks, in a step; "
+    f"{TIMING_ONLY}: rolls wrong values and sends nothing, for timing only"
 )
 
 
@@ -63,21 +71,27 @@ def _same_of_each(mode: str, row: Row) -> str:
     return ", ".join("yes" if row[which] else "NO" for which in ("rolls_equal", "loss_equal"))
 
 
+def _host(row: Row) -> str:
+    times = (row["host_us"], row.get("backward_host_us"))
+    return " + ".join(f"{one:.0f}" for one in times if one is not None)
+
+
 WIDE: Columns = {
     "schedule": lambda mode, _: mode,
     "step ms (p10-p90)": lambda _, row: f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
-    "/ prepared": lambda _, row: _interval(row["ratio"], 4),
+    RATIO: lambda _, row: _interval(row["ratio"], 4),
     "step delta µs": lambda _, row: _interval(row["step_delta_us"], 0),
-    "stall µs": lambda _, row: _interval(row["stall_us"], 0),
+    "stall µs": lambda _, row: " + ".join(_interval(one, 0) for one in _stalls(row)) or "-",
     "efficiency": _efficiency,
     "tokens/s": lambda _, row: f"{row['tokens_per_s']:,.0f}",
-    "host µs": lambda _, row: f"{row['host_us']:.0f}",
+    "host µs": lambda _, row: _host(row),
     "messages": lambda _, row: f"{row['messages_per_step']:.0f}",
     "KB": lambda _, row: f"{row['bytes_per_step'] / 1000:.1f}",
     "loss": lambda _, row: f"{row['loss']:.5f}",
     "same rolls, loss": _same_of_each,
 }
 WIDE_CAPTION = (
-    "median [95 % interval]; step delta: step minus prepared step; stall: how long the rolls held up the compute "
-    "stream of the slowest rank, by CUDA events; messages and KB of all ranks together"
+    "median [95 % interval]; step delta: step minus the step without any exchange; stall: how long the rolls held up "
+    "the compute stream of the slowest rank, by CUDA events; host: time in their calls (stall and host of activations: "
+    "forward + backward); messages and KB of all ranks together"
 )

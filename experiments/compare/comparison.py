@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,23 +14,21 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 
-from compare.steps import CapturedStep, EagerStep
+from compare.steps import ActivationStep, CapturedStep, EagerStep, Rolled, Spent, TimedActivations
 from harness import environment, statistics
 from harness.command import Words, check_least, check_out, default_is
 from harness.rounds import gather, interleaved, meet, recording, synchronize
 from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, prepare
-from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.layout import Kind
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
-from overlap_mtp.schedules.roller import Rolls
+from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES
+from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.tracing import span
 from overlap_mtp.training.data import BatchStream, open_corpus
 from overlap_mtp.training.trainer import global_counts, reduce_gradients
 
-BASELINE = "prepared"
 TIMING_ONLY = "none"
-ALL_MODES = (*SCHEDULES, TIMING_ONLY)
 SEED = 0
 
 
@@ -51,13 +48,33 @@ class Problem:
         return max(128, self.num_documents or 1)
 
 
+class Contest(NamedTuple):
+    """What is compared with what."""
+
+    modes: tuple[str, ...]  # all there are
+    baseline: str  # whose steps have no exchange
+    reference: str  # whose bits are right
+    transports: tuple[str, ...]  # that a mode can name
+
+
+TOKENS = Contest((*SCHEDULES, TIMING_ONLY), "prepared", "prepared", ("process_group", "symmetric"))
+# Nobody can prepare activations. Tokens are prepared then.
+ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", ())
+
+
+def contest_of(model: ModelConfig) -> Contest:
+    """Return what a model's schedules are compared with."""
+    return ACTIVATIONS if model.rolls_activations else TOKENS
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the schedules are timed."""
 
-    modes: Words = ALL_MODES
+    modes: Annotated[Words | None, default_is("all")] = None
     """Schedules to time, with a transport too as in `prefetch:process_group`. `prepared`, the baseline, always runs.
-    `none` does not roll: its step is one without any exchange, on wrong tokens, so only its time counts."""
+    `none` does not roll: its step is one without any exchange, on wrong tokens, so only its time counts. If the model
+    rolls activations, these are their schedules, and `none` is the baseline."""
     transport: Literal["auto", "process_group", "symmetric"] = "auto"
     """Transport of the modes that name no transport."""
     layout: Kind = "zigzag"
@@ -82,20 +99,31 @@ class Settings:
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
         check_least(self, rounds=2, warmup=1)
-        for mode in self.modes:
+        legal, baseline, _, transports = contest_of(problem.model)
+        modes = self.chosen_modes(problem)
+        for mode in modes:
             schedule, _, transport = mode.partition(":")
-            if schedule not in ALL_MODES or transport not in ("", *TRANSPORTS):
-                raise ValueError(
-                    f"modes must be among {', '.join(ALL_MODES)}, each alone or followed by a transport "
-                    f"(:process_group or :symmetric), got {mode!r}"
+            if schedule not in legal or transport not in ("", *transports):
+                followed = (
+                    f", each alone or followed by a transport ({' or '.join(f':{t}' for t in transports)})"
                 )
-        if not {*self.modes} - {BASELINE}:
-            raise ValueError(f"modes must name a schedule to compare with {BASELINE}, got {BASELINE!r} alone")
-        symmetric = any(one.endswith(":symmetric") for one in (*self.modes, f":{self.transport}"))
+                raise ValueError(
+                    f"modes must be among {', '.join(legal)}{followed if transports else ''}, got {mode!r}"
+                )
+        if not {*modes} - {baseline}:
+            raise ValueError(f"modes must name a schedule to compare with {baseline}, got {baseline!r} alone")
+        if self.captured and problem.model.rolls_activations:
+            raise ValueError("--graph and rolls of activations do not go together")
+        symmetric = any(one.endswith(":symmetric") for one in (*modes, f":{self.transport}"))
         if (self.captured or self.profile or symmetric) and not on_gpu:
             raise ValueError("--graph, --profile and modes over :symmetric need GPUs")
         if self.captured and problem.num_documents is not None:
             raise ValueError("--graph needs --documents 0: the layout of a captured step is fixed")
+
+    def chosen_modes(self, problem: Problem) -> tuple[str, ...]:
+        """Return the schedules to time, with the baseline and the reference."""
+        every, baseline, reference, _ = contest_of(problem.model)
+        return tuple(dict.fromkeys((*(every if self.modes is None else self.modes), baseline, reference)))
 
     def check_profile_out(self) -> None:
         """Make the folder of traces, if there will be any. Raise ValueError if it cannot be written to."""
@@ -114,17 +142,13 @@ class RoundInputs:
     prepared: dict[str, torch.Tensor]
     layout: SequenceLayout
     counts: torch.Tensor
-    expected: Rolls
 
 
 class Step(NamedTuple):
     """What one timed step gave, on this rank."""
 
     ms: float
-    host_us: float
-    stall_us: float  # NaN on CPU and in captured graphs
-    messages: int
-    bytes: int
+    spent: Spent
     rolls_equal: bool
     loss: torch.Tensor
 
@@ -153,14 +177,21 @@ class Comparison:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         if settings.compiled:
             self.model.compile_layers()
-        self.steps = {mode: self._make_step(mode) for mode in dict.fromkeys((*settings.modes, BASELINE))}
+        self.contest = contest_of(problem.model)
+        self.steps = {mode: self._make_step(mode) for mode in settings.chosen_modes(problem)}
 
     def _make_step(self, mode: str) -> EagerStep:
+        problem = self.problem
         schedule, _, transport = mode.partition(":")
-        depths, transport = self.problem.model.num_depths, transport or self.settings.transport
-        roller = make_roller(schedule, self.group, depths, transport, self.problem.max_documents)
+        if problem.model.rolls_activations:
+            activations = TimedActivations(schedule, self.group, problem.max_documents)
+            return ActivationStep(self.model, self._roller("prepared"), problem.forward_only, activations)
         kind = CapturedStep if self.settings.captured else EagerStep
-        return kind(self.model, roller, self.problem.forward_only)
+        return kind(self.model, self._roller(schedule, transport), problem.forward_only)
+
+    def _roller(self, schedule: str, transport: str = "") -> Roller:
+        depths, transport = self.problem.model.num_depths, transport or self.settings.transport
+        return make_roller(schedule, self.group, depths, transport, self.problem.max_documents)
 
     def run(self, console: Console) -> dict[str, Any] | None:
         """Run all rounds, show progress on a console, and return the record on rank 0."""
@@ -183,11 +214,12 @@ class Comparison:
 
         Steps are named in profiles if they are `kept`.
         """
-        inputs = self._inputs(index)
-        self._step(BASELINE, inputs, named=False)  # discarded: the first step after an update is faster
+        inputs, reference = self._inputs(index), self.contest.reference
+        self._step(reference, inputs, {}, named=False)  # discarded: the first step after an update is faster
+        expected = self.steps[reference].rolled()
         steps, gradients = {}, None
         for mode in order:
-            steps[mode] = self._step(mode, inputs, named=kept)
+            steps[mode] = self._step(mode, inputs, expected, named=kept)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.problem.forward_only:
@@ -204,39 +236,34 @@ class Comparison:
         prepared = {n: layout.shard(t, self.rank).to(self.device) for n, t in everything.items()}
         plain = {name: prepared[name] for name in full}
         counts = global_counts(self.model, [(plain, layout)], self.group)
-        expected = make_roller(BASELINE, self.group, num_depths).start(prepared, layout)
-        return RoundInputs(plain, prepared, layout, counts, expected)
+        return RoundInputs(plain, prepared, layout, counts)
 
-    def _step(self, mode: str, inputs: RoundInputs, named: bool) -> Step:
+    def _step(self, mode: str, inputs: RoundInputs, expected: Rolled, named: bool) -> Step:
         step = self.steps[mode]
         # Rounds that are not timed verify that the ranks are in step.
         step.timed.roller.check_layouts = not named
-        traffic = step.timed.roller.traffic
-        before = replace(traffic)
         self.optimizer.zero_grad()
         new_layout = replace(inputs.layout, _positions={})  # no schedule profits from what another one cached
-        step.load(inputs.prepared if mode == BASELINE else inputs.plain, new_layout, inputs.counts)
+        batch = inputs.prepared if step.timed.roller.name == "prepared" else inputs.plain
+        step.load(batch, new_layout, inputs.counts)
         meet(self.device)
         begin = time.perf_counter()
         with span("step", mode) if named else contextlib.nullcontext():
             loss = step.run()
             synchronize(self.device)
         ms = 1000 * (time.perf_counter() - begin)
-        equal = all(
-            torch.equal(step.rolls.at(depth)[name], wanted)
-            for depth in range(1, self.problem.model.num_depths + 1)
-            for name, wanted in inputs.expected.at(depth).items()
-        )
-        cost, sent = step.timed.read(), (traffic.messages - before.messages, traffic.bytes - before.bytes)
-        stall_us = math.nan if cost.stall_us is None else cost.stall_us
-        return Step(ms, cost.host_us, stall_us, *sent, equal, loss.clone())
+        rolled = step.rolled()
+        equal = all(torch.equal(rolled[which], wanted) for which, wanted in expected.items())
+        return Step(ms, step.spent(), equal, loss.clone())
 
     def _summary(self, steps: dict[str, list[Step]]) -> dict[str, Any] | None:
         """Gather all ranks' steps and return the record on rank 0. The slowest rank's time is the step's."""
         losses = {mode: torch.stack([step.loss for step in steps[mode]]).double() for mode in steps}
         for one in losses.values():
             dist.all_reduce(one, group=self.group)
-        everyone = gather({mode: [step[:-1] for step in steps[mode]] for mode in steps})
+        everyone = gather(
+            {mode: [(one.ms, *one.spent, one.rolls_equal) for one in steps[mode]] for mode in steps}
+        )
         if everyone is None:
             return None
         # By mode: [ranks, rounds].
@@ -246,27 +273,34 @@ class Comparison:
         }
         times = {mode: ms.max(0) for mode, (ms, *_) in table.items()}
         worst = next((mode for mode in steps if mode.partition(":")[0] == "sync"), None)
-        compared = statistics.compare(times, BASELINE, worst, SEED)
+        _, baseline, reference, _ = self.contest
+        compared = statistics.compare(times, baseline, worst, SEED)
         rows = {}
-        for mode, (_, host_us, stall_us, messages, sent_bytes, equal) in table.items():
+        for mode, (_, *costs, messages, sent_bytes, equal) in table.items():
             tokens = self.problem.batch_size * self.problem.seq_len
-            stalls = stall_us.max(0)
+            host_us, stall_us, backward_host_us, backward_stall_us = (one.max(0) for one in costs)
             rows[mode] = {
                 **asdict(compared[mode]),
                 "tokens_per_s": 1000 * tokens / compared[mode].median_ms,
-                "host_us": float(np.median(host_us.max(0))),
-                "stall_us": None if np.isnan(stalls).any() else asdict(statistics.median(stalls, SEED)),
+                "host_us": float(np.median(host_us)),
+                "stall_us": _median(stall_us),
                 "messages_per_step": float(messages.sum(0).mean()),
                 "bytes_per_step": float(sent_bytes.sum(0).mean()),
                 "loss": float(losses[mode][-1]),
                 "rolls_equal": bool(equal.all()),
-                "loss_equal": bool(torch.equal(losses[mode], losses[BASELINE])),
+                "loss_equal": bool(torch.equal(losses[mode], losses[reference])),
             }
+            if self.problem.model.rolls_activations:
+                rows[mode] |= {
+                    "exchanges_per_step": len(self.steps[mode].rollers),
+                    "backward_host_us": float(np.median(backward_host_us)),
+                    "backward_stall_us": _median(backward_stall_us),
+                }
         return {
             "experiment": "compare_modes",
             "command": environment.command(),
             "where": environment.describe(self.device, self.ranks),
-            "transport": {mode: step.timed.roller.transport for mode, step in self.steps.items()},
+            "transport": {mode: step.rollers[0].transport for mode, step in self.steps.items()},
             "settings": self._recorded_settings(),
             "rows": rows,
             "times_ms": {mode: [round(float(t), 4) for t in times[mode]] for mode in times},
@@ -283,3 +317,8 @@ class Comparison:
             "modes": list(self.steps),
             "data": "standard library" if data is None else data.name,
         }
+
+
+def _median(stalls_us: statistics.Times) -> dict[str, float] | None:
+    """Return the median of each round's stall with its interval, or None if they were not measured."""
+    return None if np.isnan(stalls_us).any() else asdict(statistics.median(stalls_us, SEED))

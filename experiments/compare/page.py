@@ -11,9 +11,9 @@ from xml.etree.ElementTree import Element
 
 from compare.bars import bars_of
 from compare.columns import NARROW, NARROW_CAPTION
-from compare.comparison import BASELINE, TIMING_ONLY
+from compare.comparison import TIMING_ONLY, Contest
 from compare.markup import element, html_of
-from compare.sentence import MEANING, sentence_of
+from compare.sentence import contest_in, meaning_of, sentence_of
 from harness import plots
 
 PICTURES = {
@@ -38,6 +38,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         OSError: it cannot be read.
     """
     sentence, subject = sentence_of(result), plots.caption(result)
+    contest = contest_in(result)
     right = all(
         row["rolls_equal"] and row["loss_equal"] for m, row in result["rows"].items() if m != TIMING_ONLY
     )
@@ -53,11 +54,11 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         element("h1", "What the boundary exchange costs"),
         element("p", f"{subject}, {result['where']['date']}", class_="quiet"),
         element("p", sentence, class_="sentence" if right else "sentence wrong"),
-        element("p", MEANING, class_="quiet"),
+        element("p", meaning_of(contest), class_="quiet"),
         *([element("p", PROFILED, class_="quiet")] if " --profile" in result.get("command", "") else []),
-        *_times(result),
+        *_times(result, contest),
         *([] if timeline is None else _timeline(timeline)),
-        *_bits(result),
+        *_bits(result, contest),
         *_how(result),
     )
     return html_of(element("html", head, element("body", main), lang="en"))
@@ -79,11 +80,11 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"{path} is not a file: profiles/report.py --plot draws a timeline")
 
 
-def _times(result: Record) -> Iterator[Element]:
-    yield element("h2", f"Step time over that of {BASELINE}")
+def _times(result: Record, contest: Contest) -> Iterator[Element]:
+    yield element("h2", "Step time over that without any exchange")
     caption = (
         f"Ratio of the steps' times in the same rounds; the line across a bar's end is its 95 % interval. "
-        f"Dashed: {BASELINE}, a step without any exchange."
+        f"Dashed: {contest.baseline}, a step without any exchange."
     )
     yield element("figure", bars_of(result["rows"]), element("figcaption", caption))
     yield element("h2", "Step times")
@@ -102,7 +103,7 @@ def _timeline(picture: Path) -> Iterator[Element]:
     yield element("figure", image, element("figcaption", f"{words}."))
 
 
-def _bits(result: Record) -> Iterator[Element]:
+def _bits(result: Record, contest: Contest) -> Iterator[Element]:
     yield element("h2", "Bits")
     lines = []
     for mode, row in result["rows"].items():
@@ -112,8 +113,8 @@ def _bits(result: Record) -> Iterator[Element]:
         lines.append([mode, *cells, f"{row['loss']:.5f}"])
     yield _table("Bits", ["schedule", "rolls", "loss", "last loss"], lines)
     words = (
-        f"In each timed step, all rolled tensors on all ranks were compared with those that {BASELINE} gives, and the "
-        f"loss with that of {BASELINE}, bit for bit."
+        f"In each timed step, all rolled tensors on all ranks were compared with those that {contest.reference} gives, "
+        f"and the loss with that of {contest.reference}, bit for bit."
     )
     yield element("p", words, class_="quiet")
 

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from compare.comparison import BASELINE, TIMING_ONLY
+from compare.comparison import ACTIVATIONS, TIMING_ONLY, TOKENS, Contest
 
 WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
 LEAST_ROUNDS = 6  # for an interval: with fewer, resampling them says too little
 CLOSE = 0.05  # a ratio whose interval holds 1 and stays this close to it is as good as 1
 HIDES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
 
-MEANING = (
-    f"A step without any exchange is that of {BASELINE}, whose loader rolls the batch. Of the time that sync adds to "
-    "it, prefetch hides a share: it hides “all” if the 95 % interval of this share begins at "
-    f"{100 * HIDES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is wide, its two ends are given."
-)
 Row = dict[str, Any]
+
+
+def contest_in(result: dict[str, Any]) -> Contest:
+    """Return what a record compares with what: `prepared` always runs among schedules of tokens."""
+    return TOKENS if TOKENS.baseline in result["rows"] else ACTIVATIONS
+
+
+def meaning_of(contest: Contest) -> str:
+    """Return what the words of a sentence mean."""
+    why = "whose loader rolls the batch" if contest is TOKENS else "whose rolls send nothing and are wrong"
+    return (
+        f"A step without any exchange is that of {contest.baseline}, {why}. Of the time that sync adds to it, "
+        f"{_hero(contest)} hides a share: it hides “all” if the 95 % interval of this share begins at "
+        f"{100 * HIDES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is wide, its two ends are given."
+    )
+
+
+def _hero(contest: Contest) -> str:
+    """The schedule that is to hide the exchange."""
+    return "prefetch" if contest is TOKENS else "overlap"
 
 
 def sentence_of(result: dict[str, Any]) -> str:
@@ -25,9 +40,10 @@ def sentence_of(result: dict[str, Any]) -> str:
     1. What `sync` costs: the ratio of its step to the baseline's. If the ratio's 95 % interval holds 1, this part says
        that the difference is small (the interval is within `CLOSE` of 1) or that these rounds cannot tell. If the
        interval is wider than `WIDE` of the added time, it gives both ends.
-    2. What `prefetch` hides, if `sync` costs anything: its efficiency, which is the share of `sync`'s added time that
-       its own step does not have. It hides "all of it" if the share's 95 % interval begins at `HIDES_AT_LEAST` or above
-       and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below, these rounds cannot tell.
+    2. What `prefetch` (of activations: `overlap`) hides, if `sync` costs anything: its efficiency, which is the share
+       of `sync`'s added time that its own step does not have. It hides "all of it" if the share's 95 % interval begins
+       at `HIDES_AT_LEAST` or above and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below,
+       these rounds cannot tell.
     3. Whether all schedules computed the same bits. If not, this part comes first and names those that differ.
 
     With fewer than `LEAST_ROUNDS` rounds, it says so and then the third part. Without `sync`, the first part is about
@@ -37,21 +53,22 @@ def sentence_of(result: dict[str, Any]) -> str:
     Args:
         result: the record.
     """
-    rows = result["rows"]
-    compared = [mode for mode in rows if mode not in (BASELINE, TIMING_ONLY)]
+    rows, contest = result["rows"], contest_in(result)
+    compared = [mode for mode in rows if mode not in (contest.baseline, TIMING_ONLY)]
     if not compared:
-        return f"No schedule ran that could be compared with {BASELINE}."
-    sync, prefetch = _first(compared, "sync"), _first(compared, "prefetch")
-    costs, rounds = sync or prefetch or compared[0], result["settings"]["rounds"]
+        return f"No schedule ran that could be compared with {contest.baseline}."
+    hero = _hero(contest)
+    sync, hiding = _first(compared, "sync"), _first(compared, hero)
+    costs, rounds = sync or hiding or compared[0], result["settings"]["rounds"]
     parts = [_cost(costs, rows[costs]["ratio"], rounds)]
     if rounds < LEAST_ROUNDS:
         parts = [f"{rounds} rounds are too few to compare step times (--rounds {LEAST_ROUNDS} or more)"]
     elif sync is None:
         parts.append("sync did not run, so that nothing says what there is to hide")
-    elif prefetch is None:
-        parts.append("prefetch did not run")
+    elif hiding is None:
+        parts.append(f"{hero} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
-        parts.append(_hidden(prefetch, rows[prefetch]["efficiency"]))
+        parts.append(_hidden(hiding, rows[hiding]["efficiency"]))
     if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:
         parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
     else:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import gc
+import math
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout
+from overlap_mtp.model.activations import ActivationRollers, RolledRows
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.model.loss import combine
-from overlap_mtp.schedules.roller import Roller, Rolls
-from overlap_mtp.schedules.timed import TimedRoller
+from overlap_mtp.schedules.roller import Roller
+from overlap_mtp.schedules.timed import Cost, TimedRoller
 
 Batch = dict[str, torch.Tensor]
+Rolled = dict[tuple[str, int], torch.Tensor]  # by name and depth
 WARM_UPS = 3  # eager steps before a capture, as torch's documentation of CUDA graphs asks for
+
+
+class Spent(NamedTuple):
+    """What the rolls of a step cost this rank. Stalls are NaN on CPU and in captured graphs."""
+
+    host_us: float
+    stall_us: float
+    backward_host_us: float  # NaN for rolls without a backward pass, as the next
+    backward_stall_us: float
+    messages: int
+    bytes: int
 
 
 class EagerStep:
@@ -24,11 +40,27 @@ class EagerStep:
         self.timed = TimedRoller(roller)
         self.forward_only = forward_only
         self._input: tuple[Batch, SequenceLayout, torch.Tensor]
+        self._sent = (0, 0)  # messages and bytes until the last `spent`
 
     @property
-    def rolls(self) -> Rolls:
-        """The rolls of the last step."""
-        return self.timed.rolls
+    def rollers(self) -> list[Roller]:
+        """Those whose cost is of interest."""
+        return [self.timed.roller]
+
+    def rolled(self) -> Rolled:
+        """Return what was rolled in the last step."""
+        rolls, depths = self.timed.rolls, range(1, self.model.config.num_depths + 1)
+        return {(name, depth): one for depth in depths for name, one in rolls.at(depth).items()}
+
+    def spent(self) -> Spent:
+        """Return what the rolls cost since the last call. The device must have finished."""
+        return Spent(*_sum([self.timed.read()]), math.nan, math.nan, *self._sent_since())
+
+    def _sent_since(self) -> tuple[int, int]:
+        """(messages, bytes) since the last call."""
+        before, traffic = self._sent, [roller.traffic for roller in self.rollers]
+        self._sent = sum(one.messages for one in traffic), sum(one.bytes for one in traffic)
+        return self._sent[0] - before[0], self._sent[1] - before[1]
 
     def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         """Set the input of the next step. The step's time does not include this: a data loader would do it.
@@ -50,8 +82,63 @@ class EagerStep:
         return loss.detach()
 
     def close(self) -> None:
-        """Close the roller."""
-        self.timed.roller.close()
+        """Close the rollers."""
+        for roller in (self.timed.roller, *self.rollers):
+            roller.close()
+
+
+class ActivationStep(EagerStep):
+    """Forward and backward of a model whose depths use activations of other ranks, with a schedule of these rolls.
+
+    `roller` rolls the tokens, at no cost if the batch is prepared.
+    """
+
+    def __init__(self, model: GPT, roller: Roller, forward_only: bool, activations: TimedActivations) -> None:
+        super().__init__(model, roller, forward_only)
+        self._activations = activations
+
+    @property
+    def rollers(self) -> list[Roller]:
+        return list(self._activations)
+
+    def run(self) -> torch.Tensor:
+        self.model.mtp.activations = self._activations
+        return super().run()
+
+    def rolled(self) -> Rolled:
+        depths = range(1, self.model.config.num_depths + 1)
+        return {
+            (use, depth): rows.at(depth).detach()
+            for use, (rows, num_depths) in self._activations.rolled.items()
+            for depth in depths[:num_depths]
+        }
+
+    def spent(self) -> Spent:
+        timed = self._activations.timed.values()
+        forward, backward = _sum([one.read() for one in timed]), _sum([one.backward.read() for one in timed])
+        return Spent(*forward, *backward, *self._sent_since())
+
+
+class TimedActivations(ActivationRollers):
+    """The rollers of a model's activations. They say what they cost, and what they have rolled."""
+
+    def __init__(self, schedule: str, cp_group: dist.ProcessGroup | None, max_documents: int) -> None:
+        super().__init__(schedule, cp_group, max_documents)
+        self.timed: dict[str, TimedRoller] = {}  # by use
+        self.rolled: dict[str, tuple[RolledRows, int]] = {}  # by use: in the last step, to how many depths
+
+    def start(self, use: str, rows: torch.Tensor, num_depths: int, layout: SequenceLayout) -> RolledRows:
+        if use not in self.timed:
+            self.timed[use] = TimedRoller(self.roller(use, num_depths))
+        rolled = RolledRows(self.timed[use].start({use: rows}, layout), use)
+        self.rolled[use] = rolled, num_depths
+        return rolled
+
+
+def _sum(costs: list[Cost]) -> tuple[float, float]:
+    """(host µs, stall µs) of all together."""
+    stalls = [math.nan if one.stall_us is None else one.stall_us for one in costs]
+    return sum(one.host_us for one in costs), sum(stalls)
 
 
 class CapturedStep(EagerStep):

@@ -37,16 +37,17 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     rows = result["rows"]
     spread = {mode: (row["median_ms"], row["p10_ms"], row["p90_ms"]) for mode, row in rows.items()}
     ratios = [f"{row['ratio']['value']:.3f} x" for row in rows.values()]
+    baseline = "prepared" if "prepared" in rows else "none"  # of rolls of activations
     deltas = {
         mode: tuple(row["step_delta_us"][part] for part in ("value", "low", "high"))
         for mode, row in rows.items()
-        if mode != "prepared"
+        if mode != baseline
     }
     title = f"{caption(result)}\n{result['where']['date']}"
-    what = "step time (ms), median and p10 to p90; ratio to prepared"
+    what = "step time (ms), median and p10 to p90; ratio to no exchange"
     paths = [_draw_bars(spread, ratios, what, title, out / f"{name}step_time.png")]
     labels = [f"{value:,.0f} µs" for value, *_ in deltas.values()]
-    what = "added to a prepared step (µs), 95 % interval"
+    what = "added to a step without any exchange (µs), 95 % interval"
     return [*paths, _draw_bars(deltas, labels, what, title, out / f"{name}step_delta.png")]
 
 
@@ -83,5 +84,17 @@ def caption(result: dict[str, Any]) -> str:
         f"{where['ranks']} x {where['device']}, hidden {settings['model']['hidden_size']}, "
         f"{settings['seq_len'] // where['ranks']} tokens a rank, "
         f"{'dense' if documents is None else f'{documents} documents'}, "
-        f"{'forward' if settings['forward_only'] else 'forward + backward'}"
+        f"{'forward' if settings['forward_only'] else 'forward + backward'}{_uses(settings['model'])}"
     )
+
+
+def _uses(model: dict[str, Any]) -> str:
+    """Return which activations a model rolls. Older records do not say."""
+    embeddings = model.get("mtp_inputs") == "embeddings"
+    distillation = model.get("distillation", "none")
+    uses = {
+        "embeddings": embeddings,
+        "mixed hidden states": model.get("hidden_state_mixing"),
+        f"{distillation} distillation": distillation != "none",
+    }
+    return "".join(f", {name}" for name, is_used in uses.items() if is_used)

@@ -77,8 +77,12 @@ class ActivationRollers:
         Raises:
             ValueError, RuntimeError: as `Roller.start` does.
         """
+        return RolledRows(self.roller(use, num_depths).start({use: rows}, layout), use)
+
+    def roller(self, use: str, num_depths: int) -> Roller:
+        """Return the roller of a use."""
         if use not in self._rollers:
             self._rollers[use] = make_activation_roller(
                 self._schedule, self._cp_group, num_depths, self._max_documents, tp_group=self.tp_group
             )
-        return RolledRows(self._rollers[use].start({use: rows}, layout), use)
+        return self._rollers[use]

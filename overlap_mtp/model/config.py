@@ -44,6 +44,12 @@ class ModelConfig:
     experts_per_token: int = 2
     aux_loss_factor: float = 0.01  # of the load-balancing loss, which is a mean over layers
 
+    @property
+    def rolls_activations(self) -> bool:
+        """Whether depths use rows of activations that other ranks hold."""
+        mixes = self.hidden_state_mixing and self.num_depths > 1
+        return mixes or self.mtp_inputs == "embeddings" or self.distillation != "none"
+
     def __post_init__(self) -> None:
         for name in SIZES:
             if getattr(self, name) < 1:

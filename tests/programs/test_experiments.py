@@ -72,6 +72,36 @@ def test_compare_modes(tmp_path, documents):
     assert (tmp_path / "report.html").read_text() == page_of(result)
 
 
+def test_compare_modes_of_activations(tmp_path):
+    rounds = ["--ranks", "2", "--rounds", "6", "--warmup", "1", "--out", str(tmp_path)]
+    sizes = ["--seq-len", "64", "--documents", "3", "--modes", "sync,overlap"]
+    uses = ["--mtp-inputs", "embeddings", "--hidden-state-mixing", "--distillation", "kl"]
+    said = run("compare_modes", *rounds, *sizes, *uses)
+    result = read_record(tmp_path / "results.json")
+    rows = result["rows"]
+    assert list(rows) == ["sync", "overlap", "none", "merged"]
+    for schedule in ("sync", "overlap", "merged"):
+        assert rows[schedule]["rolls_equal"], schedule
+        assert rows[schedule]["loss_equal"], schedule
+        assert rows[schedule]["backward_host_us"] > 0
+        assert rows[schedule]["exchanges_per_step"] == 3
+    assert not rows["none"]["rolls_equal"]
+    assert rows["none"]["ratio"]["value"] == 1
+    # 2 ranks: embeddings, hidden states and the teacher's states leave, and gradients of the first two come back.
+    assert rows["overlap"]["messages_per_step"] == 2 * (3 + 2)
+    # Embeddings and the teacher's states travel for two depths, hidden states for one.
+    assert rows["merged"]["messages_per_step"] == 2 * (2 + 1 + 2 + 2 + 1)
+    assert rows["none"]["messages_per_step"] == 0
+    last = said.splitlines()[-1]
+    assert last == sentence_of(result)
+    assert "sync" in last
+    assert last.endswith("all schedules computed the same bits.")
+    page = page_of(result)
+    assert "embeddings, mixed hidden states, kl distillation" in page
+    assert "compared with those that merged gives" in page
+    assert "is that of none, whose rolls send nothing and are wrong" in page
+
+
 def test_sweep(tmp_path):
     some = ["--presets", "tiny", "--documents", "0,4", "--directions", "train", "--modes", "prefetch"]
     said = run("sweep", *some, "--rounds", "2", "--warmup", "1", "--out", str(tmp_path))
@@ -132,6 +162,11 @@ def test_soak(tmp_path):
         (compare_modes, "--documents 500", "num_documents (--documents) must be in [1, 127]"),
         (compare_modes, "--documents -1", "--documents must be at least 0, got -1"),
         (compare_modes, "--documents dense", "Error parsing --documents"),
+        (
+            compare_modes,
+            "--distillation tv --modes prefetch",
+            "modes must be among sync, merged, overlap, none, got",
+        ),
         (compare_modes, "--modes prepared", "modes must name a schedule to compare with prepared"),
         (compare_modes, "--rounds 1", "--rounds must be at least 2, got 1"),
         (compare_modes, "--ranks 0", "--ranks must be at least 1, got 0"),

@@ -68,7 +68,7 @@ def test_the_wide_table_has_the_rest(width):
 def test_the_summary_of_a_sweep_keeps_its_columns():
     lines = markdown_of({"one": USUAL}).splitlines()
     assert lines[0] == (
-        "| run | schedule | step ms (p10-p90) | / prepared | step delta µs | stall µs | efficiency | tokens/s "
+        "| run | schedule | step ms (p10-p90) | / no exchange | step delta µs | stall µs | efficiency | tokens/s "
         "| host µs | messages | KB | loss | same rolls, loss |"
     )
     assert lines[2].startswith(
