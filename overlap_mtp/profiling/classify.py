@@ -24,6 +24,7 @@ from overlap_mtp.profiling.trace import LOST, UNKNOWN, Kind, Profile, Texts, lab
 LIBRARY_RANGE = re.compile(r"^nccl", re.IGNORECASE)  # NCCL and torch put these around each call
 REGIONS = ("trunk", "depth", "loss", "backward")  # the parts of a step
 NO_RANGE = "no range"
+IN_BACKWARD = " in backward"  # after the name of a range of an exchange: gradients of activations travel
 # Numbers that torch counts up, so that a name comes once in a profile: emit_nvtx's, and the profiler's own steps.
 COUNTED = re.compile(r",? *\b(op_id|seq(?:_id)?) = \d+|(?<=^ProfilerStep)#\d+")
 PAYLOAD_BYTES = (1 << 40) - 1  # the bits of a payload that count bytes (overlap_mtp.tracing)
@@ -153,11 +154,17 @@ def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
     ]
     other_parts = [parts[COUNTED.sub("", text)] for text in profile.texts]
     range_parts = np.array([other_parts, own_parts], np.int64)[ranges.is_ours.astype(int), ranges.text]
+    backward_parts = np.arange(len(parts))
+    for name in ROLE_OF_RANGE:
+        if name in parts:
+            backward_parts[parts[name]] = parts[name + IN_BACKWARD]
     is_library = np.array([LIBRARY_RANGE.match(text) is not None for text in profile.texts], bool)
     launched, captured = _innermost(profile, ~ranges.is_ours & ~is_library[ranges.text])
     innermost = np.where(mine != NONE, mine, np.where(captured == NONE, launched, captured))
     is_region = ranges.is_ours & np.array([name in REGIONS for name in names], bool)[ranges.text]
     region_range = np.where(by_launch, *_innermost(profile, is_region))
+    part, region = _pick(range_parts, innermost, 0), _pick(range_parts, region_range, 0)
+    part = np.where(region == parts["backward"], backward_parts[part], part)
 
     # A range in which a graph was captured counts again in each launch of the graph.
     occasion = np.stack([mine, np.where(by_launch, 0, activities.launched)])
@@ -167,8 +174,8 @@ def _columns(profile: Profile) -> tuple[dict[str, Ints], Mask, tuple[str, ...]]:
         "end": activities.end,
         "stream": activities.stream,
         "role": role,
-        "part": _pick(range_parts, innermost, 0),
-        "region": _pick(range_parts, region_range, 0),
+        "part": part,
+        "region": region,
         "num_bytes": _bytes(activities.num_bytes, payload_bytes, occasion, role),
     }
     return columns, ~in_exchange & (activities.captured == LOST), tuple(parts)

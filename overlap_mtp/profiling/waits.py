@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from overlap_mtp.profiling.classify import COMMUNICATION, DeviceTimeline, Mask, Role
+from overlap_mtp.profiling.classify import COMMUNICATION, IN_BACKWARD, DeviceTimeline, Mask, Role
 from overlap_mtp.profiling.intervals import NONE, Ints
 from overlap_mtp.profiling.trace import UNKNOWN, Group
 
@@ -53,7 +53,9 @@ def peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
 
 def has_peer(timeline: DeviceTimeline) -> Mask:
     """Return which activities of a timeline have a peer that they may wait for."""
-    is_alone = np.array([part == WAITS_FOR_NOBODY for part in timeline.parts], bool)[timeline.part]
+    is_alone = np.array(
+        [part.removesuffix(IN_BACKWARD) == WAITS_FOR_NOBODY for part in timeline.parts], bool
+    )[timeline.part]
     mask: Mask = np.isin(timeline.role, COMMUNICATION) & ((timeline.role != Role.EXCHANGE) | ~is_alone)
     return mask
 

@@ -92,6 +92,45 @@ def test_known_answer(tmp_path, form):
 
 
 @both_formats
+def test_an_exchange_of_gradients_has_rows_of_its_own(tmp_path, form):
+    """Activations travel in the forward pass, and their gradients in the backward pass, on the thread of autograd."""
+
+    def one(number: int) -> Process:
+        def ranges(at: int, thread: int) -> list[Span]:
+            named = [("pack", 0, 1), ("send-recv", 1, 2), ("join", 8, 10), ("unroll", 9, 10)]
+            return [Span(f"{text} r{number}", at + a, at + b, thread) for text, a, b in named]
+
+        spans = [
+            *[Span(f"step overlap r{number}", 0, 100), Span(f"trunk r{number}", 1, 40)],
+            *[Span(f"backward r{number}", 50, 90, 2), *ranges(5, 1), *ranges(55, 2)],
+        ]
+        forward = [
+            ("pack_rows", 5.5, 20, 24, 9),
+            ("ncclDevKernel_SendRecv", 6.5, 24, 34, 9),
+            ("gemm", 7.5, 20, 30),
+        ]
+        forward += [("unroll_rows", 14.5, 40, 42)]
+        backward = [("pack_sums", 55.5, 100, 102, 9), ("ncclDevKernel_SendRecv", 56.5, 102, 112, 9)]
+        backward += [("gemm", 58, 100, 112), ("add_rows", 64.5, 112, 115)]
+        work = [Work(*each) for each in forward] + [
+            Work(*each, *([] if len(each) == 5 else [7]), 2) for each in backward
+        ]
+        return Process(500 + number, spans, work)
+
+    found = report(tmp_path, form, one(0), one(1))
+    assert rows(found, "range", "kind", "time_us", "hidden_us")[:6] == [
+        ("pack", "exchange", 4, 4),
+        ("send-recv", "exchange", 10, 6),
+        ("pack in backward", "exchange", 2, 2),
+        ("send-recv in backward", "exchange", 10, 10),
+        ("unroll", "local", 2, None),
+        ("unroll in backward", "local", 3, None),
+    ]
+    assert found.schedules[0].exchange_hidden == pytest.approx(22 / 26)
+    assert [row.peer_wait_us for row in found.rows[:4]] == [None, 0, None, 0]
+
+
+@both_formats
 def test_a_profile_of_another_project(tmp_path, form):
     spans = [Span("forward [1/2]", 0, 50, domain=None), Span("ncclAllReduce", 10, 12, domain="NCCL")]
     work = [
