@@ -128,7 +128,8 @@ class RowTransport(Transport):
         if not self.is_overlapped:
             self._arrive(exchange)
         sums = self._empty_like(gradients[0])
-        self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
+        with self._unroll_span:  # as the copies of unroll in forward, it is no compute that hides an exchange
+            self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
         return sums
 
     def end_backward(self, exchange: RowExchange, sums: Tensors) -> None:
