@@ -300,7 +300,10 @@ class Comparison:
             "experiment": "compare_modes",
             "command": environment.command(),
             "where": environment.describe(self.device, self.ranks),
-            "transport": {mode: step.rollers[0].transport for mode, step in self.steps.items()},
+            "transport": {
+                mode: "" if mode == TIMING_ONLY else step.rollers[0].transport
+                for mode, step in self.steps.items()
+            },
             "settings": self._recorded_settings(),
             "rows": rows,
             "times_ms": {mode: [round(float(t), 4) for t in times[mode]] for mode in times},
