@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     assert 3 <= len(records(out)) < STEPS
     run = start(out, *arguments, "--resume", "--schedule", "sync")
     os.kill(after_steps(run, out, 5)[1], signal.SIGUSR1)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=240)
     step = len(records(out))
     assert (run.returncode, 5 <= step < STEPS) == (0, True), output
     asked = r'SIGUSR1 asks the run to end after this step; rank 1 is in "(step|saving) .*", rank 0 was in ".*" at most'
@@ -200,7 +200,7 @@ def test_a_token_outside_of_the_vocabulary_is_named_without_a_traceback(tmp_path
     data = tmp_path / "ids.bin"
     np.full(40_000, 999, dtype=np.uint16).tofile(data)
     run = start(tmp_path / "run", "--ranks", "1", "--cp", "1", "--data", str(data))
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=240)
     assert run.returncode == 1
     found = (
         r"TokenError: token id 999 in ids.bin\[\d+\] is outside of .* or vocab_size \(--vocab-size\) larger"

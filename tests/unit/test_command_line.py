@@ -256,7 +256,7 @@ def test_durations_are_words():
 
 
 def test_records_of_earlier_names_are_read():
-    step = json.loads((EXPERIMENTS / "results/megatron/4xH200/h4096-4-microbatches/results.json").read_text())
+    step = json.loads((EXPERIMENTS / "results/megatron/2xH200/h4096-4-microbatches/results.json").read_text())
     assert "h4096, 2 MTP layers, 4 microbatches, prefetch over auto" in title_of(step)
     dense = EXPERIMENTS / "results/step_time/2xH200/default/h4096-dense-train.json"
     assert "| dense | sync |" in markdown_of({"dense": json.loads(dense.read_text())})
