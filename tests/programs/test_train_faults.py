@@ -66,7 +66,7 @@ def test_a_run_that_is_told_to_end_while_it_starts_ends_before_its_first_step(tm
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.005)
     run.send_signal(signal.SIGTERM)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=240)
     assert run.returncode == 0, output
     assert "SIGTERM ended the run before step 1: --resume goes on with step 1" in output
     assert list(tmp_path.glob("checkpoints/*")) == []
