@@ -4,10 +4,10 @@
     python experiments/parity.py --device cuda --out out/parity     # the cases that fit the GPUs of this machine
 
 The matrix is that of Megatron-LM's tests of its merge request !3330: eight pairs (tp, cp), with and without full
-recompute, dense and packed. Data parallelism is added if eight ranks allow it, and so are experts. Every run loads the
-same checkpoint, which one process has saved, and takes one optimizer step with different numbers of valid tokens on its
-ranks. On CPU the result is compared with `overlap_mtp.model.reference`, which shares no code with the model; on GPUs
-with the same model on one of them.
+recompute, dense and packed. Data parallelism is added if eight ranks allow it, and so are experts; at three of the
+pairs, depths use rolled activations. Every run loads the same checkpoint, which one process has saved, and takes one
+optimizer step with different numbers of valid tokens on its ranks. On CPU the result is compared with
+`overlap_mtp.model.reference`, which shares no code with the model; on GPUs with the same model on one of them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from harness.rounds import rank_console
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
+from overlap_mtp.model.mixing import mixing_keys
 from overlap_mtp.model.reference import loss_reference
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.training.checkpoint import Checkpoints
@@ -51,6 +52,15 @@ from overlap_mtp.training.trainer import Microbatch, TrainConfig, Trainer
 
 TP_CP = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
 MOST_RANKS = 8
+# What a model's depths do with rolled activations, and the pairs (tp, cp) that run it.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "embeddings": {"mtp_inputs": "embeddings"},
+    "mixing": {"hidden_state_mixing": True},
+    "distillation": {"distillation": "kl", "distillation_detach": False},
+    "all": {"mtp_inputs": "embeddings", "hidden_state_mixing": True, "distillation": "tv"},
+}
+ACTIVATIONS_TP_CP = [(1, 2), (1, 4), (2, 2)]
 SEQ_LEN = 256
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=1, num_depths=2, num_heads=8, num_kv_heads=4, ffn_size=48, vocab_size=64
@@ -73,6 +83,7 @@ class Case:
     recompute: bool
     dtype: str
     num_experts: int = 0
+    activations: str = "none"  # one of ACTIVATIONS
 
     @property
     def ranks(self) -> int:
@@ -93,6 +104,11 @@ def matrix(dtype: str, most_ranks: int = MOST_RANKS) -> list[Case]:
     cases = [
         Case(tp, cp, dp, documents, recompute, dtype, num_experts)
         for (tp, cp), (dp, num_experts), documents, recompute in options
+    ]
+    with_activations = product(ACTIVATIONS_TP_CP, list(ACTIVATIONS)[1:], ("dense", "packed"), (False, True))
+    cases += [
+        Case(tp, cp, 1, documents, recompute, dtype, activations=activations)
+        for (tp, cp), activations, documents, recompute in with_activations
     ]
     return [case for case in cases if case.ranks <= most_ranks]
 
@@ -138,7 +154,12 @@ def mesh_of(dims: ParallelDims, device_type: str) -> ParallelMesh:
 def new_model(case: Case, device: torch.device, group: dist.ProcessGroup | None = None) -> GPT:
     """Return a model with parameters in the case's dtype, and random weights."""
     config = CONFIGS[device.type]
-    config = replace(config, num_experts=case.num_experts, experts_per_token=case.experts_per_token)
+    config = replace(
+        config,
+        num_experts=case.num_experts,
+        experts_per_token=case.experts_per_token,
+        **ACTIVATIONS[case.activations],
+    )
     dtype = torch.float64 if case.dtype == "float64" else torch.float32
     return GPT(config, group).to(device, dtype)
 
@@ -171,7 +192,9 @@ def one_process(case: Case, device: torch.device, folder: Path) -> dict[str, Any
     torch.manual_seed(0)  # as for the checkpoint
     model = new_model(case, device).double()
     batch = batch_of(case.documents, case.dp, model.config.vocab_size)
-    loss = loss_reference(model, batch, layout_of(case.documents, 1))
+    # The trainer's keys in its first step, which takes a row a batch.
+    keys = [int(mixing_keys(0, 0, row, 1, device)) for row in range(case.dp)]
+    loss = loss_reference(model, batch, layout_of(case.documents, 1), keys)
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {"loss": float(loss.detach()), "gradients": gradients}
@@ -182,7 +205,7 @@ def checkpoints_of(case: Case, folder: Path) -> Checkpoints:
 
 
 def expected_path(case: Case, folder: Path) -> Path:
-    return folder / f"{case.dtype}-{case.documents}-{case.dp}-{case.num_experts}.pt"
+    return folder / f"{case.dtype}-{case.documents}-{case.dp}-{case.num_experts}-{case.activations}.pt"
 
 
 def prepare_on_rank(device: torch.device, cases: list[Case], folder: Path) -> None:
@@ -245,13 +268,14 @@ def markdown_of(record: dict[str, Any]) -> str:
     lines = [
         f"{good} of {len(rows)} within tolerance; {where['device']}, torch {where['torch']}, {where['date']}",
         "",
-        "| tp | cp | dp | documents | recompute | experts | dtype | loss error | worst gradient error | |",
-        "|---" * 10 + "|",
+        "| tp | cp | dp | documents | recompute | experts | activations | dtype | loss error "
+        "| worst gradient error | |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         experts = f"{row['experts_per_token']} of {row['num_experts']}" if row["num_experts"] else "-"
         cells = [row["tp"], row["cp"], row["dp"], row["documents"], "full" if row["recompute"] else "none"]
-        cells += [experts, row["dtype"], f"{row['loss_error']:.1e}"]
+        cells += [experts, row["activations"], row["dtype"], f"{row['loss_error']:.1e}"]
         cells += [f"{row['gradient_error']:.1e} ({row['worst']})", "ok" if row["passed"] else "**NO**"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

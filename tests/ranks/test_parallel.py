@@ -28,13 +28,21 @@ CONFIG = ModelConfig(
 CASES = [
     case
     for case in parity.matrix("float64")
-    if case.recompute == (case.documents == "packed")
+    if case.activations == "none"
+    and case.recompute == (case.documents == "packed")
     and (
         (case.dp == 1 and not case.num_experts)
         or (case.recompute and (case.ranks <= 4 or (case.tp, case.cp) in ((2, 2), (2, 4))))
     )
 ]
 CASES += [parity.Case(2, 2, 1, "packed", True, "float32", num_experts) for num_experts in (0, 4)]
+# test_activation_uses.py has more of these, on one backward pass instead of a step.
+CASES += [
+    case
+    for case in parity.matrix("float64")
+    if case.activations != "none"
+    and (case.tp, case.cp, case.documents, case.recompute) == (2, 2, "packed", True)
+]
 
 
 @pytest.fixture(scope="module")
