@@ -19,6 +19,7 @@ import torch
 
 from compare.comparison import Comparison, Problem, Settings, Timing, open_stream
 from compare.report import publish
+from harness.activation_options import ActivationOptions
 from harness.command import (
     RankOptions,
     Ranks,
@@ -31,7 +32,7 @@ from harness.command import (
 )
 from harness.launch import run_on_ranks
 from harness.rounds import rank_console
-from overlap_mtp.model.config import PRESETS, Distillation, MTPInputs
+from overlap_mtp.model.config import PRESETS
 
 ABOUT = """Compare the schedules in interleaved training steps on real text.
 
@@ -63,12 +64,6 @@ class ModelOptions:
     """Width inside of a feed-forward layer."""
     vocab_size: OfPreset = None
     """Token ids that the model knows."""
-    mtp_inputs: MTPInputs = "ids"
-    """What the depths take: ids, which are embedded when they are rolled, or the trunk's embeddings, rolled."""
-    hidden_state_mixing: bool = False
-    """Take the inputs of depths from the hidden states of all earlier ones, rolled."""
-    distillation: Distillation = "none"
-    """Compare the depths' distributions with the trunk's, whose hidden states are rolled."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,7 @@ class Options:
     wide: bool = False
     """Print all columns of the table."""
     model: ModelOptions = field(default_factory=ModelOptions)
+    activation: ActivationOptions = field(default_factory=ActivationOptions)
     settings: Timing = field(default_factory=Settings)
     where: Ranks = field(default_factory=RankOptions)
 
@@ -99,8 +95,9 @@ class Options:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         chosen, ranks = PRESETS[self.preset], self.where.count
+        given = {name: value for name, value in asdict(self.model).items() if value is not None}
         problem = Problem(
-            replace(chosen.model, **{name: n for name, n in asdict(self.model).items() if n is not None}),
+            replace(chosen.model, **given, **asdict(self.activation)),
             self.seq_len or chosen.tokens_per_rank * ranks,
             self.batch_size or chosen.batch_size,
             self.documents or None,

@@ -112,6 +112,8 @@ class RankOptions:
     schedule: str = "prefetch"
     """When the boundary exchange's messages leave: sync, merged, batched, overlap, prefetch or
     prepared."""
+    activation_schedule: Literal["sync", "merged", "overlap"] = "overlap"
+    """When the messages of rolled activations leave."""
     recompute: bool = False
     """Keep no activations of layers; compute them again in backward."""
     compile: bool = False

@@ -60,7 +60,13 @@ class Run:
         # Filling is slow, and nothing here reads memory that was not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:
-            model = GPT(settings.model, parallel.cp_group, settings.schedule, max(128, settings.documents))
+            model = GPT(
+                settings.model,
+                parallel.cp_group,
+                settings.schedule,
+                max(128, settings.documents),
+                settings.activation_schedule,
+            )
         model.recompute_layers(settings.recompute)
         self.model = parallelize(model, parallel, torch.bfloat16 if device.type == "cuda" else None)
         if settings.compile:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from harness.activation_options import ActivationOptions
 from harness.command import check_least, check_out
 from harness.launch import check_environment, check_gpus, choose_device
 from overlap_mtp.layout import length_unit
@@ -30,7 +31,7 @@ SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the sam
 
 
 @dataclass(frozen=True)
-class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, RankOptions):
+class RunSettings(OutputOptions, DataOptions, ModelOptions, ActivationOptions, OptimizerOptions, RankOptions):
     """A run: its options, and what they make of it."""
 
     @property
@@ -57,6 +58,7 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, OptimizerOptions, Ra
             derive_labels=self.derive_labels,
             detach_mtp=self.detach_mtp,
             repeat_mtp_layer=self.repeat_mtp_layer,
+            **{one.name: getattr(self, one.name) for one in fields(ActivationOptions)},
         )
 
     @property

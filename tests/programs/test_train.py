@@ -27,8 +27,15 @@ from training_runs import STEPS, after_steps, is_alive, records, settings_of, st
 # Options of `straight` and of the runs that go on from it: all that change what is learned.
 LEARNING = ["--experts=2", "--aux-loss-factor=0.02", "--depths=3", "--mtp-loss-factor=0.2", "--derive-labels"]
 LEARNING += ["--detach-mtp", "--repeat-mtp-layer", "--normalisation=batch", "--clip=0.5", "--warmup=2"]
+LEARNING += [
+    "--mtp-inputs=embeddings",
+    "--hidden-state-mixing",
+    "--distillation=kl",
+    "--distillation-weight=0.5",
+]
 
 OTHER_DIMENSIONS = ["--dp", "2", "--cp", "1", "--tp", "2", "--recompute", "--schedule", "prepared"]
+OTHER_DIMENSIONS += ["--activation-schedule", "merged"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight, tmp_path):
     assert f"SIGUSR1 ended the run after step {step}, which {out}/checkpoints/step-{step:08} holds" in output
     assert f"--resume goes on with step {step + 1}" in output
     with RankPool(2) as pool:
-        settings = settings_of(out, *arguments, "--resume", "--schedule", "prepared")
+        other = ["--schedule", "prepared", "--activation-schedule", "sync"]
+        settings = settings_of(out, *arguments, "--resume", *other)
         assert f"step {step} of {STEPS} is in " in pool.run(train_in_pool, 2, settings)[0]
     assert records(out) == records(straight)
 

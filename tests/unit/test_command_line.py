@@ -85,7 +85,8 @@ def test_the_same_thing_has_the_same_name_in_all_commands(parse):
 
 def test_options_of_bases_are_groups(parse):
     _, said = parse(RunSettings, "--help")
-    groups = ["options", *(f"{name} options" for name in ("output", "data", "model", "optimizer", "rank"))]
+    names = ("output", "data", "model", "activation", "optimizer", "rank")
+    groups = ["options", *(f"{name} options" for name in names)]
     assert re.findall(r"^ ((?:\w+ )?options) ", said, re.MULTILINE) == groups
     settings = parse(RunSettings, "--cp", "4", "--documents", "0", "--curves", "a", "--curves", "b")
     assert settings == RunSettings(cp=4, documents=0, curves=(Path("a"), Path("b")))

@@ -23,7 +23,8 @@ from training.settings import RunSettings
 
 OPTIONS = """--dp 3 --tp 2 --ranks 12 --experts 3 --experts-per-token 1 --aux-loss-factor 0.02 --depths 1
     --mtp-loss-factor 0.2 --derive-labels --detach-mtp --repeat-mtp-layer --steps 9 --learning-rate 1e-2 --clip 0.5
-    --accumulate 4 --normalisation batch --documents 0 --vocab-size 300"""
+    --accumulate 4 --normalisation batch --documents 0 --vocab-size 300
+    --mtp-inputs embeddings --distillation tv --distillation-weight 0.5 --activation-schedule merged"""
 
 
 @pytest.fixture
@@ -66,7 +67,11 @@ def test_options_become_model_training_and_dimensions(invoke, tmp_path):
         derive_labels=True,
         detach_mtp=True,
         repeat_mtp_layer=True,
+        mtp_inputs="embeddings",
+        distillation="tv",
+        distillation_weight=0.5,
     )
+    assert settings.activation_schedule == "merged"
     assert settings.train_config == TrainConfig(9, 1e-2, 9, clip_norm=0.5, normalisation="batch")
     assert settings.dims == ParallelDims(3, 2, 2)  # cp is what dp and tp leave
     assert settings.stream(settings.corpus()).num_documents is None
@@ -148,6 +153,9 @@ def test_our_own_errors_need_no_traceback_under_torchrun(invoke, tmp_path, error
         ("--experts 2 --experts-per-token 3", "experts_per_token must be in [1, num_experts = 2]"),
         ("--preset huge", "preset must be one of"),
         ("--schedule never", "schedule must be one of"),
+        ("--activation-schedule prefetch", "invalid choice 'prefetch'"),
+        ("--depths 1 --hidden-state-mixing", "hidden_state_mixing needs num_depths >= 2, got 1"),
+        ("--distillation kl --distillation-weight 0", "distillation_weight must be finite and > 0, got 0"),
         ("--compile --tp 2", "--compile and tp > 1 do not go together"),
         ("--curves nowhere", "nowhere holds no steps.jsonl"),
         (f"--out {__file__}", "out must be a folder, or a path for one"),
