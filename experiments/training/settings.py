@@ -27,6 +27,8 @@ from training.options import DataOptions, ModelOptions, OptimizerOptions, Output
 
 SHORTEST_DEADLINE_S = 5.0  # starting ranks are silent for seconds
 LONGEST_DEADLINE_S = 1e6  # sockets take no longer timeout than 2^31 ms
+# Fields of a model that older checkpoints do not name. Their defaults are what these models did.
+ADDED = ("mtp_inputs", "hidden_state_mixing", "distillation", "distillation_weight", "distillation_detach")
 SHARED_BY = 8  # documents are padded so that 1, 2, 4 and 8 cp ranks see the same batches
 
 
@@ -135,7 +137,10 @@ class RunSettings(OutputOptions, DataOptions, ModelOptions, ActivationOptions, O
         # The default warm-up follows from the steps.
         names = ["steps"] if self.warmup is not None else ["steps", "warmup_steps"]
         may_differ = tuple(f"train_config.{name}" for name in names)
-        return Checkpoints(folder, self.keep, sizes=sizes, may_differ=may_differ, group=group)
+        if_absent = {one.name: one.default for one in fields(ModelConfig) if one.name in ADDED}
+        return Checkpoints(
+            folder, self.keep, sizes=sizes, may_differ=may_differ, if_absent=if_absent, group=group
+        )
 
     def corpus(self) -> Corpus:
         return open_corpus(self.data, self.token_dtype)

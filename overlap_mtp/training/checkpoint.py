@@ -53,6 +53,7 @@ class Checkpoints:
     Args:
         sizes: of the mesh. Random generators are restored only at the same sizes and number of ranks.
         may_differ: names of identity values that the run that loads may change.
+        if_absent: identity values of checkpoints that do not have them, because they are older.
         group: the ranks that save and load together, by default all. With NCCL, each must have set its device.
     """
 
@@ -63,11 +64,13 @@ class Checkpoints:
         *,
         sizes: Json | None = None,
         may_differ: Collection[str] = (),
+        if_absent: Json | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self.folder, self.keep, self.may_differ, self.group = Path(folder), keep, may_differ, group
+        self.if_absent = if_absent or {}
         self._rank = dist.get_rank(group) if dist.is_initialized() else 0
         self._size = dist.get_world_size(group) if dist.is_initialized() else 1
         self._layout = {**(sizes or {}), "ranks": self._size}
@@ -179,7 +182,7 @@ class Checkpoints:
         return dict(run["progress"])
 
     def _compare_identity(self, there: Json, identity: Json) -> None:
-        here = json.loads(json.dumps(identity))
+        there, here = {**self.if_absent, **there}, json.loads(json.dumps(identity))
         both = [{n: v for n, v in one.items() if n not in self.may_differ} for one in (there, here)]
         compare("settings", *both)
 

@@ -186,25 +186,25 @@ def test_a_run_that_took_no_step_begins_again_and_another_needs_resume(invoke, t
     assert re.search(r"step-00000001: run.json is half-written .*; delete its folder to resume from", message)
 
 
+def write_checkpoint(out: Path, identity: dict) -> None:
+    """Write what says that a run has saved step 25."""
+    (path := out / "checkpoints/step-00000025").mkdir(parents=True, exist_ok=True)
+    files, progress = {".metadata": 1, "state.pt": 1}, {"step": 25}
+    write_run(path, {"files": files, "progress": progress, "identity": identity, "layout": {}})
+
+
 def test_a_run_goes_on_with_its_own_options_and_for_as_long_or_longer(invoke, tmp_path):
     _, _, [(*_, settings)] = invoke("--out", str(tmp_path), "--steps", "30")
-    (path := tmp_path / "checkpoints/step-00000025").mkdir(parents=True)
     identity = {"optimizer": "AdamW", **settings.identity(settings.corpus())}
-    record = {
-        "files": {".metadata": 1, "state.pt": 1},
-        "progress": {"step": 25},
-        "identity": identity,
-        "layout": {},
-    }
-    write_run(path, record)
+    write_checkpoint(tmp_path, identity)
     for steps in ("30", "25", "99"):
         assert invoke("--out", str(tmp_path), "--resume", "--steps", steps)[0] == 0
     identity["train_config.warmup_steps"] = 4  # of a run of 4 steps that did not say it
-    write_run(path, record)
+    write_checkpoint(tmp_path, identity)
     assert invoke("--out", str(tmp_path), "--resume", "--steps", "99")[0] == 0
     assert "warmup_steps is 4 there, 5 here" in invoke("--out", str(tmp_path), "--resume", "--warmup", "5")[1]
     identity["train_config.warmup_steps"] = 20
-    write_run(path, record)
+    write_checkpoint(tmp_path, identity)
     for options, words in {
         "--steps 24": "--steps must be at least 25, the step of the last checkpoint in .*, got 24: give more steps, or",
         "--experts 2": "num_experts is 0 there, 2 here: use the same, or begin a new run in another folder",
@@ -213,6 +213,24 @@ def test_a_run_goes_on_with_its_own_options_and_for_as_long_or_longer(invoke, tm
         status, message, started = invoke("--out", str(tmp_path), "--resume", *options.split())
         assert (status, started, message.count("\n")) == (2, [], 1)
         assert re.search(words, message), message
+
+
+def test_a_checkpoint_older_than_rolls_of_activations_goes_on_without_them(invoke, tmp_path):
+    _, _, [(*_, settings)] = invoke("--out", str(tmp_path))
+    added, identity = (
+        ("mtp_inputs", "hidden_state_mixing", "distillation"),
+        settings.identity(settings.corpus()),
+    )
+    write_checkpoint(tmp_path, {name: one for name, one in identity.items() if not name.startswith(added)})
+    assert invoke("--out", str(tmp_path), "--resume")[0] == 0
+    for option, words in {
+        "--mtp-inputs=embeddings": "mtp_inputs is ids there, embeddings here",
+        "--hidden-state-mixing": "hidden_state_mixing is False there, True here",
+        "--distillation=tv": "distillation is none there, tv here",
+    }.items():
+        status, message, _ = invoke("--out", str(tmp_path), "--resume", option)
+        assert status == 2
+        assert words in message
 
 
 @pytest.mark.parametrize("arguments", [["--data", ""], ["--data="]])
