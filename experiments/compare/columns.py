@@ -21,9 +21,9 @@ def _figure(value: float, like: float | None = None) -> str:
 
 
 def _ratio(mode: str, row: Row) -> str:
-    if mode == BASELINE:
-        return "1"
     value, low, high = (row["ratio"][part] for part in ("value", "low", "high"))
+    if value == low == high == 1:
+        return "1"
     return f"{_figure(value)} [{_figure(low, value)}, {_figure(high, value)}]"
 
 

@@ -44,10 +44,10 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
         if mode != baseline
     }
     title = f"{caption(result)}\n{result['where']['date']}"
-    what = "step time (ms), median and p10 to p90; ratio to no exchange"
+    what = "step time (ms), p10 to p90; ratio to no exchange"
     paths = [_draw_bars(spread, ratios, what, title, out / f"{name}step_time.png")]
     labels = [f"{value:,.0f} µs" for value, *_ in deltas.values()]
-    what = "added to a step without any exchange (µs), 95 % interval"
+    what = "added to a step without exchange (µs)"
     return [*paths, _draw_bars(deltas, labels, what, title, out / f"{name}step_delta.png")]
 
 

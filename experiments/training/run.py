@@ -110,12 +110,15 @@ class Run:
         """The model, the data and the step that the run begins with, for the log."""
         settings, corpus = self.settings, self.stream.corpus
         dims, parameters = settings.dims, sum(one.numel() for one in self.model.parameters())
+        schedules = settings.schedule
+        if settings.model.rolls_activations:
+            schedules += f", activations by {settings.activation_schedule}"
         known = {"experts": settings.experts, "documents": settings.documents}
         lines = [
             f"{parameters / 1e6:,.1f} M parameters, "
             + "".join(f"{count} {name}, " for name, count in known.items() if count)
             + f"{settings.seq_len} tokens a sequence; dp {dims.dp} x cp {dims.cp} x tp {dims.tp}, "
-            f"{settings.schedule}; data: {len(corpus.documents):,} documents, {corpus.bounds[-1]:,} tokens, "
+            f"{schedules}; data: {len(corpus.documents):,} documents, {corpus.bounds[-1]:,} tokens, "
             f"which fill {self.stream.filled():.0%} of a sequence"
         ]
         folder, steps = self.checkpoints.folder, settings.steps

@@ -106,6 +106,7 @@ def run_activations(group: dist.ProcessGroup) -> tuple[float, list[torch.Tensor]
         "layout": layout,
         "ids": layout.shard(ids, group.rank()),
         "image_features": layout.shard(features, group.rank(), dim=1),
+        "step": 7,
         "is_image": layout.shard(ids % 5 == 0, group.rank()),
         "num_tokens": int(layout.valid_lengths.sum()),
     }
