@@ -47,8 +47,8 @@ NARROW: Columns = {
     "same bits": _same,
 }
 NARROW_CAPTION = (
-    f"median over rounds of the slowest rank; {RATIO}: ratio to the step of {BASELINE}, or, of activations, of "
-    f"{TIMING_ONLY} [95 % interval]; stall: how long the rolls held up the compute stream, on GPUs (of activations: "
+    f"median over rounds of the slowest rank; {RATIO}: ratio to the step of {BASELINE} (activations: of "
+    f"{TIMING_ONLY}) [95 % interval]; stall: how long the rolls held up the compute stream, on GPUs (activations: "
     "forward + backward); messages: of all ranks, in a step; "
     f"{TIMING_ONLY}: rolls wrong values and sends nothing, for timing only"
 )

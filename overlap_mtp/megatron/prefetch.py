@@ -87,8 +87,9 @@ class Prefetch:
         kind = (documents, shapes, tuple(depths.values()), isinstance(layout, DeviceLayout))
         options = {"max_documents": documents, "fills": ZEROS, "depths": depths}
         roller = roller_for(self.cp_group, settings, kind, num_depths, **options)
+        rolls = roller.start(tensors, layout)
         status().exchanges += 1
-        return roller.start(tensors, layout)
+        return rolls
 
     def aliases(self) -> dict[str, torch.Tensor]:
         """The tensors by name, each with its mark: they go into the model."""
