@@ -47,8 +47,7 @@ class ModelConfig:
     @property
     def rolls_activations(self) -> bool:
         """Whether depths use rows of activations that other ranks hold."""
-        mixes = self.hidden_state_mixing and self.num_depths > 1
-        return mixes or self.mtp_inputs == "embeddings" or self.distillation != "none"
+        return self.hidden_state_mixing or self.mtp_inputs == "embeddings" or self.distillation != "none"
 
     def __post_init__(self) -> None:
         for name in SIZES:
