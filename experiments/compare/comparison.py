@@ -54,12 +54,15 @@ class Contest(NamedTuple):
     modes: tuple[str, ...]  # all there are
     baseline: str  # whose steps have no exchange
     reference: str  # whose bits are right
+    overlapped: str  # the schedule that is to hide the exchange
     transports: tuple[str, ...]  # that a mode can name
 
 
-TOKENS = Contest((*SCHEDULES, TIMING_ONLY), "prepared", "prepared", ("process_group", "symmetric"))
+TOKENS = Contest(
+    (*SCHEDULES, TIMING_ONLY), "prepared", "prepared", "prefetch", ("process_group", "symmetric")
+)
 # Nobody can prepare activations. Tokens are prepared then.
-ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", ())
+ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", "overlap", ())
 
 
 def contest_of(model: ModelConfig) -> Contest:
@@ -99,7 +102,8 @@ class Settings:
     def check(self, problem: Problem, on_gpu: bool) -> None:
         """Raise ValueError for options that are illegal or do not go together."""
         check_least(self, rounds=2, warmup=1)
-        legal, baseline, _, transports = contest_of(problem.model)
+        contest = contest_of(problem.model)
+        legal, baseline, transports = contest.modes, contest.baseline, contest.transports
         modes = self.chosen_modes(problem)
         for mode in modes:
             schedule, _, transport = mode.partition(":")
@@ -122,8 +126,9 @@ class Settings:
 
     def chosen_modes(self, problem: Problem) -> tuple[str, ...]:
         """Return the schedules to time, with the baseline and the reference."""
-        every, baseline, reference, _ = contest_of(problem.model)
-        return tuple(dict.fromkeys((*(every if self.modes is None else self.modes), baseline, reference)))
+        contest = contest_of(problem.model)
+        chosen = contest.modes if self.modes is None else self.modes
+        return tuple(dict.fromkeys((*chosen, contest.baseline, contest.reference)))
 
     def check_profile_out(self) -> None:
         """Make the folder of traces, if there will be any. Raise ValueError if it cannot be written to."""
@@ -273,8 +278,7 @@ class Comparison:
         }
         times = {mode: ms.max(0) for mode, (ms, *_) in table.items()}
         worst = next((mode for mode in steps if mode.partition(":")[0] == "sync"), None)
-        _, baseline, reference, _ = self.contest
-        compared = statistics.compare(times, baseline, worst, SEED)
+        compared = statistics.compare(times, self.contest.baseline, worst, SEED)
         rows = {}
         for mode, (_, *costs, messages, sent_bytes, equal) in table.items():
             tokens = self.problem.batch_size * self.problem.seq_len
@@ -288,11 +292,11 @@ class Comparison:
                 "bytes_per_step": float(sent_bytes.sum(0).mean()),
                 "loss": float(losses[mode][-1]),
                 "rolls_equal": bool(equal.all()),
-                "loss_equal": bool(torch.equal(losses[mode], losses[reference])),
+                "loss_equal": bool(torch.equal(losses[mode], losses[self.contest.reference])),
             }
             if self.problem.model.rolls_activations:
                 rows[mode] |= {
-                    "exchanges_per_step": len(self.steps[mode].rollers),
+                    "exchanges_per_step": len(self.steps[mode].compared),
                     "backward_host_us": float(np.median(backward_host_us)),
                     "backward_stall_us": _median(backward_stall_us),
                 }
@@ -301,7 +305,7 @@ class Comparison:
             "command": environment.command(),
             "where": environment.describe(self.device, self.ranks),
             "transport": {
-                mode: "" if mode == TIMING_ONLY else step.rollers[0].transport
+                mode: "" if mode == TIMING_ONLY else step.compared[0].roller.transport
                 for mode, step in self.steps.items()
             },
             "settings": self._recorded_settings(),

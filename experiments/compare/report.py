@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compare.columns import NARROW, NARROW_CAPTION, WIDE, WIDE_CAPTION
 from compare.page import page_of, write_page
-from compare.sentence import sentence_of
+from compare.sentence import contest_in, sentence_of
 from harness import plots
 from harness.command import write_record
 
@@ -76,7 +76,10 @@ def publish(result: dict[str, Any], path: Path, prefix: str, console: Console, w
         console: to print on.
         wide: print all columns of the table.
     """
-    paths = [write_record(result, path), *plots.draw(result, path.parent, prefix)]
+    paths = [
+        write_record(result, path),
+        *plots.draw(result, contest_in(result).baseline, path.parent, prefix),
+    ]
     paths.append(write_page(result, path.parent / f"{prefix}report.html"))
     console.print("wrote " + ", ".join(str(one) for one in paths), soft_wrap=True)
     show(result, wide, console)

@@ -24,14 +24,9 @@ def meaning_of(contest: Contest) -> str:
     why = "whose loader rolls the batch" if contest is TOKENS else "whose rolls send nothing and are wrong"
     return (
         f"A step without any exchange is that of {contest.baseline}, {why}. Of the time that sync adds to it, "
-        f"{_hero(contest)} hides a share: it hides “all” if the 95 % interval of this share begins at "
+        f"{contest.overlapped} hides a share: it hides “all” if the 95 % interval of this share begins at "
         f"{100 * HIDES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is wide, its two ends are given."
     )
-
-
-def _hero(contest: Contest) -> str:
-    """The schedule that is to hide the exchange."""
-    return "prefetch" if contest is TOKENS else "overlap"
 
 
 def sentence_of(result: dict[str, Any]) -> str:
@@ -57,8 +52,7 @@ def sentence_of(result: dict[str, Any]) -> str:
     compared = [mode for mode in rows if mode not in (contest.baseline, TIMING_ONLY)]
     if not compared:
         return f"No schedule ran that could be compared with {contest.baseline}."
-    hero = _hero(contest)
-    sync, hiding = _first(compared, "sync"), _first(compared, hero)
+    sync, hiding = _first(compared, "sync"), _first(compared, contest.overlapped)
     costs, rounds = sync or hiding or compared[0], result["settings"]["rounds"]
     parts = [_cost(costs, rows[costs]["ratio"], rounds)]
     if rounds < LEAST_ROUNDS:
@@ -66,7 +60,7 @@ def sentence_of(result: dict[str, Any]) -> str:
     elif sync is None:
         parts.append("sync did not run, so that nothing says what there is to hide")
     elif hiding is None:
-        parts.append(f"{hero} did not run")
+        parts.append(f"{contest.overlapped} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
         parts.append(_hidden(hiding, rows[hiding]["efficiency"]))
     if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:

@@ -26,7 +26,7 @@ class Spent(NamedTuple):
 
     host_us: float
     stall_us: float
-    backward_host_us: float  # NaN for rolls without a backward pass, as the next
+    backward_host_us: float  # of activations
     backward_stall_us: float
     messages: int
     bytes: int
@@ -43,24 +43,26 @@ class EagerStep:
         self._sent = (0, 0)  # messages and bytes until the last `spent`
 
     @property
-    def rollers(self) -> list[Roller]:
-        """Those whose cost is of interest."""
-        return [self.timed.roller]
+    def compared(self) -> list[TimedRoller]:
+        """The rollers whose schedule is compared."""
+        return [self.timed]
 
     def rolled(self) -> Rolled:
-        """Return what was rolled in the last step."""
-        rolls, depths = self.timed.rolls, range(1, self.model.config.num_depths + 1)
-        return {(name, depth): one for depth in depths for name, one in rolls.at(depth).items()}
+        """Return what they rolled in the last step."""
+        return {
+            (name, depth): tensor.detach()
+            for one in self.compared
+            for depth in range(1, one.roller.num_depths + 1)
+            for name, tensor in one.rolls.at(depth).items()
+        }
 
     def spent(self) -> Spent:
-        """Return what the rolls cost since the last call. The device must have finished."""
-        return Spent(*_sum([self.timed.read()]), math.nan, math.nan, *self._sent_since())
-
-    def _sent_since(self) -> tuple[int, int]:
-        """(messages, bytes) since the last call."""
-        before, traffic = self._sent, [roller.traffic for roller in self.rollers]
+        """Return what they cost since the last call. The device must have finished."""
+        forward = _sum([one.forward.read() for one in self.compared])
+        backward = _sum([one.backward.read() for one in self.compared])
+        before, traffic = self._sent, [one.roller.traffic for one in self.compared]
         self._sent = sum(one.messages for one in traffic), sum(one.bytes for one in traffic)
-        return self._sent[0] - before[0], self._sent[1] - before[1]
+        return Spent(*forward, *backward, self._sent[0] - before[0], self._sent[1] - before[1])
 
     def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         """Set the input of the next step. The step's time does not include this: a data loader would do it.
@@ -83,8 +85,8 @@ class EagerStep:
 
     def close(self) -> None:
         """Close the rollers."""
-        for roller in (self.timed.roller, *self.rollers):
-            roller.close()
+        for one in self.compared:
+            one.roller.close()
 
 
 class ActivationStep(EagerStep):
@@ -98,41 +100,29 @@ class ActivationStep(EagerStep):
         self._activations = activations
 
     @property
-    def rollers(self) -> list[Roller]:
-        return list(self._activations)
+    def compared(self) -> list[TimedRoller]:
+        return list(self._activations.timed.values())
 
     def run(self) -> torch.Tensor:
         self.model.mtp.activations = self._activations
         return super().run()
 
-    def rolled(self) -> Rolled:
-        depths = range(1, self.model.config.num_depths + 1)
-        return {
-            (use, depth): rows.at(depth).detach()
-            for use, (rows, num_depths) in self._activations.rolled.items()
-            for depth in depths[:num_depths]
-        }
-
-    def spent(self) -> Spent:
-        timed = self._activations.timed.values()
-        forward, backward = _sum([one.read() for one in timed]), _sum([one.backward.read() for one in timed])
-        return Spent(*forward, *backward, *self._sent_since())
+    def close(self) -> None:
+        super().close()
+        self.timed.roller.close()
 
 
 class TimedActivations(ActivationRollers):
-    """The rollers of a model's activations. They say what they cost, and what they have rolled."""
+    """The rollers of a model's activations. They say what they cost."""
 
     def __init__(self, schedule: str, cp_group: dist.ProcessGroup | None, max_documents: int) -> None:
         super().__init__(schedule, cp_group, max_documents)
         self.timed: dict[str, TimedRoller] = {}  # by use
-        self.rolled: dict[str, tuple[RolledRows, int]] = {}  # by use: in the last step, to how many depths
 
     def start(self, use: str, rows: torch.Tensor, num_depths: int, layout: SequenceLayout) -> RolledRows:
         if use not in self.timed:
             self.timed[use] = TimedRoller(self.roller(use, num_depths))
-        rolled = RolledRows(self.timed[use].start({use: rows}, layout), use)
-        self.rolled[use] = rolled, num_depths
-        return rolled
+        return RolledRows(self.timed[use].start({use: rows}, layout), use)
 
 
 def _sum(costs: list[Cost]) -> tuple[float, float]:

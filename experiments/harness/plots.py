@@ -23,11 +23,12 @@ def colour_of(mode: str) -> str:
     return COLOURS.get(mode.partition(":")[0], "#555555")
 
 
-def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
+def draw(result: dict[str, Any], baseline: str, out: Path, name: str = "") -> list[Path]:
     """Draw the record of a comparison.
 
     Args:
         result: the record.
+        baseline: the schedule without any exchange.
         out: an existing folder.
         name: a prefix of the files' names.
 
@@ -37,7 +38,6 @@ def draw(result: dict[str, Any], out: Path, name: str = "") -> list[Path]:
     rows = result["rows"]
     spread = {mode: (row["median_ms"], row["p10_ms"], row["p90_ms"]) for mode, row in rows.items()}
     ratios = [f"{row['ratio']['value']:.3f} x" for row in rows.values()]
-    baseline = "prepared" if "prepared" in rows else "none"  # of rolls of activations
     deltas = {
         mode: tuple(row["step_delta_us"][part] for part in ("value", "low", "high"))
         for mode, row in rows.items()
