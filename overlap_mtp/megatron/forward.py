@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from overlap_mtp.megatron.layouts import LeftToMegatronError
 from overlap_mtp.megatron.prefetch import Prefetch, can_roll
-from overlap_mtp.megatron.rolls import no_exchange
+from overlap_mtp.megatron.rolls import running
 from overlap_mtp.megatron.settings import Settings, status
 
 Tensors = dict[str, torch.Tensor]
@@ -63,85 +63,124 @@ def patched_forward(entry: Entry) -> Callable[..., Any]:
         settings = status().settings
         if settings is None or not getattr(self.config, "mtp_num_layers", None):
             return entry.function(self, *args, **kwargs)
-        prefetch, reason = None, ""
-        try:
-            prefetch = _prefetch(self, entry, functools.partial(entry.get, args, kwargs), settings)
-        except LeftToMegatronError as error:
-            reason = str(error)
-        if prefetch is None:
-            with no_exchange(lambda: reason):
+        if _is_inference(self, functools.partial(entry.get, args, kwargs)):
+            with running(lambda: "inference"):
                 return entry.function(self, *args, **kwargs)
-        args, kwargs = entry.replaced(args, kwargs, prefetch.aliases())
-        with no_exchange(lambda: prefetch.reason), _sent_under_decoder(prefetch, self, entry):
-            return entry.function(self, *args, **kwargs)
+        begun = BegunForward(self, entry, args, kwargs, settings)
+        with running(begun.send), _sent_under_decoder(begun.send, self, entry):
+            return entry.function(self, *begun.args, **begun.kwargs)
 
     return forward
 
 
-@contextlib.contextmanager
-def _sent_under_decoder(prefetch: Prefetch, model: Any, entry: Entry) -> Iterator[None]:
-    """Send the exchange once the host has launched the first layer of the decoder.
+class BegunForward:
+    """A forward that has begun: its arguments, and what it will roll of them.
 
-    At the entry the device may be idle, and would wait for the host to send.
+    Its tensors go into the model as aliases. All else is left to `send`: at the entry the device may be idle, and would
+    wait for the host.
     """
+
+    def __init__(
+        self, model: Any, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings
+    ) -> None:
+        self._model, self._entry, self._settings = model, entry, settings
+        self._get = functools.partial(entry.get, args, kwargs)
+        self._tensors = {name: one for name in ROLLED if (one := self._get(name)) is not None}
+        if "loss_mask" not in self._tensors and self._get("output_processor") is None:
+            like = self._labels()[0]
+            if like is not None:
+                self._tensors["loss_mask"] = torch.ones_like(like)  # as Megatron-LM makes it later
+        # The marks will hang on them. A mark on the caller's tensor would outlive the forward.
+        self._aliases = {name: one.detach() for name, one in self._tensors.items() if can_roll(one)}
+        self.args, self.kwargs = entry.replaced(args, kwargs, self._aliases)
+        self._reason: str | None = None  # None: not sent so far
+
+    def send(self) -> str:
+        """Mark what will be rolled and send it, at the first call. Return why there is no exchange, or ""."""
+        if self._reason is None:
+            self._reason = ""
+            try:
+                self._reason = self._send()
+            except LeftToMegatronError as error:
+                self._reason = str(error)
+            self._tensors, self._aliases = {}, {}
+        return self._reason
+
+    def _send(self) -> str:
+        if self._get("compute_mtp_loss") is False:
+            return ""
+        cp_group, packed = _cp_group(self._model), self._get("packed_seq_params")
+        if packed is not None and getattr(packed, "cp_group", None) not in (None, cp_group):
+            raise LeftToMegatronError(
+                "a context-parallel group of the batch's own (dynamic context parallelism)"
+            )
+        status().forwards += 1
+        depths = self._depths()
+        if not depths:
+            return ""
+        tensors = {name: self._tensors[name] for name in depths}
+        prefetch = Prefetch(tensors, depths, cp_group, packed, self._settings)
+        prefetch.mark_aliases(self._aliases)
+        prefetch.start()
+        return prefetch.reason
+
+    def _depths(self) -> dict[str, int]:
+        """How far this pipeline stage rolls its tensors, by name, without those that an exchange cannot carry."""
+        model, num_layers = self._model, self._model.config.mtp_num_layers
+        depths: dict[str, int] = {}
+        if _has_mtp(model):
+            depths |= dict.fromkeys(("input_ids", "position_ids"), num_layers)
+            # Under sequence parallelism it is cut over tensor-parallel ranks before it is rolled.
+            if (
+                rolls_padding_mask()
+                and self._entry.model == "GPTModel"
+                and not model.config.sequence_parallel
+            ):
+                depths["padding_mask"] = num_layers
+        like, is_derived = self._labels()
+        if like is not None:
+            depths |= dict.fromkeys(("labels", "loss_mask"), num_layers)
+        if is_derived:
+            depths |= dict.fromkeys(("input_ids", "loss_mask"), num_layers + 1)
+        return {name: depth for name, depth in depths.items() if name in self._aliases}
+
+    def _labels(self) -> tuple[torch.Tensor | None, bool]:
+        """(the labels of this stage, or the ids that they are derived from, or None; whether they are derived)."""
+        model = self._model
+        if not (
+            getattr(model, "post_process", False) and (_has_mtp(model) or self._entry.model == "GPTModel")
+        ):
+            return None, False
+        labels, ids = self._get("labels"), self._get("input_ids")
+        # Without labels (reinforcement learning) megatron-core main takes the ids that follow.
+        if labels is None and ids is not None and derives_labels():
+            return ids, True
+        return labels, False
+
+
+def _has_mtp(model: Any) -> bool:
+    return bool(getattr(model, "mtp_process", False))
+
+
+@contextlib.contextmanager
+def _sent_under_decoder(send: Callable[[], str], model: Any, entry: Entry) -> Iterator[None]:
+    """Send the exchange in the middle of the decoder: by then the host should be ahead of the device."""
     layers = getattr(getattr(model, "decoder", None), "layers", None)
     # A graph of a layer calls no hooks when it is replayed, and must not hold the exchange.
     has_graphs = getattr(model.config, "cuda_graph_impl", "none") != "none"
     if entry.name != "forward" or not layers or has_graphs:
-        prefetch.start()
+        send()
         yield
         return
-    hook = layers[0].register_forward_hook(lambda *_: prefetch.start())
+
+    def hook(*_: Any) -> None:
+        send()
+
+    handle = layers[len(layers) // 2].register_forward_pre_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
-
-
-def _prefetch(model: Any, entry: Entry, get: Callable[[str], Any], settings: Settings) -> Prefetch | None:
-    """Prepare the exchange of a forward; None if it rolls nothing that one can carry."""
-    if _is_inference(model, get):
-        raise LeftToMegatronError("inference")
-    if get("compute_mtp_loss") is False:
-        return None
-    cp_group = _cp_group(model)
-    packed = get("packed_seq_params")
-    if packed is not None and getattr(packed, "cp_group", None) not in (None, cp_group):
-        raise LeftToMegatronError("a context-parallel group of the batch's own (dynamic context parallelism)")
-    status().forwards += 1
-    tensors, depths = _rolled_here(model, entry, get)
-    known = {name: tensor for name, tensor in tensors.items() if can_roll(tensor)}
-    if not known:
-        return None
-    return Prefetch(known, {name: depths[name] for name in known}, cp_group, packed, settings)
-
-
-def _rolled_here(
-    model: Any, entry: Entry, get: Callable[[str], Any]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tensors that this pipeline stage rolls, by name, and how far."""
-    num_layers = model.config.mtp_num_layers
-    tensors: dict[str, Any] = {}
-    depths = dict.fromkeys(ROLLED, num_layers)
-    has_mtp = getattr(model, "mtp_process", False)
-    if has_mtp:
-        tensors = {name: get(name) for name in ("input_ids", "position_ids")}
-        # Under sequence parallelism it is cut over tensor-parallel ranks before it is rolled.
-        if rolls_padding_mask() and entry.model == "GPTModel" and not model.config.sequence_parallel:
-            tensors["padding_mask"] = get("padding_mask")
-    if getattr(model, "post_process", False) and (has_mtp or entry.model == "GPTModel"):
-        labels, loss_mask, ids = get("labels"), get("loss_mask"), get("input_ids")
-        # Without labels (reinforcement learning) megatron-core main takes the ids that follow.
-        derived = labels is None and ids is not None and derives_labels()
-        if derived:
-            tensors["input_ids"] = ids
-            depths["input_ids"] = depths["loss_mask"] = num_layers + 1
-        like = ids if derived else labels
-        if like is not None and loss_mask is None and get("output_processor") is None:
-            loss_mask = torch.ones_like(like)  # as Megatron-LM makes it later
-        if like is not None:
-            tensors |= {"labels": labels, "loss_mask": loss_mask}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, depths
+        handle.remove()
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""The rolls of one forward: an exchange that leaves near its entry, and the tensors that it answers for.
+"""The rolls of one forward: an exchange, and the tensors that it answers for.
 
-A tensor that the exchange knows goes into the model as an alias with a mark: which prefetch, which name, which depth. A
+A tensor that the exchange knows is in the model as an alias with a mark: which prefetch, which name, which depth. A
 roll of a marked tensor is answered from the exchange, and the answer is marked with the next depth. A clone of a marked
 tensor is marked, too: Megatron-LM clones the labels before it rolls them. A tensor that was written to after it was
 marked has another version, and is not answered. Nor are its clones: the exchange may read the tensor that was written.
@@ -48,7 +48,7 @@ class Prefetch:
         packed: Any | None,
         settings: Settings,
     ) -> None:
-        """Prepare the exchange, with as little work as possible: the device may be idle.
+        """Prepare the exchange.
 
         Args:
             tensors: of this rank, by name, [..., local_len] each.
@@ -91,9 +91,10 @@ class Prefetch:
         status().exchanges += 1
         return rolls
 
-    def aliases(self) -> dict[str, torch.Tensor]:
-        """The tensors by name, each with its mark: they go into the model."""
-        return {name: self.mark(known[0][0], name, 0) for name, known in self._known.items()}
+    def mark_aliases(self, aliases: dict[str, torch.Tensor]) -> None:
+        """Mark the aliases of its tensors that went into the model, by name."""
+        for name in self._known:
+            _marked(aliases[name], self, name, 0)
 
     def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
         """Return an alias of a tensor of this prefetch, with its mark.

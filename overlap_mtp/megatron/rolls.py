@@ -18,7 +18,8 @@ Answer = tuple[torch.Tensor | None, torch.Tensor | None]
 SUMMED = ("loss_mask",)  # the number of tokens; Megatron-LM drops the sums of all other tensors
 UNKNOWN = "a tensor that no forward has announced"
 
-_reasons: list[Callable[[], str]] = []  # why the forward that is running has no exchange
+# Of each forward that is running: it sends its exchange, unless it has, and says why there is none, or "".
+_running: list[Callable[[], str]] = []
 
 
 def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -64,16 +65,16 @@ def _answer(
 ) -> tuple[torch.Tensor | None, str]:
     """(the rolled tensor, "") or (None, why there is none)."""
     mark: Mark | None = getattr(tensor, MARK, None)
+    reason = UNKNOWN
+    if mark is None and _running:
+        reason = _running[-1]() or "a tensor that its forward does not know"
+        mark = getattr(tensor, MARK, None)
     if mark is None:
-        if tensor.requires_grad:
-            return None, "a tensor that needs a gradient"
-        if not _reasons:
-            return None, UNKNOWN
-        return None, _reasons[-1]() or "a tensor that its forward does not know"
+        return None, "a tensor that needs a gradient" if tensor.requires_grad else reason
     if mark.prefetch.reason:
         return None, mark.prefetch.reason
     if mark_of(tensor) is None or mark.prefetch.was_written(mark.name):
-        return None, "a tensor that was written to after its forward began"
+        return None, "a tensor that was written to after its exchange was sent"
     if shifts != -1 or dims not in (-1, tensor.ndim - 1):
         return None, "another shift or dimension"
     if cp_group is not mark.prefetch.cp_group or packed is not mark.prefetch.packed:
@@ -83,10 +84,10 @@ def _answer(
 
 
 @contextlib.contextmanager
-def no_exchange(reason: Callable[[], str]) -> Iterator[None]:
-    """Say why the rolls of the forward in this context have no exchange; "" if they have one."""
-    _reasons.append(reason)
+def running(send: Callable[[], str]) -> Iterator[None]:
+    """A forward runs within this. `send` sends its exchange at the first call, and returns why there is none, or ""."""
+    _running.append(send)
     try:
         yield
     finally:
-        _reasons.pop()
+        _running.pop()

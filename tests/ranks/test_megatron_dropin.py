@@ -133,11 +133,17 @@ def test_full_recompute_resends_nothing(four):
 
 @pytest.mark.parametrize("name", ["input_ids", "position_ids", "labels", "loss_mask"])
 @pytest.mark.parametrize("documents", [0, 3])
-def test_a_tensor_that_is_written_to_after_the_entry_is_left_to_megatron(four, name, documents):
-    outcomes = compare(four, Case(documents=documents, is_eval=True), "write_in_place", name)
+def test_a_tensor_that_is_written_to_after_it_was_sent_is_left_to_megatron(four, name, documents):
+    outcomes = compare(four, Case(documents=documents, is_eval=True), "write_in_place", name, -1)
     for outcome in outcomes:
         assert outcome.answered == PER_BATCH - DEPTHS  # the other tensors'
         assert sum(outcome.fallbacks.values()) == DEPTHS
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_a_tensor_that_is_written_to_before_it_was_sent_is_rolled_as_it_is_then(four, name):
+    outcomes = compare(four, Case(is_eval=True), "write_in_place", name, 0)
+    assert_answered(outcomes, exchanges=1, rolls=PER_BATCH)
 
 
 def test_labels_that_are_written_to_between_mtp_layers_are_left_to_megatron(four):

@@ -40,12 +40,12 @@ def after(module: torch.nn.Module, event: Callable[[], None]) -> Iterator[None]:
         handle.remove()
 
 
-def write_in_place(trial: Trial, case: Case, name: str) -> list[torch.Tensor]:
+def write_in_place(trial: Trial, case: Case, name: str, layer: int) -> list[torch.Tensor]:
     """A decoder layer writes into a tensor of the caller, before Megatron-LM rolls it."""
     batch = Batch.of(case, 1)
     written = getattr(batch, name)
     with (
-        after(trial.bare[0].decoder.layers[0], lambda: written[..., 1::3].fill_(2)),
+        after(trial.bare[0].decoder.layers[layer], lambda: written[..., 1::3].fill_(2)),
         torch.no_grad(),  # autograd keeps ids and positions, and would refuse the backward pass
     ):
         return [trial.forward(batch)]

@@ -18,7 +18,7 @@ from overlap_mtp.megatron import prefetch, settings
 from overlap_mtp.megatron.forward import Entry, _sent_under_decoder
 from overlap_mtp.megatron.layouts import LeftToMegatronError, layout_of
 from overlap_mtp.megatron.prefetch import Mark, Prefetch, _marked, can_roll, mark_of
-from overlap_mtp.megatron.rolls import no_exchange, patched_roll
+from overlap_mtp.megatron.rolls import patched_roll, running
 
 from megatron_ranks import UNINSTALLS
 
@@ -120,9 +120,9 @@ def test_only_loss_masks_are_summed_and_only_if_asked(monkeypatch):
 def test_a_roll_without_an_exchange_is_counted_by_the_reason_of_its_forward(monkeypatch):
     monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
     roll = patched_roll(own_roll)
-    with no_exchange(lambda: "inference"):
+    with running(lambda: "inference"):
         roll(torch.ones(3))
-        with no_exchange(str):
+        with running(str):
             roll(torch.ones(3))
             roll(torch.ones(3, requires_grad=True))
         roll(torch.ones(3))
@@ -157,7 +157,7 @@ def test_unknown_tensors_are_rolled_exactly_if_the_settings_say_so(monkeypatch):
     assert rolled({"unknown": "exact"}, packed_seq_params=illegal)[0] is tensor
     for options in ({"shifts": -2}, {"dims": 0}):
         assert rolled({"unknown": "exact"}, **options)[0] is tensor
-    with no_exchange(lambda: "inference"):
+    with running(lambda: "inference"):
         assert rolled({"unknown": "exact"})[0] is tensor
 
 
@@ -213,13 +213,15 @@ def test_tensors_of_different_lengths_are_left_to_megatron():
 @pytest.mark.parametrize(
     ("entry", "graphs", "layers", "expected"),
     [
+        ("forward", "none", 1, ["entry", "start", "layer 0"]),
         ("forward", "none", 2, ["entry", "layer 0", "start", "layer 1"]),
+        ("forward", "none", 3, ["entry", "layer 0", "start", "layer 1", "layer 2"]),
         ("forward", "local", 2, ["entry", "start", "layer 0", "layer 1"]),
         ("build_schedule_plan", "none", 2, ["entry", "start", "layer 0", "layer 1"]),
         ("forward", "none", 0, ["entry", "start"]),
     ],
 )
-def test_an_exchange_leaves_when_the_first_layer_was_launched(entry, graphs, layers, expected):
+def test_an_exchange_leaves_in_the_middle_of_the_decoder(entry, graphs, layers, expected):
     """Or at the entry, if no hook of a layer will be called."""
     done: list[str] = []
 
@@ -236,13 +238,17 @@ def test_an_exchange_leaves_when_the_first_layer_was_launched(entry, graphs, lay
         config=SimpleNamespace(cuda_graph_impl=graphs),
         decoder=SimpleNamespace(layers=[Layer(number) for number in range(layers)]),
     )
-    starts = cast(Prefetch, SimpleNamespace(start=lambda: done.append("start")))
+
+    def send() -> str:
+        done.append("start")
+        return ""
+
     done.append("entry")
-    with _sent_under_decoder(starts, model, Entry(mock.Mock(), entry, "GPTModel", {})):
+    with _sent_under_decoder(send, model, Entry(mock.Mock(), entry, "GPTModel", {})):
         for layer in model.decoder.layers:
             assert layer(expected) is expected
     assert done == expected
-    assert not any(layer._forward_hooks for layer in model.decoder.layers)
+    assert not any(layer._forward_pre_hooks for layer in model.decoder.layers)
 
 
 def test_which_batches_share_a_roller(monkeypatch):
