@@ -140,7 +140,8 @@ class NcclRowTransport(RowTransport):
         tables = torch.tensor([rows, peers], dtype=torch.int32, device=self.device)
         return {"header_rows": tables[0], "header_peers": tables[1], "error_flags": self.error_flags}
 
-    def _checks(self, exchange: RowExchange) -> dict[str, Any]:
+    def _checks(self, exchange: RowExchange, is_backward: bool) -> dict[str, Any]:
         if not self._has_headers:
             return {}
-        return {**self._headers[exchange.is_backward], "fingerprint": self._fingerprint(exchange)}
+        fingerprint = self._fingerprint(exchange, is_backward)
+        return {**self._headers[is_backward], "fingerprint": fingerprint}

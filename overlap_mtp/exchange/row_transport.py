@@ -96,7 +96,7 @@ class RowTransport(Transport):
                     rows.maps.source,
                     rows.received,
                     [self._by_sequence(depth) for depth in depths],
-                    **self._checks(rows),
+                    **self._checks(rows, is_backward=False),
                 )
         rows.tensors = []
         return [dict(zip(self.spec.names, depth, strict=True)) for depth in depths]
@@ -139,7 +139,7 @@ class RowTransport(Transport):
             self._arrive(exchange)
             with self._unroll_span:
                 self.kernels.add_rows(
-                    rows, maps.returned_to, maps.returned, by_sequence, **self._checks(exchange)
+                    rows, maps.returned_to, maps.returned, by_sequence, **self._checks(exchange, True)
                 )
 
     def retire(self) -> None:
@@ -165,8 +165,11 @@ class RowTransport(Transport):
     def _arrive(self, exchange: RowExchange) -> None:
         """Wait for the rows of peers, if they are under way."""
 
-    def _checks(self, exchange: RowExchange) -> dict[str, Any]:
-        """What a kernel needs to check headers, if the transport does not do it before."""
+    def _checks(self, exchange: RowExchange, is_backward: bool) -> dict[str, Any]:
+        """What a kernel needs to check headers, if the transport does not do it before.
+
+        Rolls may be written after a backward pass, from what arrived before it.
+        """
         return {}
 
     def _count(self, buffer: torch.Tensor, one: Round) -> None:
@@ -193,8 +196,9 @@ class RowTransport(Transport):
         rounds = self._document_rounds(exchange.layout) if self.schedule == "sync" else self._fixed_rounds
         return [one.reversed() for one in reversed(rounds)] if exchange.is_backward else rounds
 
-    def _fingerprint(self, exchange: RowExchange) -> int:
-        mark = exchange.mark + BACKWARD * exchange.is_backward
+    def _fingerprint(self, exchange: RowExchange, is_backward: bool | None = None) -> int:
+        """In the headers of an exchange: of what is under way, or of one of both directions."""
+        mark = exchange.mark + BACKWARD * (exchange.is_backward if is_backward is None else is_backward)
         return fingerprint_of(exchange.maps.checksum, exchange.layout.batch, mark)
 
     def _by_sequence(self, tensors: Tensors) -> Tensors:
