@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.plan import ExchangePlan
-from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan
+from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan, asked_rows
 from overlap_mtp.kernels.common import (
     CU_AT,
     NO_DOCUMENT_AT,
@@ -291,7 +290,7 @@ def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:
     sent[plan.sent.position[is_body]] = np.flatnonzero(is_body)
     received = np.full((4, plan.received.num_rows), HEADER)
     is_body = plan.received.position != NOTHING
-    received[:, plan.received.position[is_body]] = _asked(tokens)[:, is_body]
+    received[:, plan.received.position[is_body]] = asked_rows(tokens)[:, is_body]
 
     rows_of: dict[tuple[int, ...], list[int]] = {}  # by sequence, held chunk and offset
     for row, key in enumerate(zip(*tokens.table[: tokens.routes_at].reshape(3, -1).tolist(), strict=True)):
@@ -331,22 +330,3 @@ def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:
         *begins[:-1],
     )
     return constants, np.concatenate(sections).astype(np.int32)
-
-
-def _asked(tokens: ExchangePlan) -> IntArray:
-    """[4, num_recv_rows]: of each received row of the plan, its sequence, and what `routes` says of its token:
-
-    which held chunk asks for it, how many chunks further on it is, and its offset there. Headers have zeros.
-    """
-    codes = tokens.table[tokens.routes_at : tokens.headers_at].reshape(tokens.num_held, -1, 2)[..., 0]
-    held, distance = np.nonzero(codes > 0)  # a received row: row 0 is a header
-    first = codes[held, distance]
-    order = first.argsort()
-    asked = np.zeros((4, tokens.num_recv_rows), np.int64)
-    for peer in tokens.sources:
-        begin = tokens.first_recv_row(peer) + 1
-        sequence, at = np.divmod(np.arange(tokens.recv_rows[peer] - 1), tokens.recv_stride[peer])
-        route = order[np.searchsorted(first[order], begin + at, side="right") - 1]
-        body = sequence, held[route], distance[route], begin + at - first[route]
-        asked[:, begin : begin + at.size] = body
-    return asked

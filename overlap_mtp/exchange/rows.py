@@ -28,7 +28,6 @@ import torch
 from overlap_mtp.exchange.plan import (
     ExchangePlan,
     Segment,
-    make_metadata,
     make_plans,
     segments_of,
     write_metadata,
@@ -206,28 +205,69 @@ def document_rounds(
 
     def add(asker: int, holder: int) -> None:
         tokens = plans[asker].tokens
-        metadata = torch.from_numpy(make_metadata(layout, tokens))
-        source = reference.sources(metadata, tokens, layout.local_len).numpy() - layout.local_len
         begin, end = tokens.first_recv_row(holder), tokens.first_recv_row(holder) + tokens.recv_rows[holder]
-        depths, used = np.nonzero((source >= begin) & (source < end))
-        rows, first_use = np.unique(source[depths, used], return_index=True)
-        for row, depth in zip((rows - begin).tolist(), depths[first_use].tolist(), strict=True):
+        is_mine = asker == cp_rank
+        at = mine.in_rows.start + mine.num_heads + begin if is_mine else mine.tokens.first_send_row(asker)
+        depths = first_use[asker][begin:end]
+        rows = np.flatnonzero(depths)
+        for row, depth in zip(rows.tolist(), depths[rows].tolist(), strict=True):
             for n, columns in enumerate(tensors):  # row 0 is the header
                 key = depth, n, (row - 1) // tokens.recv_stride[holder]
                 one = rounds.setdefault(key, Round([], []))
-                if asker == cp_rank:
-                    at = mine.in_rows.start + mine.num_heads + tokens.first_recv_row(holder)
+                if is_mine:
                     one.received.append(Message(holder, at + row, 1, columns))
                 else:
-                    at = mine.tokens.first_send_row(asker)
                     one.sent.append(Message(asker, at + row, 1, columns))
 
+    first_use = {
+        rank: _first_use(layout, plans[rank].tokens) for rank in (cp_rank, *mine.tokens.destinations)
+    }
     for peer in range(layout.cp_size):
         if mine.tokens.recv_rows[peer]:
             add(cp_rank, peer)
         if mine.tokens.send_rows[peer]:
             add(peer, cp_rank)
     return [rounds[key] for key in sorted(rounds)]
+
+
+def asked_rows(tokens: ExchangePlan) -> IntArray:
+    """What each received row of a plan is asked for.
+
+    Returns:
+        [4, num_recv_rows]: its sequence, the held chunk that it follows, how many chunks further on it is, and its
+        offset there. Headers have zeros.
+    """
+    codes = tokens.table[tokens.routes_at : tokens.headers_at].reshape(tokens.num_held, -1, 2)[..., 0]
+    held, distance = np.nonzero(codes > 0)  # a received row: row 0 is a header
+    first = codes[held, distance]
+    order = first.argsort()
+    asked = np.zeros((4, tokens.num_recv_rows), np.int64)
+    for peer in tokens.sources:
+        begin = tokens.first_recv_row(peer) + 1
+        sequence, at = np.divmod(np.arange(tokens.recv_rows[peer] - 1), tokens.recv_stride[peer])
+        route = order[np.searchsorted(first[order], begin + at, side="right") - 1]
+        body = sequence, held[route], distance[route], begin + at - first[route]
+        asked[:, begin : begin + at.size] = body
+    return asked
+
+
+def _first_use(layout: SequenceLayout, tokens: ExchangePlan) -> IntArray:
+    """[num_recv_rows]: the first depth at which the batch uses each received row; 0 for none."""
+    sequence, held, distance, offset = asked_rows(tokens)
+    documents = layout.num_used_documents
+    bounds = layout.cu_seqlens[: documents + 1]
+    begins = bounds[:-1] if tokens.by_document else np.zeros(1, np.int64)
+    ends = bounds[1:] if tokens.by_document else np.array([layout.seq_len])
+    is_used = (distance > 0) & (sequence < begins.size)
+    sequence = np.where(is_used, sequence, 0)
+    start, chunk_len = begins[sequence], (ends - begins)[sequence] // tokens.num_chunks
+    # The last token of the chunk before uses it first.
+    depth = offset + (distance - 1) * chunk_len + 1
+    user = start + (np.array(tokens.held_chunks)[held] + 1) * chunk_len - 1
+    document = np.searchsorted(bounds, user, side="right") - 1  # `documents` is the tail
+    valid_end = np.append(layout.valid_ends[:documents], NOTHING)[document]
+    is_used &= (offset < chunk_len) & (depth <= tokens.num_depths) & (user + depth < valid_end)
+    return np.where(is_used, depth, 0)
 
 
 @dataclass(frozen=True)
