@@ -93,10 +93,10 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Return the sums of the losses over this rank's valid tokens.
 
-        The exchange of tokens starts after the first layer's kernels are launched. The GPU is then busy, so the host
-        time of starting (0.2 ms on cold caches, measured on H200) is hidden too. On the GPU the exchange begins
-        together with that layer's feed-forward part, whose kernels are much longer than the exchange. Activations
-        leave where they are born (`overlap_mtp.model.activations`).
+        The exchanges of tokens and of embeddings start after the first layer's kernels are launched. The GPU is then
+        busy, so the host time of starting (0.2 ms for tokens on cold caches, measured on H200) is hidden too. On the
+        GPU the exchange of tokens begins together with that layer's feed-forward part, whose kernels are much longer
+        than the exchange. Other activations leave where they are born (`overlap_mtp.model.activations`).
 
         Args:
             batch: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and
@@ -130,10 +130,8 @@ class GPT(nn.Module):
             ready.record()
         stats: list[RouterStats | None] = []
         with span("trunk"):
-            hidden = backward.ends(self.embedding(ids))
+            hidden = embeddings = backward.ends(self.embedding(ids))
             embed: nn.Module | RolledRows = self.embedding
-            if self.config.mtp_inputs == "embeddings":
-                embed = self.mtp.start_embeddings(hidden, layout)
             angles = rope(position_ids, self.config, hidden.dtype)
             make_plan = attention_plan if layout.is_packed else self._dense_plan
             plan = make_plan(layout, self.cp_rank, ids.shape[0], hidden.device, hidden.dtype)
@@ -145,6 +143,8 @@ class GPT(nn.Module):
                 stats.append(layer_stats)
                 if number == 0:
                     rolls = self.mtp.start(batch, layout, ready, roller)
+                    if self.config.mtp_inputs == "embeddings":
+                        embed = self.mtp.start_embeddings(embeddings, layout)
         tokens = dict(batch)
         if self.config.derive_labels:
             tokens |= rolls.at(0)

@@ -153,7 +153,8 @@ class MultiTokenPrediction(nn.Module):
     def start_embeddings(self, embeddings: torch.Tensor, layout: SequenceLayout) -> RolledRows:
         """Start the exchange of embeddings, for depths that take them instead of ids.
 
-        Call it where they are born: the exchange then lies under the trunk. Depth 1 joins it.
+        Call it after launching the trunk's first layer: the GPU then works on that layer while the host starts the
+        exchange, which lies under the rest of the trunk. Depth 1 joins it.
 
         Args:
             embeddings: of this rank's tokens, [B, L, hidden].
