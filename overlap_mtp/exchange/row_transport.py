@@ -56,6 +56,7 @@ class RowTransport(Transport):
         self._flagged = range(self.plan.cp_size)
         self._fixed_rounds = message_rounds(self.rows) if self.schedule in ("merged", "overlap") else []
         self._has_headers = bool(self._fixed_rounds)
+        self._buffer_shape = self.rows.num_rows, self.spec.elements
         self._pack_span, self._join_span, self._unroll_span = span("pack"), span("join"), span("unroll")
         self._maps_of = lru_cache(maxsize=8)(partial(RowMaps.of, plan=self.rows))
         self._document_rounds = lru_cache(maxsize=64)(
@@ -70,13 +71,12 @@ class RowTransport(Transport):
         exchange = RowExchange(self.num_started, self.group.num_exchanges, mark, layout, tensors)
         self.num_started += 1
         self.group.num_exchanges += 1
-        shape = self.rows.num_rows, self.spec.elements
         # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
         allocate = torch.zeros if self.tp_group is not None or self.schedule == "none" else torch.empty
         with self._aside(exchange, [], ready):
             with self._pack_span:
                 exchange.maps = self._maps_of(layout)
-                exchange.buffer = allocate(shape, dtype=self.spec.dtype, device=self.device)
+                exchange.buffer = allocate(self._buffer_shape, dtype=self.spec.dtype, device=self.device)
                 exchange.received = exchange.buffer[self.rows.in_rows]
                 rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
                 self.kernels.pack_rows(self._by_sequence(tensors), exchange.maps.packed, rows, fingerprint)
@@ -203,7 +203,7 @@ class RowTransport(Transport):
 
     def _by_sequence(self, tensors: Tensors) -> Tensors:
         """Views whose first dimension is the sequence."""
-        return [tensor.movedim(self.spec.seq_dim, 0) for tensor in tensors]
+        return [tensor.transpose(self.spec.seq_dim, 0) for tensor in tensors]
 
     def _empty_like(self, tensors: Tensors) -> Tensors:
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]

@@ -20,6 +20,7 @@ This is index arithmetic in numpy and torch; nothing here knows torch.distribute
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -69,22 +70,22 @@ class RowPlan:
     tp_rank: int = 0
     tp_size: int = 1
 
-    @property
+    @cached_property
     def num_heads(self) -> int:
         """Rows that the tp ranks give each other."""
         return self.tp_size * self.tokens.num_depths if self.tp_size > 1 else 0
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of the buffer."""
         return self.sent.num_rows + self.num_heads + self.received.num_rows
 
-    @property
+    @cached_property
     def out_rows(self) -> slice:
         """The part of the buffer that leaves in forward and arrives in backward."""
         return slice(0, self.sent.num_rows + self.num_heads)
 
-    @property
+    @cached_property
     def in_rows(self) -> slice:
         """The part of the buffer that arrives in forward and leaves in backward."""
         return slice(self.sent.num_rows, self.num_rows)
