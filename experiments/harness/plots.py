@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def draw(result: dict[str, Any], baseline: str, out: Path, name: str = "") -> li
         for mode, row in rows.items()
         if mode != baseline
     }
-    title = f"{caption(result)}\n{result['where']['date']}"
+    title = f"{textwrap.fill(caption(result), 95)}\n{result['where']['date']}"
     what = "step time (ms), p10 to p90; ratio to no exchange"
     paths = [_draw_bars(spread, ratios, what, title, out / f"{name}step_time.png")]
     labels = [f"{value:,.0f} µs" for value, *_ in deltas.values()]
