@@ -88,7 +88,9 @@ class Activations:
         }
         cp_rank = 0 if group is None else group.rank()
         tp = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-        return cls(layout, num_depths, SEQ_DIM[form], tensors, weights, cp_rank, *tp, device_of(group or tp_group))
+        return cls(
+            layout, num_depths, SEQ_DIM[form], tensors, weights, cp_rank, *tp, device_of(group or tp_group)
+        )
 
     @property
     def rank(self) -> int:
