@@ -80,6 +80,6 @@ def test_commands_on_the_pages_are_legal(monkeypatch, capsys):
 
 def test_commands_of_the_method_are_legal(monkeypatch, capsys):
     commands = commands_of_method()
-    assert {name for name, _ in commands} == {*OPTIONS} - {"compare_modes", "comparison_report", "golden"}
+    assert {name for name, _ in commands} == {*OPTIONS} - {"comparison_report", "golden"}
     assert len(commands) > 25
     assert_legal(commands, monkeypatch, capsys)
