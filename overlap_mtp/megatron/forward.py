@@ -98,7 +98,7 @@ class BegunForward:
     def send(self) -> str:
         """Mark what will be rolled and send it, at the first call. Return why there is no exchange, or ""."""
         if self._reason is None:
-            self._reason = ""
+            self._reason = "an exchange that could not be sent"
             try:
                 self._reason = self._send()
             except LeftToMegatronError as error:
@@ -164,7 +164,10 @@ def _has_mtp(model: Any) -> bool:
 
 @contextlib.contextmanager
 def _sent_under_decoder(send: Callable[[], str], model: Any, entry: Entry) -> Iterator[None]:
-    """Send the exchange in the middle of the decoder: by then the host should be ahead of the device."""
+    """Send the exchange in the middle of the decoder: by then the host should be ahead of the device.
+
+    Or at the entry, if no layer will call a hook.
+    """
     layers = getattr(getattr(model, "decoder", None), "layers", None)
     # A graph of a layer calls no hooks when it is replayed, and must not hold the exchange.
     has_graphs = getattr(model.config, "cuda_graph_impl", "none") != "none"

@@ -38,7 +38,7 @@ class Mark(NamedTuple):
 
 
 class Prefetch:
-    """The exchange of one forward. `start` sends it; the first roll does if nobody has."""
+    """The exchange of one forward. `start` sends it."""
 
     def __init__(
         self,
@@ -65,12 +65,11 @@ class Prefetch:
         self._rolls: Rolls | None = None
 
     def start(self) -> None:
-        """Send the exchange, unless it was sent. If the batch is not one that we can roll, say why in `reason`."""
-        if self._rolls is None and not self.reason:
-            try:
-                self._rolls = self._send()
-            except LeftToMegatronError as error:
-                self.reason = str(error)
+        """Send the exchange. If the batch is not one that we can roll, say why in `reason`."""
+        try:
+            self._rolls = self._send()
+        except LeftToMegatronError as error:
+            self.reason = str(error)
 
     def _send(self) -> Rolls:
         tensors = {name: known[0][0] for name, known in self._known.items()}
@@ -111,7 +110,6 @@ class Prefetch:
     def answer(self, mark: Mark) -> torch.Tensor | None:
         """Roll a marked tensor by one more. None if it is not rolled that far, or not by an exchange."""
         depth, known = mark.depth + 1, self._known[mark.name]
-        self.start()
         if self._rolls is None or depth > self.depths[mark.name]:
             return None
         if depth == len(known):

@@ -170,6 +170,7 @@ def padded_rolls_differ(world: dist.ProcessGroup) -> list[str]:
     with drop_in.install():
         tensors = {name: layout.shard(one, rank).to(device) for name, one in full.items()}
         prefetch = Prefetch(tensors, dict.fromkeys(full, 3), world, packed, drop_in.Settings())
+        prefetch.start()
         for name in full:
             rolled = prefetch.mark(tensors[name], name, 0)
             for depth in (1, 2, 3):

@@ -242,7 +242,9 @@ def rolls_of_written_tensors(schedule: str) -> list[str]:
 
         def marked() -> torch.Tensor:
             settings = drop_in.Settings(schedule=schedule)
-            return Prefetch({"labels": given}, {"labels": 2}, group, None, settings).mark(given, "labels", 0)
+            prefetch = Prefetch({"labels": given}, {"labels": 2}, group, None, settings)
+            prefetch.start()
+            return prefetch.mark(given, "labels", 0)
 
         given = labels.clone()
         copy = marked().clone()

@@ -135,6 +135,21 @@ def test_a_roll_without_an_exchange_is_counted_by_the_reason_of_its_forward(monk
     }
 
 
+def test_the_first_roll_sends_if_no_layer_has(monkeypatch):
+    monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
+    labels, other = torch.ones(1, 3), torch.ones(1, 3)
+
+    def send() -> str:
+        _marked(labels, cast(Prefetch, FakePrefetch()), "labels", 0)
+        return ""
+
+    with running(send):
+        assert patched_roll(own_roll)(labels, **IN_FORWARD)[0].tolist() == [0, 1, 2]
+        patched_roll(own_roll)(other, **IN_FORWARD)
+    assert drop_in.status().answered == 1
+    assert dict(drop_in.status().fallbacks) == {"a tensor that its forward does not know": 1}
+
+
 def test_unknown_tensors_are_rolled_exactly_if_the_settings_say_so(monkeypatch):
     tensor = torch.arange(1, 9)[None]
     padded = SimpleNamespace(
@@ -262,6 +277,7 @@ def test_which_batches_share_a_roller(monkeypatch):
         packed = packed_params(torch.arange(0, 24 + 1, 24 // documents)) if documents else None
         group = cast(dist.ProcessGroup, SimpleNamespace(size=lambda: 1))
         made = Prefetch(tensors, {"labels": labels, "padding_mask": 2}, group, packed, chosen)
+        made.start()
         assert made.answer(Mark(made, "labels", labels, 0)) is None  # no tensor is rolled further
         (_, _, kind, num_depths), options = roller_for.call_args
         assert options["fills"].items() >= {"labels": 0, "padding_mask": 0}.items()
