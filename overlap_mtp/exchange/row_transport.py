@@ -197,7 +197,7 @@ class RowTransport(Transport):
         return [one.reversed() for one in reversed(rounds)] if exchange.is_backward else rounds
 
     def _fingerprint(self, exchange: RowExchange, is_backward: bool | None = None) -> int:
-        """In the headers of an exchange: of what is under way, or of one of both directions."""
+        """What headers hold; by default, of the direction that is under way."""
         mark = exchange.mark + BACKWARD * (exchange.is_backward if is_backward is None else is_backward)
         return fingerprint_of(exchange.maps.checksum, exchange.layout.batch, mark)
 

@@ -203,6 +203,9 @@ def document_rounds(
     ends = np.cumsum(sizes).tolist()
     tensors = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     rounds: dict[tuple[int, int, int], Round] = {}
+    first_use = {
+        rank: _first_use(layout, plans[rank].tokens) for rank in (cp_rank, *mine.tokens.destinations)
+    }
 
     def add(asker: int, holder: int) -> None:
         tokens = plans[asker].tokens
@@ -220,9 +223,6 @@ def document_rounds(
                 else:
                     one.sent.append(Message(asker, at + row, 1, columns))
 
-    first_use = {
-        rank: _first_use(layout, plans[rank].tokens) for rank in (cp_rank, *mine.tokens.destinations)
-    }
     for peer in range(layout.cp_size):
         if mine.tokens.recv_rows[peer]:
             add(cp_rank, peer)
@@ -265,8 +265,7 @@ def _first_use(layout: SequenceLayout, tokens: ExchangePlan) -> IntArray:
     # The last token of the chunk before uses it first.
     depth = offset + (distance - 1) * chunk_len + 1
     user = start + (np.array(tokens.held_chunks)[held] + 1) * chunk_len - 1
-    document = np.searchsorted(bounds, user, side="right") - 1  # `documents` is the tail
-    valid_end = np.append(layout.valid_ends[:documents], NOTHING)[document]
+    valid_end = layout.valid_ends[np.searchsorted(bounds, user, side="right") - 1]  # TAIL in a tail
     is_used &= (offset < chunk_len) & (depth <= tokens.num_depths) & (user + depth < valid_end)
     return np.where(is_used, depth, 0)
 
