@@ -58,7 +58,7 @@ def make_activation_roller(
 ) -> Roller:
     """Make a roller of activations. It communicates nothing: that begins with the first `start`.
 
-        rolls = roller.start({"embeddings": embeddings}, layout)   # where they are born
+        rolls = roller.start({"embeddings": embeddings}, layout)   # where they are born, or soon after
         ...
         ahead = rolls.at(depth)["embeddings"]                      # [B, L, H], differentiable
 
