@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan, asked_rows
+from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan
 from overlap_mtp.kernels.common import (
     CU_AT,
     NO_DOCUMENT_AT,
@@ -290,7 +290,7 @@ def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:
     sent[plan.sent.position[is_body]] = np.flatnonzero(is_body)
     received = np.full((4, plan.received.num_rows), HEADER)
     is_body = plan.received.position != NOTHING
-    received[:, plan.received.position[is_body]] = asked_rows(tokens)[:, is_body]
+    received[:, plan.received.position[is_body]] = plan.asked[:, is_body]
 
     rows_of: dict[tuple[int, ...], list[int]] = {}  # by sequence, held chunk and offset
     for row, key in enumerate(zip(*tokens.table[: tokens.routes_at].reshape(3, -1).tolist(), strict=True)):

@@ -176,7 +176,7 @@ def _sent_under_decoder(send: Callable[[], str], model: Any, entry: Entry) -> It
         yield
         return
 
-    def hook(*_: Any) -> None:
+    def hook(*_: Any) -> None:  # what a hook returns would replace the layer's input
         send()
 
     handle = layers[len(layers) // 2].register_forward_pre_hook(hook)
