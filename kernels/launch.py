@@ -25,9 +25,12 @@ class Launch:
         self._graphs: dict[Grid, torch.cuda.CUDAGraph] = {}
         self._last: Grid | None = None
         self.grid = grid
+        self.first: Launch | None = None  # runs right before it, in the same graph
 
     def __call__(self, grid: Grid | None = None) -> None:
         """Launch the kernel itself: under the interpreter, and while a graph is being captured."""
+        if self.first is not None:
+            self.first()
         self._kernel[grid or self.grid](*self._tensors, **self._constants)
 
     def replay(self, grid: Grid | None = None) -> None:
@@ -44,8 +47,7 @@ class Launch:
     def capture(self, grid: Grid | None = None) -> None:
         """Capture the graph ahead of its use. Nothing runs."""
         grid = grid or self.grid
-        # Compiles and loads the kernel: not while it is captured.
-        self._kernel.warmup(*self._tensors, grid=grid, **self._constants)[grid]
+        self._load(grid)
         # Kernels of a graph have the priority of the stream that it was captured on: those of an exchange should get
         # the first room that a running kernel leaves.
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
@@ -56,3 +58,9 @@ class Launch:
             finally:
                 graph.capture_end()
         self._graphs[grid] = graph
+
+    def _load(self, grid: Grid) -> None:
+        """Compile and load the kernel, which must not happen while it is captured."""
+        if self.first is not None:
+            self.first._load(self.first.grid)
+        self._kernel.warmup(*self._tensors, grid=grid, **self._constants)[grid]

@@ -46,7 +46,8 @@ class HostMetadata:
         """`num_addresses` are those of a batch's tensors and of their rolls."""
         self._plan = plan
         self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
-        self._words: IntArray = self.tensor.numpy()
+        words: IntArray = self.tensor.numpy()
+        self._words, self._addresses = words[: plan.metadata_len], words[plan.metadata_len :]
         self._checksum: int | None = None
         self._mark = 0
 
@@ -54,16 +55,16 @@ class HostMetadata:
         if isinstance(layout, DeviceLayout):
             write_references(layout, self._words, mark)
         elif layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
-            self._checksum = write_metadata(layout, self._plan, self._words[: self._plan.metadata_len], mark)
+            self._checksum = write_metadata(layout, self._plan, self._words, mark)
         else:
             self._words[FINGERPRINT] = fingerprint_of(self._checksum, layout.batch, mark)
-        self._words[self._plan.metadata_len :] = addresses
+        self._addresses[:] = addresses
         self._mark = mark
 
     def words_for(self, layout: SequenceLayout) -> IntArray:
         """A copy with the metadata of another batch."""
-        words = np.copy(self._words)
-        write_metadata(layout, self._plan, words[: self._plan.metadata_len], self._mark)
+        words = np.concatenate([self._words, self._addresses])
+        write_metadata(layout, self._plan, words, self._mark)
         return words
 
 
@@ -72,8 +73,7 @@ class ExchangeBuffers:
 
     send_buffer: torch.Tensor  # of the transports that have them
     recv_buffer: torch.Tensor
-    write_bounds: Launch | None = None  # of a DeviceLayout
-    send: Launch  # pack or put_pack
+    send: Launch  # pack or put_pack, after write_bounds for a DeviceLayout
     unroll: Launch  # unroll or wait_unroll
     constants: ExchangeConstants
     retired: tuple[Launch, ...] = ()
@@ -106,7 +106,7 @@ class ExchangeBuffers:
     def free(self) -> None:
         """Free the kernels' graphs and the shared memory. It must not run during a capture."""
         del self.send, self.unroll
-        self.write_bounds, self.retired, self.shared = None, (), None
+        self.retired, self.shared = (), None
 
 
 class CudaTransport(Transport):
@@ -145,12 +145,11 @@ class CudaTransport(Transport):
     def _bind_all(self, buffers: ExchangeBuffers, is_replayable: bool) -> None:
         # Replays with a DeviceLayout read its bounds again.
         buffers.constants = self._constants(is_replayable and not self.spec.bounds_on_device)
-        if self.spec.bounds_on_device:
-            host_metadata = buffers.host_metadata.tensor
-            buffers.write_bounds = write_bounds(
-                host_metadata, buffers.metadata, self.error_flags, buffers.constants
-            )
         self._bind(buffers)
+        if self.spec.bounds_on_device:
+            buffers.send.first = write_bounds(
+                buffers.host_metadata.tensor, buffers.metadata, self.error_flags, buffers.constants
+            )
 
     @abstractmethod
     def _send(self, buffers: ExchangeBuffers, number: int) -> None:
@@ -185,7 +184,7 @@ class CudaTransport(Transport):
             if self._is_overlapped:
                 self._send_aside(exchange, ready, is_capturing)
             else:
-                self._write_and_send(buffers, exchange.number)
+                self._send(buffers, exchange.number)
         except Exception:
             exchange.is_done = True
             self._release(buffers)
@@ -207,17 +206,12 @@ class CudaTransport(Transport):
         try:
             if is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
-            self._write_and_send(buffers, exchange.number)
+            self._send(buffers, exchange.number)
         finally:
             torch.cuda.set_stream(compute)
         buffers.sent.record(side)
         if self.has_captures and not is_capturing:
             compute.wait_event(buffers.sent)
-
-    def _write_and_send(self, buffers: ExchangeBuffers, number: int) -> None:
-        if buffers.write_bounds is not None:
-            self._launch(buffers.write_bounds, buffers)
-        self._send(buffers, number)
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         compute, buffers = torch.cuda.current_stream(self.device), exchange.buffers
@@ -303,8 +297,6 @@ class CudaTransport(Transport):
             with torch.cuda.stream(self._side if self._is_overlapped else None):
                 buffers = ExchangeBuffers(self.plan, self.spec)
                 self._bind_all(buffers, is_replayable=False)
-            if buffers.write_bounds is not None:
-                buffers.write_bounds.capture()
             buffers.send.capture()
             buffers.unroll.capture(unroll_grid(self._local_len, buffers.constants))
             self._all.append(buffers)
@@ -321,8 +313,7 @@ class CudaTransport(Transport):
             )
         buffers = self._free.popleft()
         # No graph may be freed while another is being captured.
-        bounds = () if buffers.write_bounds is None else (buffers.write_bounds,)
-        buffers.retired = buffers.send, buffers.unroll, *bounds
+        buffers.retired = buffers.send, buffers.unroll
         self._bind_all(buffers, is_replayable=True)
         buffers.is_captured = self.has_captures = True
         return buffers
