@@ -40,9 +40,13 @@ def allocate_outputs(
     parts = spec.parts
     own_depths = [min(depths, num_depths) for depths in spec.depths]
     with torch.inference_mode(False):
-        # `.data` gives each tensor a version counter of its own: a write to one must not count as a write to others.
+        # Parts of an unsafe split have versions of their own: a write to one must not count as a write to others.
         rolls = [
-            iter([roll.data for roll in tensor.new_empty((microbatches * own, *tensor.shape)).unbind(0)])
+            iter(
+                tensor.new_empty((microbatches * own * len(tensor), *tensor.shape[1:])).unsafe_split(
+                    len(tensor)
+                )
+            )
             for tensor, own in zip(tensors, own_depths, strict=True)
         ]
     made = []
