@@ -92,8 +92,8 @@ class Prefetch:
 
     def mark_aliases(self, aliases: dict[str, torch.Tensor]) -> None:
         """Mark the aliases of its tensors that went into the model, by name."""
-        for name in self._known:
-            _marked(aliases[name], self, name, 0)
+        for name, known in self._known.items():
+            _marked(aliases[name], known[0][0], Mark(self, name, 0, known[0][1]))
 
     def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
         """Return an alias of a tensor of this prefetch, with its mark.
@@ -101,7 +101,7 @@ class Prefetch:
         It is an alias because the mark must not hang on the caller's tensor, nor on one that the prefetch itself
         holds: that cycle would keep the memory until the garbage collector runs.
         """
-        return _marked(tensor.detach(), self, name, depth)
+        return _marked(tensor.detach(), tensor, Mark(self, name, depth, tensor._version))
 
     def was_written(self, name: str) -> bool:
         """Whether a tensor, or one of its rolls so far, was written to: what is rolled from it may be wrong."""
@@ -120,21 +120,20 @@ class Prefetch:
         return self.mark(known[depth][0], mark.name, depth)
 
 
-def _marked(tensor: torch.Tensor, prefetch: Prefetch, name: str, depth: int) -> torch.Tensor:
-    mark = Mark(prefetch, name, depth, tensor._version)
+def _marked(tensor: torch.Tensor, alias: torch.Tensor, mark: Mark) -> torch.Tensor:
     setattr(tensor, MARK, mark)
-    if name in ("labels", "input_ids"):  # Megatron-LM clones labels, which may be ids that it has rolled
+    if mark.name in ("labels", "input_ids"):  # Megatron-LM clones labels, which may be ids that it has rolled
         # Of an alias: the tensor itself would be a cycle, and a weak reference dies with a temporary one.
-        tensor.clone = partial(_clone, tensor.detach(), mark)  # type: ignore[method-assign]
+        tensor.clone = partial(_clone, alias, mark)  # type: ignore[method-assign]
     return tensor
 
 
 def _clone(alias: torch.Tensor, mark: Mark | None, *args: Any, **options: Any) -> torch.Tensor:
     """Clone a marked tensor, given its alias, with its mark if writes to the clone can be noticed."""
-    copy = alias.clone(*args, **options)
+    copy = torch.clone(alias, *args, **options)  # `alias.clone` may be marked, too
     if mark is None or mark.version != alias._version or copy.is_inference():
         return copy
-    return _marked(copy, mark.prefetch, mark.name, mark.depth)
+    return _marked(copy, copy.detach(), mark._replace(version=copy._version))
 
 
 def mark_of(tensor: torch.Tensor) -> Mark | None:

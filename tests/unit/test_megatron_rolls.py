@@ -25,11 +25,15 @@ from megatron_ranks import UNINSTALLS
 pytestmark = UNINSTALLS
 
 
+def with_mark(tensor: torch.Tensor, known_to: object, name: str, depth: int) -> torch.Tensor:
+    return _marked(tensor, tensor.detach(), Mark(cast(Prefetch, known_to), name, depth, tensor._version))
+
+
 def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
     """As in `roll_tensor(labels)[0].clone()`."""
 
     def marked() -> torch.Tensor:
-        return _marked(torch.arange(4), cast(Prefetch, None), "labels", 1)
+        return with_mark(torch.arange(4), None, "labels", 1)
 
     cloned = marked().clone()
     assert cloned.tolist() == [0, 1, 2, 3]
@@ -45,7 +49,7 @@ def test_a_marked_tensor_that_nobody_holds_can_be_cloned():
 
 
 def test_a_marked_tensor_can_be_copied_and_saved():
-    file, marked = io.BytesIO(), _marked(torch.arange(4), cast(Prefetch, FakePrefetch()), "labels", 1)
+    file, marked = io.BytesIO(), with_mark(torch.arange(4), FakePrefetch(), "labels", 1)
     torch.save(marked, file)
     file.seek(0)
     for one in (copy.deepcopy(marked), torch.load(file, weights_only=False)):
@@ -67,7 +71,7 @@ class FakePrefetch:
         return False
 
     def answer(self, mark: Mark) -> torch.Tensor | None:
-        return None if mark.depth else _marked(torch.arange(3.0), cast(Prefetch, self), mark.name, 1)
+        return None if mark.depth else with_mark(torch.arange(3.0), self, mark.name, 1)
 
 
 def own_roll(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None, return_sum=True):
@@ -96,7 +100,7 @@ def test_an_exchange_answers_what_it_knows_and_the_rest_is_counted(monkeypatch, 
     monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
     tensor, options = torch.ones(1, 3), IN_FORWARD | options
     if depth is not None:
-        tensor = _marked(tensor, cast(Prefetch, FakePrefetch()), "labels", depth)
+        tensor = with_mark(tensor, FakePrefetch(), "labels", depth)
     rolled, total = patched_roll(own_roll)(tensor, **options)
     assert dict(drop_in.status().fallbacks) == ({reason: 1} if reason else {})
     assert drop_in.status().answered == (not reason)
@@ -111,7 +115,7 @@ def test_an_exchange_answers_what_it_knows_and_the_rest_is_counted(monkeypatch, 
 
 def test_only_loss_masks_are_summed_and_only_if_asked(monkeypatch):
     monkeypatch.setattr(drop_in.status(), "settings", drop_in.Settings())
-    mask = _marked(torch.ones(3), cast(Prefetch, FakePrefetch()), "loss_mask", 0)
+    mask = with_mark(torch.ones(3), FakePrefetch(), "loss_mask", 0)
     roll = patched_roll(own_roll)
     assert roll(mask, **IN_FORWARD)[1].item() == 3
     assert roll(mask, return_sum=False, **IN_FORWARD)[1] is None
@@ -140,7 +144,7 @@ def test_the_first_roll_sends_if_no_layer_has(monkeypatch):
     labels, other = torch.ones(1, 3), torch.ones(1, 3)
 
     def send() -> str:
-        _marked(labels, cast(Prefetch, FakePrefetch()), "labels", 0)
+        with_mark(labels, FakePrefetch(), "labels", 0)
         return ""
 
     with running(send):
