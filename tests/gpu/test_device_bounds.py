@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,11 +116,14 @@ def start_with_illegal_bounds(group: dist.ProcessGroup, transport: str) -> str:
     """The error of a roller that was given bounds which no rank can cut."""
     roller, batch = make_roller("prefetch", dist.new_group(), 1, transport, 8), Microbatch.of(group)
     bounds = torch.tensor([0, 3, batch.layout.seq_len], device=device_of(group))
-    torch.cuda._sleep(200_000_000)  # `start` returns before the device finds out
-    rolls = roller.start(batch.shards(), DeviceLayout(bounds, batch.layout.seq_len, group.size()))
-    rolled = rolls.at(1)
+    layout = DeviceLayout(bounds, batch.layout.seq_len, group.size())
+    legal = replace(layout, cu_seqlens=torch.tensor([0, 0, batch.layout.seq_len], device=device_of(group)))
+    shards = batch.shards()  # copies from the host wait for the device, and so does the first use of a roller
+    roller.start(shards, legal).at(1)
+    torch.cuda._sleep(200_000_000)  # `start` and `at` return before the device finds out
+    rolled = roller.start(shards, layout).at(1)
     torch.cuda.synchronize()
-    assert all(torch.equal(rolled[name], tensor) for name, tensor in batch.shards().items())
+    assert all(torch.equal(rolled[name], tensor) for name, tensor in shards.items())
     return error_of(roller.raise_if_failed)
 
 
