@@ -70,8 +70,13 @@ def _bits(run: Record, mode: str) -> str:
     return f"NO: {row['equal_gradients']} of {row['gradients']} gradients, loss {'' if row['loss'] else 'not '}equal"
 
 
+def _by_documents(record: Record) -> list[tuple[str, Any]]:
+    """Return the runs by rising number of documents, dense ones first."""
+    return sorted(record["runs"].items(), key=lambda run: 0 if run[0] == "dense" else int(run[0]))
+
+
 def _lines(record: Record) -> Iterator[tuple[str, ...]]:
-    for name, run in record["runs"].items():
+    for name, run in _by_documents(record):
         rows = run.get("rows", {})
         modes = rows.get("wall_ms") or [REFERENCE, *(one for one in run.get("bits", {}) if one != AGAIN)]
         for mode in modes:
@@ -142,7 +147,7 @@ def _step_of(record: Record) -> dict[str, Any]:
 
 def draw(record: Record, path: Path) -> None:
     """Draw the step times over that of `none`: a group of bars for each number of documents, with 95 % intervals."""
-    runs = {name: run["rows"] for name, run in record["runs"].items() if run.get("rows")}
+    runs = {name: run["rows"] for name, run in _by_documents(record) if run.get("rows")}
     figure, [[axes]] = plots.subplots(1, 1, (1.6 + 2 * len(runs), 3.8))
     clock = "events_ms" if all("events_ms" in rows for rows in runs.values()) else "wall_ms"
     shown = [
