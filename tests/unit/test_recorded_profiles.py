@@ -18,7 +18,8 @@ from overlap_mtp.profiling import Report, nsys, read_profile, report_on
 ROOT = Path(__file__).parents[2]
 EXPORTS = sorted((ROOT / "profiles").glob("*.sqlite.gz"))
 MEGATRON = ROOT / "profiles/megatron-32-documents.sqlite.gz"
-COMPARISONS = [path for path in EXPORTS if path != MEGATRON]
+MIXING = ROOT / "profiles/mixing-32-documents.sqlite.gz"
+COMPARISONS = [path for path in EXPORTS if path not in (MEGATRON, MIXING)]
 READ = {*nsys.TABLES.values(), nsys.CALLS, nsys.RANGES, nsys.NODES, "StringIds", "META_DATA_EXPORT"}
 
 
@@ -61,16 +62,36 @@ def test_megatrons_step_is_beside_that_of_the_drop_in():
     """With the figures that profiles/README.md states."""
     found = report(MEGATRON)
     assert found.notes == ("No overlap efficiency: it needs steps of sync and of prepared.",)
-    own, dropin = found.schedules
-    assert (own.name, own.steps, dropin.name, dropin.steps) == ("megatron", 1, "dropin", 1)
+    dropin, own = found.schedules
+    assert (own.name, own.steps, dropin.name, dropin.steps) == ("megatron", 1, "dropin", 8)
     assert len(found.timelines) == 4
-    assert (round(own.step_ms), round(dropin.step_ms)) == (532, 175)
+    assert (round(own.step_ms), round(dropin.step_ms)) == (752, 180)
     assert own.exchange_hidden == 0
-    assert (round(dropin.exchange_hidden, 3), round(dropin.exchange_worst, 3)) == (0.553, 0.538)
+    shares = dropin.exchange_hidden, dropin.exchange_worst, dropin.exchange_least
+    assert [round(share, 3) for share in shares] == [0.960, 0.957, 0.912]
     sends = [row for row in found.rows if row.kind == "exchange"]
-    assert {row.launches for row in sends if row.schedule == "dropin"} == {2}
-    times_ms = [row.time_us / 1000 for row in sends if row.schedule == "megatron"]
-    assert (round(min(times_ms)), round(max(times_ms))) == (65, 175)
+    assert {row.launches for row in sends if row.schedule == "dropin"} == {2 * 8}
+    own_sends = [row for row in sends if row.schedule == "megatron"]
+    assert {row.launches for row in own_sends} == {7200, 7712}
+    times_ms = [row.time_us / 1000 for row in own_sends]
+    assert (round(min(times_ms)), round(max(times_ms))) == (88, 358)
+
+
+def test_rows_of_hidden_states_travel_under_compute():
+    """With the figures that profiles/README.md states."""
+    found = report(MIXING)
+    assert [(one.name, one.steps) for one in found.schedules] == [("merged", 1), ("overlap", 6)]
+    assert found.schedules[0].exchange_hidden == 0
+    sends = [row for row in found.rows if (row.schedule, row.kind) == ("overlap", "exchange")]
+    for is_backward, stated in ((False, [0.962, 0.951]), (True, [0.532, 0.399])):
+        by_rank: dict[str, list[float]] = {}
+        for row in sends:
+            if row.range.endswith("in backward") is is_backward:
+                hidden, time = by_rank.get(row.device, [0.0, 0.0])
+                by_rank[row.device] = [hidden + row.hidden_us, time + row.time_us]
+        hidden, time = map(sum, zip(*by_rank.values(), strict=True))
+        worst = min(hidden / time for hidden, time in by_rank.values())
+        assert [round(hidden / time, 3), round(worst, 3)] == stated
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
