@@ -11,7 +11,7 @@ MAX_GRAPHS = 16  # of one launch: each length of a batch has a grid of its own
 
 
 class Launch:
-    """One kernel with all its arguments. Calling it launches it on the current stream.
+    """One kernel with all its arguments. Calling it launches it on the current stream, after `first` if there is one.
 
     Nothing that changes from launch to launch is an argument: the kernels read it from memory. So a launch can be
     captured once and replayed, and Triton need not look at the arguments again. Compared with Triton's dispatch, that

@@ -31,8 +31,8 @@ def interleaved(
     """Yield the index of each round and all candidates in its order, which is the same on all ranks.
 
     A step after a slow one finds a cooler, faster GPU, so no order is fair for all rounds. Python collects garbage
-    only between rounds: a collection inside of one would be counted as a candidate's. It looks at what the rounds made
-    only: all modules' objects would take it a third of a second.
+    only between rounds: a collection inside of one would be counted as a candidate's. It looks only at what the
+    rounds made: all objects of Megatron-LM's modules take it 0.2 s (on a CPU machine with two cores).
 
     Args:
         candidates: what every round runs.

@@ -123,7 +123,7 @@ class Prefetch:
 def _marked(tensor: torch.Tensor, alias: torch.Tensor, mark: Mark) -> torch.Tensor:
     setattr(tensor, MARK, mark)
     if mark.name in ("labels", "input_ids"):  # Megatron-LM clones labels, which may be ids that it has rolled
-        # Of an alias: the tensor itself would be a cycle, and a weak reference dies with a temporary one.
+        # Of another tensor with its memory: itself would be a cycle, and a weak reference dies with a temporary one.
         tensor.clone = partial(_clone, alias, mark)  # type: ignore[method-assign]
     return tensor
 
