@@ -41,13 +41,13 @@ def allocate_outputs(
     own_depths = [min(depths, num_depths) for depths in spec.depths]
     with torch.inference_mode(False):
         # Parts of an unsafe split have versions of their own: a write to one must not count as a write to others.
-        rolls = [
-            iter(
-                tensor.new_empty((microbatches * own * len(tensor), *tensor.shape[1:])).unsafe_split(
-                    len(tensor)
-                )
-            )
+        memory = [
+            tensor.new_empty((microbatches * own * len(tensor), *tensor.shape[1:]))
             for tensor, own in zip(tensors, own_depths, strict=True)
+        ]
+        rolls = [
+            iter(all_rolls.unsafe_split(len(tensor)))
+            for all_rolls, tensor in zip(memory, tensors, strict=True)
         ]
     made = []
     for _ in range(microbatches):
