@@ -8,7 +8,6 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 
-import numpy as np
 import torch
 
 from overlap_mtp.device_layout import DeviceLayout, Layout
@@ -63,7 +62,7 @@ class HostMetadata:
 
     def words_for(self, layout: SequenceLayout) -> IntArray:
         """A copy with the metadata of another batch."""
-        words = np.concatenate([self._words, self._addresses])
+        words = self.tensor.numpy().copy()
         write_metadata(layout, self._plan, words, self._mark)
         return words
 

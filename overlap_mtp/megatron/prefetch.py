@@ -91,9 +91,9 @@ class Prefetch:
         return rolls
 
     def mark_aliases(self, aliases: dict[str, torch.Tensor]) -> None:
-        """Mark the aliases of its tensors that went into the model, by name."""
-        for name, known in self._known.items():
-            _marked(aliases[name], known[0][0], Mark(self, name, 0, known[0][1]))
+        """Mark the aliases of its tensors that went into the model, by name. Call it before `start`."""
+        for name, [(tensor, version)] in self._known.items():
+            _marked(aliases[name], tensor, Mark(self, name, 0, version))
 
     def mark(self, tensor: torch.Tensor, name: str, depth: int) -> torch.Tensor:
         """Return an alias of a tensor of this prefetch, with its mark.
