@@ -140,9 +140,13 @@ def start_with_different_bounds(group: dist.ProcessGroup, transport: str) -> str
     roller = make_roller("prefetch", cp_group, 1, transport, 8)
     batch = Microbatch(cp_group, packed(group.size(), group.rank() % 2), Microbatch.of(group).full)
     layout = device_layout_of(batch.layout, device_of(group))
-    roller.start(batch.shards(), layout).at(1)
-    torch.cuda.synchronize()
-    return error_of(roller.raise_if_failed)
+
+    def roll() -> None:
+        roller.start(batch.shards(), layout).at(1)  # raises if the device is ahead of the host by then
+        torch.cuda.synchronize()
+        roller.raise_if_failed()
+
+    return error_of(roll)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
