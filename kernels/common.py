@@ -44,6 +44,7 @@ class ExchangeConstants(NamedTuple):
     num_send_rows: int
     max_send_rows: int  # to one peer
     num_sources: int
+    padded_sources: int  # the next power of two
     num_destinations: int
     routes_at: int  # in the plan's table
     headers_at: int
@@ -56,7 +57,7 @@ class ExchangeConstants(NamedTuple):
     buffer_words: int
     signals_at: int
     acknowledgements_at: int
-    is_timed: bool  # timeouts are in ns; otherwise in turns of the waiting loop
+    on_gpu: bool  # otherwise ranks run one after the other, and timeouts are turns of the waiting loop
     flag_words: int = FLAG_WORDS
 
     @classmethod
@@ -66,7 +67,7 @@ class ExchangeConstants(NamedTuple):
         plan: ExchangePlan,
         is_replayable: bool = False,
         memory: tuple[int, int, int, int] = (1, 0, 0, 0),
-        is_timed: bool = True,
+        on_gpu: bool = True,
     ) -> ExchangeConstants:
         """Collect the constants of one rank's exchanges.
 
@@ -75,7 +76,7 @@ class ExchangeConstants(NamedTuple):
             plan: of this rank.
             is_replayable: for exchanges that are captured in a CUDA graph.
             memory: num_buffers, buffer_words, signals_at and acknowledgements_at of the symmetric memory.
-            is_timed: False under the interpreter, which has no clock.
+            on_gpu: False under the interpreter.
 
         Returns:
             The constants.
@@ -100,6 +101,7 @@ class ExchangeConstants(NamedTuple):
             plan.num_send_rows,
             max(plan.send_rows),
             len(plan.sources),
+            triton.next_power_of_2(max(1, len(plan.sources))),
             len(plan.destinations),
             plan.routes_at,
             plan.headers_at,
@@ -108,7 +110,7 @@ class ExchangeConstants(NamedTuple):
             triton.next_power_of_2(addresses_end),
             is_replayable,
             *memory,
-            is_timed,
+            on_gpu,
         )
 
 

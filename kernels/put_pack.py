@@ -1,6 +1,7 @@
-"""Pack the tokens that peers need straight into the peers' memory, and signal it: one launch.
+"""Pack the tokens that peers need straight into the peers' memory, signal it, and wait for theirs: one launch.
 
-There is one program for each peer, and one more that copies the metadata for the unroll.
+There is one program for each peer, and one more that copies the metadata for the unroll and waits. It waits here, on
+the side stream if the exchange is overlapped, so that the join is a copy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.plan import DONE, SEQ_NO
+from overlap_mtp.exchange.plan import SEQ_NO
 from overlap_mtp.kernels.common import (
     NUM_DOCUMENTS_AT,
     ExchangeConstants,
@@ -22,11 +23,26 @@ from overlap_mtp.kernels.pack import gather_rows, store_rows
 from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 
 SEQ_NO_AT = tl.constexpr(SEQ_NO)
-DONE_AT = tl.constexpr(DONE)
 # Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
 MAX_WORDS = 512  # that a program of 4 warps gathers at a time: larger tiles need too many registers
-LATE_ACKNOWLEDGEMENT = tl.constexpr(2)  # the word of `error_flags` for it
+SOURCE_WORDS = tl.constexpr(2)  # of `sources`: address of its memory, its cp rank
+LATE_TOKENS, LATE_ACKNOWLEDGEMENT = tl.constexpr(1), tl.constexpr(2)  # the words of `error_flags` for them
+
+
+@triton.jit
+def wait_for_tokens(seq_no, sources, memory, error_flags, timeout, C: tl.constexpr):
+    """Wait until all sources have signalled exchange `seq_no`. Returns it, or -seq_no if one is late."""
+    arrived = seq_no
+    NUM_SOURCES: tl.constexpr = C.num_sources
+    for s in tl.static_range(NUM_SOURCES):
+        rank = tl.load(sources + s * SOURCE_WORDS + 1)
+        flag = flag_of(memory + C.signals_at, seq_no, rank, C)
+        if not wait_signal(flag, seq_no, tl.load(timeout), C.on_gpu):
+            arrived = -seq_no
+            tl.store(error_flags + LATE_TOKENS, (1 + rank).to(tl.int32))
+            tl.store(timeout, tl.zeros_like(seq_no))
+    return arrived
 
 
 @triton.jit
@@ -36,7 +52,7 @@ def put_pack_kernel(
     metadata,  # the same, written here
     plan_table,
     tensor_table,
-    peers,  # int64 [num_destinations, PEER_WORDS]
+    peers,  # int64 [num_destinations, PEER_WORDS]; the sources follow, [num_sources, SOURCE_WORDS]
     memory,  # this rank's symmetric memory
     seq_nos,  # int64 [num_destinations + 1], one for each program
     error_flags,
@@ -49,9 +65,12 @@ def put_pack_kernel(
     seq_no = tl.load(seq_nos + program) + 1
     if program == C.num_destinations:
         copy_metadata(source, metadata, C)
+        arrived = seq_no
+        if C.on_gpu:
+            sources = peers + C.num_destinations * PEER_WORDS
+            arrived = wait_for_tokens(seq_no, sources, memory, error_flags, timeout, C)
         tl.debug_barrier()
-        tl.store(metadata + SEQ_NO_AT, seq_no)
-        tl.store(metadata + DONE_AT, tl.zeros_like(seq_no))
+        tl.store(metadata + SEQ_NO_AT, arrived)
     else:
         peer = peers + program * PEER_WORDS
         rank = tl.load(peer + 1)
@@ -65,7 +84,7 @@ def put_pack_kernel(
         words = gather_rows(source, plan_table, tensor_table, first + row, row < rows, 0, C)
         # The peer must have read the exchange before in this buffer.
         free = flag_of(memory + C.acknowledgements_at, seq_no, rank, C)
-        if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.is_timed):
+        if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.on_gpu):
             theirs = as_pointer(tl.load(peer), 8)
             buffer = theirs + seq_no % C.num_buffers * C.buffer_words
             buffer += tl.load(peer + 2) * (C.num_tensors * C.batch_rows)
@@ -84,6 +103,8 @@ def put_pack_kernel(
 
 def put_pack(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, block: int = 0) -> Launch:
     """Bind the put_pack kernel to its buffers. `overlap_mtp.kernels.reference.put_pack` is the same in plain torch.
+
+    If a peer is late, `error_flags` says who, and the sequence number in `metadata` is negative.
 
     Args:
         buffers: the first ten arguments of `put_pack_kernel`. `overlap_mtp.kernels.pack.pack` describes the first

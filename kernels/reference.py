@@ -99,7 +99,7 @@ def put_pack(
         memories[peer][_flag_at(constants.signals_at, seq_no, plan.cp_rank, constants)] = seq_no
 
 
-def wait_unroll(
+def unroll_acknowledge(
     tensors: Sequence[torch.Tensor],
     outputs: Sequence[Sequence[torch.Tensor]],
     fills: Sequence[int],
@@ -108,11 +108,12 @@ def wait_unroll(
     memories: Sequence[torch.Tensor],
     seq_no: int,
     constants: ExchangeConstants,
+    unrolled: torch.Tensor,
     error_flags: torch.Tensor,
 ) -> None:
-    """Unroll from this rank's memory and acknowledge it. All sources must have signalled.
+    """Unroll from this rank's memory and acknowledge the exchange before. All sources must have signalled.
 
-    Args: as for `unroll` and `put_pack`.
+    Args: as for `unroll` and `put_pack`, and `unrolled`: int64 [1], the exchange that was unrolled last, 0 for none.
     """
     memory = memories[plan.cp_rank]
     for source in plan.sources:
@@ -120,9 +121,11 @@ def wait_unroll(
     words = len(tensors) * tensors[0].shape[0]
     recv_buffer = _buffer(memory, seq_no, constants, words)[: plan.num_recv_rows]
     unroll(tensors, outputs, fills, metadata, plan, recv_buffer, error_flags)
-    for source in plan.sources:
-        at = _flag_at(constants.acknowledgements_at, seq_no, plan.cp_rank, constants)
-        memories[source][at] = seq_no
+    before = int(unrolled)
+    unrolled.fill_(seq_no)
+    for source in plan.sources if before else ():
+        at = _flag_at(constants.acknowledgements_at, before, plan.cp_rank, constants)
+        memories[source][at] = before
 
 
 def sent_tokens(metadata: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:

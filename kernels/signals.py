@@ -14,23 +14,23 @@ def flag_of(flags, seq_no, rank, C: tl.constexpr):
 
 
 @triton.jit
-def signal(flag, seq_no):
-    """Set a flag to `seq_no`. A rank that sees it also sees all that this program wrote before."""
+def signal(flags, seq_no, known=None):
+    """Set flags to `seq_no`, those that are known. A rank that sees it also sees all that this program wrote before."""
     tl.debug_barrier()  # without it triton 3.6 lets one warp release before the others have stored
-    tl.atomic_xchg(flag, seq_no, sem="release", scope="sys")
+    tl.atomic_xchg(flags, seq_no, mask=known, sem="release", scope="sys")
 
 
 @triton.jit
-def wait_signal(flag, seq_no, timeout, IS_TIMED: tl.constexpr):
-    """Wait until a flag has reached `seq_no`. False if it has not after `timeout` (ns, or turns of the loop)."""
+def wait_signal(flag, seq_no, timeout, ON_GPU: tl.constexpr):
+    """Wait until a flag has reached `seq_no`. False if it has not after `timeout` (ns on GPUs, otherwise turns)."""
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     waited = tl.zeros_like(timeout)
     begin = waited
-    if IS_TIMED:
+    if ON_GPU:
         begin = globaltimer()
     while (seen < seq_no) & (waited < timeout):
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        if IS_TIMED:
+        if ON_GPU:
             waited = globaltimer() - begin
         else:
             waited += 1

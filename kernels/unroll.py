@@ -46,11 +46,16 @@ def find_sources(metadata, plan_table, local_index, depth, C: tl.constexpr):
 
 @triton.jit
 def store_rolls(
-    metadata, tensor_table, recv_buffer, source, is_held, is_received, C: tl.constexpr, BLOCK: tl.constexpr
+    metadata, plan_table, tensor_table, recv_buffer, arrived, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write the rolls of this program's local tokens, for its depth, tensor and batch row."""
+    """Write the rolls of this program's local tokens, for its depth, tensor and batch row.
+
+    If not `arrived`, `recv_buffer` holds nothing, and what should be there becomes fill.
+    """
     local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.program_id(1)
+    source, is_held, is_received = find_sources(metadata, plan_table, local_index, depth + 1, C)
+    is_received = is_received & arrived
     n = tl.program_id(2) % C.num_tensors
     b = tl.program_id(2) // C.num_tensors
     width = tl.load(tensor_table + n)
@@ -100,11 +105,9 @@ def unroll_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.program_id(1) + 1
-    source, is_held, is_received = find_sources(metadata, plan_table, local_index, depth, C)
-    store_rolls(metadata, tensor_table, recv_buffer, source, is_held, is_received, C, BLOCK)
-    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+    if tl.program_id(2) < C.num_tensors * C.batch_rows:
+        store_rolls(metadata, plan_table, tensor_table, recv_buffer, True, C, BLOCK)
+    elif tl.program_id(0) + tl.program_id(1) == 0:
         check_headers(metadata, plan_table, recv_buffer, error_flags, C)
         keep_for_replays(metadata, replay_metadata, C)
 
@@ -125,6 +128,9 @@ def unroll(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, bloc
 
 
 def unroll_grid(local_len: int, constants: ExchangeConstants, block: int = 256) -> Grid:
-    """The grid for `local_len` tokens a rank: blocks of local tokens, depths, tensors of all batch rows."""
+    """The grid for `local_len` tokens a rank: blocks of local tokens, depths, tensors of all batch rows and one more.
+
+    The first program of the one more does what is done once, beside the others.
+    """
     tensor_rows = constants.num_tensors * constants.batch_rows
-    return triton.cdiv(local_len, block), constants.num_depths, tensor_rows
+    return triton.cdiv(local_len, block), constants.num_depths, tensor_rows + 1

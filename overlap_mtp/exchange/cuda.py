@@ -73,7 +73,7 @@ class ExchangeBuffers:
     send_buffer: torch.Tensor  # of the transports that have them
     recv_buffer: torch.Tensor
     send: Launch  # pack or put_pack, after write_bounds for a DeviceLayout
-    unroll: Launch  # unroll or wait_unroll
+    unroll: Launch  # unroll or unroll_acknowledge
     constants: ExchangeConstants
     retired: tuple[Launch, ...] = ()
     shared: object = None  # keeps the peers' memory mapped
@@ -198,7 +198,7 @@ class CudaTransport(Transport):
         """Send on the side stream, after `ready` or after the work queued on the compute stream."""
         side, compute, buffers = self._side, exchange.stream, exchange.buffers
         # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
-        # was captured, it waits for the compute stream, and the compute stream waits for it.
+        # was captured, it waits for the compute stream, and the compute stream waits for it and its peers' tokens.
         side.wait_event(ready if ready and (is_capturing or not self.has_captures) else buffers.forked)
         # `with torch.cuda.stream(side)` takes 20 to 40 µs more host time (2 x H100).
         torch.cuda.set_stream(side)

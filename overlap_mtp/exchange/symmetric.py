@@ -1,13 +1,16 @@
 """Tokens between GPUs of one host by their own stores: symmetric memory, and two kernels for an exchange.
 
-`put_pack` packs into the peers' memory and signals it. `wait_unroll` waits for the signals, unrolls and acknowledges.
+`put_pack` packs into the peers' memory, signals it, and waits for the peers' signals, so that the join need not.
+`unroll_acknowledge` unrolls, and acknowledges the exchange that was unrolled before.
 All counting is done on the device, so an exchange can be captured in a CUDA graph and replayed:
 
 - exchanges are numbered from 1 (`seq_no`), in the order in which `put_pack` runs. The tokens go to buffer
   seq_no % num_buffers of the peer;
 - the flag of a buffer and a source holds the sequence number that was last put there. It is never reset;
 - before a buffer is written again, the peer must acknowledge the exchange before in it, even if tokens travel one way
-  only. An exchange that is dropped is acknowledged, too.
+  only;
+- the exchange that was unrolled last is not acknowledged yet. At most half of the buffers are under way, so before its
+  buffer is needed another exchange is unrolled or dropped, and that acknowledges it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from overlap_mtp.exchange.plan import ExchangePlan
 from overlap_mtp.exchange.transport import WORD_BYTES, PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.put_pack import put_pack
-from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
+from overlap_mtp.kernels.unroll_acknowledge import acknowledge, unroll_acknowledge
 
-NUM_BUFFERS = 64  # exchanges that may be under way at a time
+NUM_BUFFERS = 128
+MAX_UNDER_WAY = NUM_BUFFERS // 2  # exchanges that may be under way at a time
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # as NCCL's
 
 
@@ -66,7 +70,7 @@ class MemoryLayout:
 
 
 def peer_tables(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -> tuple[list[int], list[int]]:
-    """The rows of `peers` (for put_pack) and of `sources` (for wait_unroll), one after the other.
+    """The rows of `peers` and of `sources`, as the kernels take them, one after the other.
 
     `addresses`: where each rank's memory is, as this rank sees it.
     """
@@ -95,13 +99,14 @@ class SymmetricTransport(CudaTransport):
         offset = getattr(self._mapping, "offset", 0)
         addresses = [address + offset for address in self._mapping.buffer_ptrs]
         peers, sources = peer_tables(config.plans, self.group.cp_rank, addresses)
-        self._peers, self._sources = (
-            torch.tensor(one or [0], dtype=torch.int64, device=self.device) for one in (peers, sources)
-        )
+        self._peers = torch.tensor([*peers, *sources, 0], dtype=torch.int64, device=self.device)
+        self._sources = self._peers[len(peers) :]
         self._seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64, device=self.device)
         timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
         self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
         self._under_way: dict[int, None] = {}  # numbers of exchanges, oldest first
+        self._unrolled = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._last_join: torch.cuda.Event | None = None  # after the last unroll outside of graphs
         row_bytes, sent_to = WORD_BYTES * self.spec.words_per_token, self.plan.destinations
         strides = sum(self.plan.send_stride[peer] for peer in sent_to)
         self._sent_bytes = row_bytes * len(sent_to), row_bytes * strides  # for the headers; for each sequence
@@ -118,10 +123,10 @@ class SymmetricTransport(CudaTransport):
         ready: torch.cuda.Event | None = None,
     ) -> PendingExchange:
         oldest = next(iter(self._under_way), self.num_started)
-        if oldest <= self.num_started - NUM_BUFFERS:
+        if oldest <= self.num_started - MAX_UNDER_WAY:
             raise RuntimeError(
                 f"exchange {oldest} must be joined (`at`) or dropped before exchange {self.num_started} can start: at "
-                f"most {NUM_BUFFERS} in a row may be under way over symmetric memory"
+                f"most {MAX_UNDER_WAY} in a row may be under way over symmetric memory"
             )
         exchange = super().start(tensors, layout, mark, ready)
         self._under_way[exchange.number] = None
@@ -129,6 +134,8 @@ class SymmetricTransport(CudaTransport):
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         rolled = super().finish(exchange)
+        if not exchange.buffers.is_captured:
+            self._last_join = exchange.buffers.unrolled
         self._under_way.pop(exchange.number, None)
         return rolled
 
@@ -153,8 +160,13 @@ class SymmetricTransport(CudaTransport):
         )
 
     def _recover(self, buffers: ExchangeBuffers) -> None:
+        compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._side if self._is_overlapped else None):
-            acknowledge(buffers.metadata, self._sources, buffers.constants)()
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(compute)  # the last unroll may be a graph's
+            if self._last_join is not None:
+                stream.wait_event(self._last_join)
+            acknowledge(buffers.metadata, self._sources, self._unrolled, buffers.constants)()
         super()._recover(buffers)
 
     def _bind(self, buffers: ExchangeBuffers) -> None:
@@ -164,8 +176,10 @@ class SymmetricTransport(CudaTransport):
         buffers.send = put_pack(
             (buffers.source, replay_metadata, metadata, *self._tables, *send_own), buffers.constants
         )
-        wait_own = (self._sources, self._memory, self.error_flags, self._timeout)
-        buffers.unroll = wait_unroll((metadata, replay_metadata, *self._tables, *wait_own), buffers.constants)
+        unroll_own = (self._sources, self._memory, self._unrolled, self.error_flags)
+        buffers.unroll = unroll_acknowledge(
+            (metadata, replay_metadata, *self._tables, *unroll_own), buffers.constants
+        )
 
 
 def allocate(config: TransportConfig) -> torch.Tensor:

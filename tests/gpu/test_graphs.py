@@ -209,7 +209,7 @@ def too_many_under_way(group: dist.ProcessGroup) -> str:
     return f"{len(started)} {error}"
 
 
-def test_more_exchanges_than_buffers_are_refused(gpu_pool: RankPool):
+def test_too_many_exchanges_under_way_are_refused(gpu_pool: RankPool):
     for answer in gpu_pool.run(too_many_under_way, gpu_pool.world_size):
         assert answer.startswith("64 RuntimeError: exchange 0 must be joined"), answer
 

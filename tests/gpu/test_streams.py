@@ -99,6 +99,27 @@ def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
     return wrong
 
 
+def many_dropped_after_one_join(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """A join is held up. Exchanges start before it ends, more than there are buffers, and nobody joins them."""
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
+    batch = Microbatch.of(group, 1)
+    tensors = batch.shards()
+    roller.start(tensors, batch.layout).at(1)
+    torch.cuda.synchronize()
+    wrong = []
+    for _ in range(2):
+        ready = recorded_event()
+        rolls = roller.start(tensors, batch.layout, ready)
+        torch.cuda._sleep(50_000_000)
+        rolled = [rolls.at(1), rolls.at(2)]
+        for _ in range(150):
+            roller.start(tensors, batch.layout, ready)
+        wrong += batch.differences(rolled)
+    wrong += batch.wrong(roller.start(tensors, batch.layout))
+    roller.close()
+    return wrong
+
+
 def unroll_fails_once(group: dist.ProcessGroup, transport: str) -> list[str]:
     """The launch of an unroll raises. `at` is called again, with other exchanges after it."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
@@ -180,6 +201,7 @@ def early_event_in_a_capture(group: dist.ProcessGroup, transport: str) -> list[s
         waited_for_on_another_stream,
         from_an_earlier_event,
         dropped_on_one_rank,
+        many_dropped_after_one_join,
         unroll_fails_once,
         replays_beside_exchanges,
         early_event_in_a_capture,

@@ -48,7 +48,7 @@ def launches(kind: str) -> list[object]:
     from overlap_mtp.kernels.pack import pack
     from overlap_mtp.kernels.put_pack import put_pack
     from overlap_mtp.kernels.unroll import unroll
-    from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
+    from overlap_mtp.kernels.unroll_acknowledge import acknowledge, unroll_acknowledge
 
     from simulated import spec_of
     from strategies import random_batch
@@ -63,8 +63,8 @@ def launches(kind: str) -> list[object]:
         pack((word,) * 6, constants),
         unroll((word,) * 6, constants),
         put_pack((word,) * 10, constants),
-        wait_unroll((word,) * 8, constants),
-        acknowledge(word, word, constants),
+        unroll_acknowledge((word,) * 8, constants),
+        acknowledge(word, word, word, constants),
     ]
 
 

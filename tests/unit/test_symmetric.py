@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,9 +14,9 @@ from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.symmetric import MemoryLayout, peer_tables
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
-from overlap_mtp.kernels.put_pack import put_pack
+from overlap_mtp.kernels.put_pack import SEQ_NO_AT, put_pack, wait_for_tokens
 from overlap_mtp.kernels.unroll import unroll_grid
-from overlap_mtp.kernels.wait_unroll import acknowledge, wait_unroll
+from overlap_mtp.kernels.unroll_acknowledge import acknowledge, unroll_acknowledge
 from overlap_mtp.layout import SequenceLayout
 
 from cases import Batch
@@ -29,6 +31,13 @@ TIMEOUT = 3  # turns: nothing changes while a program waits under the interprete
 ONE_TENSOR = {"input_ids": torch.int32}
 
 
+@triton.jit
+def wait_kernel(metadata, sources, memory, error_flags, timeout, C: tl.constexpr):  # noqa: N803
+    """What put_pack does at its end. Ranks run one after the other here, so none may wait before all have put."""
+    seq_no = tl.load(metadata + SEQ_NO_AT)
+    tl.store(metadata + SEQ_NO_AT, wait_for_tokens(seq_no, sources, memory, error_flags, timeout, C))
+
+
 class Rank:
     """One simulated rank: its memory, and what its launches share."""
 
@@ -37,17 +46,19 @@ class Rank:
     ):
         self.plans, self.plan, self.spec, self.memories = plans, plans[rank], spec, memories
         self.places = MemoryLayout.of(plans, spec.words_per_token, NUM_BUFFERS)
-        self.constants = ExchangeConstants.of(spec, self.plan, False, self.places.constants, is_timed=False)
+        self.constants = ExchangeConstants.of(spec, self.plan, False, self.places.constants, on_gpu=False)
         self.memory = memories[rank]
-        tables = peer_tables(plans, rank, [memory.data_ptr() for memory in memories])
-        self.peers, self.sources = (torch.tensor(one or [0]) for one in tables)
+        peers, sources = peer_tables(plans, rank, [memory.data_ptr() for memory in memories])
+        self.peers = torch.tensor([*peers, *sources, 0])
+        self.sources = self.peers[len(peers) :]
         self.seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64)
+        self.unrolled = torch.zeros(1, dtype=torch.int64)
         self.error_flags = torch.zeros(4, dtype=torch.int32)
         self.timeout = torch.tensor([TIMEOUT])
         self.tables = torch.from_numpy(self.plan.table), torch.from_numpy(spec.table)
 
     def put(self, layout: SequenceLayout, full: Batch) -> RankBatch:
-        """Launch put_pack; return what wait_unroll needs."""
+        """Launch put_pack; return what `wait` needs."""
         batch = RankBatch(full, layout, self.plan, self.spec)
         metadata = (batch.host_metadata, batch.replay_metadata, batch.metadata)
         own = (self.peers, self.memory, self.seq_nos, self.error_flags, self.timeout)
@@ -55,15 +66,17 @@ class Rank:
         return batch
 
     def wait(self, batch: RankBatch) -> list[str]:
-        """Launch wait_unroll; return what is wrong with the rolls."""
-        own = (self.sources, self.memory, self.error_flags, self.timeout)
+        """Wait and launch unroll_acknowledge; return what is wrong with the rolls."""
+        late = (self.error_flags, self.timeout)
+        wait_kernel[(1,)](batch.metadata, self.sources, self.memory, *late, C=self.constants)
+        own = (self.sources, self.memory, self.unrolled, self.error_flags)
         buffers = (batch.metadata, batch.replay_metadata, *self.tables, *own)
-        launch = wait_unroll(buffers, self.constants, block=64)
+        launch = unroll_acknowledge(buffers, self.constants, block=64)
         launch(unroll_grid(batch.layout.local_len, self.constants, block=64))
         return batch.wrong()
 
     def drop(self, batch: RankBatch) -> None:
-        acknowledge(batch.metadata, self.sources, self.constants)()
+        acknowledge(batch.metadata, self.sources, self.unrolled, self.constants)()
 
 
 class PlainRank(Rank):
@@ -78,9 +91,10 @@ class PlainRank(Rank):
         return batch
 
     def wait(self, batch: RankBatch) -> list[str]:
-        exchange = (self.plan, self.memories, int(self.seq_nos[-1]), self.constants, self.error_flags)
-        reference.wait_unroll(
-            batch.tensors, batch.outputs, self.spec.fill_bits, batch.host_metadata, *exchange
+        exchange = (self.plan, self.memories, int(self.seq_nos[-1]), self.constants)
+        shared = (*exchange, self.unrolled, self.error_flags)
+        reference.unroll_acknowledge(
+            batch.tensors, batch.outputs, self.spec.fill_bits, batch.host_metadata, *shared
         )
         return batch.wrong()
 
@@ -136,6 +150,18 @@ def test_buffers_are_used_again_once_acknowledged(kind):
             wait_for_all(ranks, started[index])
         for rank, dropped in zip(ranks, started[1], strict=True):
             rank.drop(dropped)
+    assert not any(rank.error_flags.any() for rank in ranks)
+
+
+def test_half_of_the_buffers_may_be_under_way():
+    """Joined in the worst order: the exchange whose buffer is needed next comes last, and is not acknowledged yet."""
+    layout = SequenceLayout.dense(24, 3)
+    full = random_batch(layout, 1, dtypes=ONE_TENSOR)
+    ranks = ranks_for(layout, full)
+    for _ in range(3):
+        started = [[rank.put(layout, full) for rank in ranks] for _ in range(NUM_BUFFERS // 2)]
+        for batches in reversed(started):
+            wait_for_all(ranks, batches)
     assert not any(rank.error_flags.any() for rank in ranks)
 
 
