@@ -21,6 +21,12 @@ def signal(flags, seq_no, known=None):
 
 
 @triton.jit
+def is_any(condition):
+    """Whether any thread says so. Each reads clock and memory for itself, but they must leave a loop together."""
+    return tl.max(condition.to(tl.int32) + tl.zeros((128,), tl.int32), axis=0) > 0
+
+
+@triton.jit
 def wait_signal(flag, seq_no, timeout, ON_GPU: tl.constexpr):
     """Wait until a flag has reached `seq_no`. False if it has not after `timeout` (ns on GPUs, otherwise turns)."""
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
@@ -28,7 +34,7 @@ def wait_signal(flag, seq_no, timeout, ON_GPU: tl.constexpr):
     begin = waited
     if ON_GPU:
         begin = globaltimer()
-    while (seen < seq_no) & (waited < timeout):
+    while is_any((seen < seq_no) & (waited < timeout)):
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         if ON_GPU:
             waited = globaltimer() - begin

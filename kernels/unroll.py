@@ -90,7 +90,9 @@ def check_headers(metadata, plan_table, recv_buffer, error_flags, C: tl.constexp
 def keep_for_replays(metadata, replay_metadata, C: tl.constexpr):
     """Let the replays of a graph find on the device what its capture found in the host's memory."""
     if C.is_replayable:
-        if tl.load(replay_metadata + FINGERPRINT_AT) < 0:
+        is_empty = tl.load(replay_metadata + FINGERPRINT_AT) < 0
+        tl.debug_barrier()  # the copy overwrites what other warps have yet to read
+        if is_empty:
             copy_metadata(metadata, replay_metadata, C)
 
 
