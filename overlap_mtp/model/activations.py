@@ -2,7 +2,7 @@
 
 | use | started | joined |
 |---|---|---|
-| `embeddings` (`MultiTokenPrediction.start_embeddings`) | when the first layer is launched | at depth 1 |
+| `embeddings` (`MultiTokenPrediction.start_embeddings`) | when half of the layers are launched | at depth 1 |
 | `hidden_0` .. (`overlap_mtp.model.mixing`) | where depth j has given hidden states | at depth j + 2 |
 | `teacher` (`overlap_mtp.model.distillation`) | at the end of the trunk | at the loss of depth 1 |
 
