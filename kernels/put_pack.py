@@ -104,7 +104,7 @@ def put_pack_kernel(
 def put_pack(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, block: int = 0) -> Launch:
     """Bind the put_pack kernel to its buffers. `overlap_mtp.kernels.reference.put_pack` is the same in plain torch.
 
-    If a peer is late, `error_flags` says who, and the sequence number in `metadata` is negative.
+    If a peer is late, `error_flags` says who. If its tokens are late, the sequence number in `metadata` is negative.
 
     Args:
         buffers: the first ten arguments of `put_pack_kernel`. `overlap_mtp.kernels.pack.pack` describes the first

@@ -15,7 +15,7 @@ def flag_of(flags, seq_no, rank, C: tl.constexpr):
 
 @triton.jit
 def signal(flags, seq_no, known=None):
-    """Set flags to `seq_no`, those that are known. A rank that sees it also sees all that this program wrote before."""
+    """Set flags to `seq_no`, where `known`. A rank that sees one also sees all that this program wrote before."""
     tl.debug_barrier()  # without it triton 3.6 lets one warp release before the others have stored
     tl.atomic_xchg(flags, seq_no, mask=known, sem="release", scope="sys")
 

@@ -50,7 +50,7 @@ def store_rolls(
 ):
     """Write the rolls of this program's local tokens, for its depth, tensor and batch row.
 
-    If not `arrived`, `recv_buffer` holds nothing, and what should be there becomes fill.
+    If not `arrived`, `recv_buffer` does not hold the tokens, and the fill takes their place.
     """
     local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     depth = tl.program_id(1)
@@ -132,7 +132,7 @@ def unroll(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, bloc
 def unroll_grid(local_len: int, constants: ExchangeConstants, block: int = 256) -> Grid:
     """The grid for `local_len` tokens a rank: blocks of local tokens, depths, tensors of all batch rows and one more.
 
-    The first program of the one more does what is done once, beside the others.
+    In place of the one more, the first program does what is done once, and the others nothing.
     """
     tensor_rows = constants.num_tensors * constants.batch_rows
     return triton.cdiv(local_len, block), constants.num_depths, tensor_rows + 1

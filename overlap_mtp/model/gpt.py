@@ -94,10 +94,10 @@ class GPT(nn.Module):
         """Return the sums of the losses over this rank's valid tokens.
 
         The exchanges of tokens and of embeddings start after the kernels of half of the layers are launched. The host
-        is then ahead of the GPU, so the host time of starting (0.3 ms for tokens on cold caches, 1 ms for embeddings,
-        measured on H200) is hidden too. The exchange of tokens may begin together with that layer's feed-forward part,
-        whose kernels are much longer than the exchange. Other activations leave where they are born
-        (`overlap_mtp.model.activations`).
+        is then usually ahead of the GPU, so the host time of starting (0.2 ms for tokens on cold caches, measured on
+        H200, and more for embeddings) is hidden too. The exchange of tokens may begin together with the feed-forward
+        part of the last of these layers, whose kernels are much longer than the exchange. Other activations leave where
+        they are born (`overlap_mtp.model.activations`).
 
         Args:
             batch: this rank's `input_ids`, `position_ids`, `labels` (unless the configuration derives them) and

@@ -130,8 +130,8 @@ class MultiTokenPrediction(nn.Module):
     ) -> Rolls:
         """Start the exchange of this rank's batch.
 
-        Call it before the trunk, or after launching half of the trunk: the host is then ahead of the GPU, which works
-        on while the host starts the exchange.
+        Call it before the trunk, or better after launching half of it: then the host is usually ahead of the GPU, which
+        works on while the host starts the exchange.
 
         Args:
             batch: this rank's tensors by name, [B, L] each.
@@ -153,8 +153,8 @@ class MultiTokenPrediction(nn.Module):
     def start_embeddings(self, embeddings: torch.Tensor, layout: SequenceLayout) -> RolledRows:
         """Start the exchange of embeddings, for depths that take them instead of ids.
 
-        Call it after launching half of the trunk: the host is then ahead of the GPU, which works on while the host
-        starts the exchange. It lies under the rest of the trunk. Depth 1 joins it.
+        Call it after launching half of the trunk: then the host is usually ahead of the GPU, which works on while the
+        host starts the exchange. It lies under the rest of the trunk. Depth 1 joins it.
 
         Args:
             embeddings: of this rank's tokens, [B, L, hidden].
