@@ -153,6 +153,29 @@ def test_buffers_are_used_again_once_acknowledged(kind):
     assert not any(rank.error_flags.any() for rank in ranks)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_exchange_is_acknowledged_by_the_one_after_it(dropped):
+    """Not by its own join: some programs of that launch may still read its buffer."""
+    layout = SequenceLayout.dense(16, 2)
+    full = random_batch(layout, 1, dtypes=ONE_TENSOR)
+    ranks = ranks_for(layout, full)
+    flags = ranks[1].memory[ranks[1].places.acknowledgements_at :]
+
+    def acknowledged() -> list[int]:
+        """The exchanges whose tokens rank 0 has read."""
+        return sorted(set(flags.tolist()) - {0})
+
+    wait_for_all(ranks, [rank.put(layout, full) for rank in ranks])
+    assert acknowledged() == []
+    batches = [rank.put(layout, full) for rank in ranks]
+    if dropped:
+        ranks[0].drop(batches[0])
+        assert acknowledged() == [1, 2]
+    else:
+        wait_for_all(ranks, batches)
+        assert acknowledged() == [1]
+
+
 def test_half_of_the_buffers_may_be_under_way():
     """Joined in the worst order: the exchange whose buffer is needed next comes last, and is not acknowledged yet."""
     layout = SequenceLayout.dense(24, 3)
