@@ -25,8 +25,8 @@ from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 SEQ_NO_AT = tl.constexpr(SEQ_NO)
 # Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
-MAX_WORDS = 512  # that a program of 4 warps gathers at a time: larger tiles need too many registers
 SOURCE_WORDS = tl.constexpr(2)  # of `sources`: address of its memory, its cp rank
+MAX_WORDS = 512  # that a program of 4 warps gathers at a time: larger tiles need too many registers
 LATE_TOKENS, LATE_ACKNOWLEDGEMENT = tl.constexpr(1), tl.constexpr(2)  # the words of `error_flags` for them
 
 

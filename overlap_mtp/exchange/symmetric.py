@@ -69,8 +69,8 @@ class MemoryLayout:
         return self.num_buffers, self.buffer_words, self.signals_at, self.acknowledgements_at
 
 
-def peer_tables(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -> tuple[list[int], list[int]]:
-    """The rows of `peers` and of `sources`, as the kernels take them, one after the other.
+def peer_table(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -> tuple[list[int], int]:
+    """The words of `peers` as `put_pack` takes them, and where those of `sources` begin in it.
 
     `addresses`: where each rank's memory is, as this rank sees it.
     """
@@ -79,7 +79,8 @@ def peer_tables(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -
     for peer in plan.destinations:
         rows = plans[peer].first_recv_row(cp_rank), plan.first_send_row(peer), plan.send_stride[peer]
         peers += [addresses[peer], peer, *rows]
-    return peers, [word for peer in plan.sources for word in (addresses[peer], peer)]
+    sources = [word for peer in plan.sources for word in (addresses[peer], peer)]
+    return [*peers, *sources, 0], len(peers)  # 0: `sources` is not empty, even if there are none
 
 
 class SymmetricTransport(CudaTransport):
@@ -98,9 +99,9 @@ class SymmetricTransport(CudaTransport):
         self._mapping: Any = symmetric_memory.rendezvous(memory, self.group.process_group)
         offset = getattr(self._mapping, "offset", 0)
         addresses = [address + offset for address in self._mapping.buffer_ptrs]
-        peers, sources = peer_tables(config.plans, self.group.cp_rank, addresses)
-        self._peers = torch.tensor([*peers, *sources, 0], dtype=torch.int64, device=self.device)
-        self._sources = self._peers[len(peers) :]
+        peers, sources_at = peer_table(config.plans, self.group.cp_rank, addresses)
+        self._peers = torch.tensor(peers, dtype=torch.int64, device=self.device)
+        self._sources = self._peers[sources_at:]
         self._seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64, device=self.device)
         timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
         self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)

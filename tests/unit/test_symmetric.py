@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.exchange.spec import ExchangeSpec
-from overlap_mtp.exchange.symmetric import MemoryLayout, peer_tables
+from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.put_pack import SEQ_NO_AT, put_pack, wait_for_tokens
@@ -48,9 +48,9 @@ class Rank:
         self.places = MemoryLayout.of(plans, spec.words_per_token, NUM_BUFFERS)
         self.constants = ExchangeConstants.of(spec, self.plan, False, self.places.constants, on_gpu=False)
         self.memory = memories[rank]
-        peers, sources = peer_tables(plans, rank, [memory.data_ptr() for memory in memories])
-        self.peers = torch.tensor([*peers, *sources, 0])
-        self.sources = self.peers[len(peers) :]
+        peers, sources_at = peer_table(plans, rank, [memory.data_ptr() for memory in memories])
+        self.peers = torch.tensor(peers)
+        self.sources = self.peers[sources_at:]
         self.seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64)
         self.unrolled = torch.zeros(1, dtype=torch.int64)
         self.error_flags = torch.zeros(4, dtype=torch.int32)
