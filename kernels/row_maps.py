@@ -28,6 +28,7 @@ from overlap_mtp.kernels.common import (
     held_chunk,
     local_len_of,
 )
+from overlap_mtp.kernels.launch import Dispatch
 from overlap_mtp.kernels.pack import token_of_row
 from overlap_mtp.kernels.unroll import find_sources
 from overlap_mtp.layout import IntArray
@@ -223,6 +224,9 @@ def row_maps_kernel(
             map_slots(metadata, plan_table, row_table, returned_to, returned, row, length, C)
 
 
+_launch_row_maps = Dispatch(row_maps_kernel)
+
+
 @dataclass(frozen=True)
 class RowMapper:
     """Makes the maps of the batches of a plan, on a device."""
@@ -262,16 +266,16 @@ class RowMapper:
         c = self.constants
         num_out, num_in = c.num_sent + c.num_heads, c.num_heads + c.num_received
         uses = c.num_uses + (c.tp_size > 1)
-        shapes = [(num_out,), *[(c.num_depths, n) for n in (length, length, num_in)]]
-        shapes += [(c.num_slots,), (uses, c.num_slots)]
-        sizes = [int(np.prod(shape)) for shape in shapes]
+        num_mapped = c.num_depths * length
+        sizes = [num_out, num_mapped, num_mapped, c.num_depths * num_in, c.num_slots, uses * c.num_slots]
         maps = torch.empty(sum(sizes), dtype=torch.int32, device=self.row_table.device)
         blocks = triton.cdiv(length, block) + triton.cdiv(max(num_out, num_in, c.num_slots), block)
-        row_maps_kernel[blocks, c.num_depths](
-            metadata, self.plan_table, self.row_table, maps, C=c, BLOCK=block
-        )
-        parts = (part.view(shape) for part, shape in zip(maps.split(sizes), shapes, strict=True))
-        return RowMaps(checksum, *parts)
+        tensors = (metadata, self.plan_table, self.row_table, maps)
+        _launch_row_maps((blocks, c.num_depths, 1), tensors, *tensors, C=c, BLOCK=block)
+        packed, source, own_back, in_back, returned_to, returned = maps.split(sizes)
+        source, own_back, in_back = (part.view(c.num_depths, -1) for part in (source, own_back, in_back))
+        returned = returned.view(uses, c.num_slots)
+        return RowMaps(checksum, packed, source, own_back, in_back, returned_to, returned)
 
 
 def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:

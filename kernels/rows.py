@@ -21,6 +21,7 @@ import triton.language as tl
 
 from overlap_mtp.exchange.rows import HEADER, NOTHING
 from overlap_mtp.kernels.common import as_pointer
+from overlap_mtp.kernels.launch import Dispatch, Grid
 
 Tensors = Sequence[torch.Tensor]
 
@@ -28,6 +29,7 @@ HEADER_AT = tl.constexpr(HEADER)
 NOTHING_AT = tl.constexpr(NOTHING)
 STRIP_BYTES = 2048  # of a row: 16 bytes for each thread of 4 warps
 TILE_BYTES = 8192
+NO_HEADERS = (None, None, 0, None)  # in place of header_rows, header_peers, fingerprint and error_flags
 
 
 class RowConstants(NamedTuple):
@@ -244,6 +246,13 @@ def add_rows_kernel(
     check_headers(rows, header_rows, header_peers, fingerprint, error_flags, C)
 
 
+_launch_pack_rows = Dispatch(pack_rows_kernel)
+_launch_unroll_rows = Dispatch(unroll_rows_kernel)
+_launch_sum_rows = Dispatch(sum_rows_kernel)
+_launch_pack_sums = Dispatch(pack_sums_kernel)
+_launch_add_rows = Dispatch(add_rows_kernel)
+
+
 def pack_rows(tensors: Tensors, index: torch.Tensor, rows: torch.Tensor, fingerprint: int) -> None:
     """Copy rows into a buffer.
 
@@ -256,8 +265,8 @@ def pack_rows(tensors: Tensors, index: torch.Tensor, rows: torch.Tensor, fingerp
     """
     for tensor, column in zip(tensors, _columns(tensors), strict=True):
         constants = _constants([tensor], column, rows)
-        grid = _grid(len(index), constants)
-        pack_rows_kernel[grid](tensor, len(tensor), index, len(index), rows, fingerprint, C=constants)
+        arguments = (tensor, len(tensor), index, len(index), rows, fingerprint)
+        _launch_pack_rows(_grid(len(index), constants), (tensor, rows), *arguments, C=constants)
 
 
 def unroll_rows(
@@ -285,9 +294,11 @@ def unroll_rows(
     for n, (tensor, column) in enumerate(zip(tensors, _columns(tensors), strict=True)):
         outputs = tuple(depth[n] for depth in rolls)
         constants = _constants([tensor, *outputs], column, rows, len(outputs), header_rows)
-        grid = _grid(len(tensor), constants)
-        headers = (header_rows, header_peers, fingerprint, error_flags)
-        unroll_rows_kernel[grid](tensor, len(tensor), source, rows, outputs, *headers, C=constants)
+        headers = (
+            (header_rows, header_peers, fingerprint, error_flags) if constants.num_headers else NO_HEADERS
+        )
+        arguments = (tensor, len(tensor), source, rows, outputs, *headers)
+        _launch_unroll_rows(_grid(len(tensor), constants), (tensor, rows, *outputs), *arguments, C=constants)
 
 
 def sum_rows(gradients: Sequence[Tensors], back: torch.Tensor, sums: Tensors) -> None:
@@ -301,8 +312,8 @@ def sum_rows(gradients: Sequence[Tensors], back: torch.Tensor, sums: Tensors) ->
     for n, target in enumerate(sums):
         inputs = tuple(depth[n] for depth in gradients)
         constants = _constants([target, *inputs], 0, None, len(inputs))
-        grid = _grid(len(target), constants)
-        sum_rows_kernel[grid](inputs, len(target), back, target, C=constants)
+        arguments = (inputs, len(target), back, target)
+        _launch_sum_rows(_grid(len(target), constants), (target, *inputs), *arguments, C=constants)
 
 
 def pack_sums(gradients: Sequence[Tensors], back: torch.Tensor, rows: torch.Tensor, fingerprint: int) -> None:
@@ -318,8 +329,8 @@ def pack_sums(gradients: Sequence[Tensors], back: torch.Tensor, rows: torch.Tens
     for n, column in enumerate(_columns(gradients[0])):
         inputs = tuple(depth[n] for depth in gradients)
         constants = _constants(inputs, column, rows, len(inputs))
-        grid = _grid(count, constants)
-        pack_sums_kernel[grid](inputs, len(inputs[0]), back, count, rows, fingerprint, C=constants)
+        arguments = (inputs, len(inputs[0]), back, count, rows, fingerprint)
+        _launch_pack_sums(_grid(count, constants), (rows, *inputs), *arguments, C=constants)
 
 
 def add_rows(
@@ -344,10 +355,11 @@ def add_rows(
     uses, count = returned.shape
     for target, column in zip(sums, _columns(sums), strict=True):
         constants = _constants([target], column, rows, 0, header_rows)
-        maps = (returned_to, returned, uses, count)
-        headers = (header_rows, header_peers, fingerprint, error_flags)
-        grid = _grid(count, constants)
-        add_rows_kernel[grid](rows, *maps, target, len(target), *headers, C=constants)
+        headers = (
+            (header_rows, header_peers, fingerprint, error_flags) if constants.num_headers else NO_HEADERS
+        )
+        arguments = (rows, returned_to, returned, uses, count, target, len(target), *headers)
+        _launch_add_rows(_grid(count, constants), (rows, target), *arguments, C=constants)
 
 
 def _columns(tensors: Tensors) -> list[int]:
@@ -383,7 +395,7 @@ def _order(tensor: torch.Tensor) -> tuple[int, int]:
     return batch_rows, hidden
 
 
-def _grid(count: int, constants: RowConstants) -> tuple[int, int, int]:
+def _grid(count: int, constants: RowConstants) -> Grid:
     """The grid for `count` rows. There is one program at least: it may have headers to check."""
     blocks = triton.cdiv(max(1, count), constants.block_rows)
     return blocks, triton.cdiv(constants.hidden, constants.block), constants.batch_rows

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,7 +18,6 @@ from overlap_mtp.exchange.transport import PendingExchange, TransportConfig
 from overlap_mtp.kernels import rows
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.tensors import upload
 from overlap_mtp.tracing import span
 
 _kept: list[torch.Tensor] = []  # error flags of transports that nobody closed: a kernel may still write them
@@ -56,9 +54,10 @@ class NcclRowTransport(RowTransport):
 
     def _make_maps(self, layout: SequenceLayout) -> RowMaps:
         """The maps of a batch, made on the device, on the current stream."""
-        words = np.zeros(self.plan.metadata_len, np.int64)
-        checksum = write_metadata(layout, self.plan, words)
-        maps = self._mapper(upload(words, self.device), layout.local_len // self.rows.tp_size, checksum)
+        words = torch.zeros(self.plan.metadata_len, dtype=torch.int64, pin_memory=True)
+        checksum = write_metadata(layout, self.plan, words.numpy())
+        metadata = words.to(self.device, non_blocking=True)
+        maps = self._mapper(metadata, layout.local_len // self.rows.tp_size, checksum)
         if self.is_overlapped:  # the side stream makes them, and the compute stream reads them
             maps.packed.record_stream(self._compute)
         return maps
