@@ -115,6 +115,10 @@ class RowTransport(Transport):
         self.raise_if_failed()
         exchange.is_backward = True
         by_depth = [self._by_sequence(depth) for depth in gradients]
+        sums = self._empty_like(gradients[0])
+        # First the sums, so that what leaves lies under the compute that follows: copies of the exchange hide nothing.
+        with self._unroll_span:
+            self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
         with self._aside(exchange, [one for depth in gradients for one in depth]):
             with self._pack_span:
                 if exchange.tensors:  # the rolls may yet be written, from what arrived
@@ -127,9 +131,6 @@ class RowTransport(Transport):
             self._leave(exchange)
         if not self.is_overlapped:
             self._arrive(exchange)
-        sums = self._empty_like(gradients[0])
-        with self._unroll_span:  # as the copies of unroll in forward, it is no compute that hides an exchange
-            self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
         return sums
 
     def end_backward(self, exchange: RowExchange, sums: Tensors) -> None:
