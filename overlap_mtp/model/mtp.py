@@ -205,11 +205,13 @@ class MultiTokenPrediction(nn.Module):
             block = self.depths[min(depth, len(self.depths)) - 1]
             with span("depth", depth, depth=depth):
                 tokens = rolls.at(depth)
+                if (
+                    mixer is not None
+                ):  # before the embedding, so that in backward its exchange leaves after it
+                    hidden = mixer.input_of(depth, hidden)
                 embedded = embed.at(depth) if isinstance(embed, RolledRows) else embed(tokens["input_ids"])
                 if self.detach:
                     embedded = embedded.detach()
-                if mixer is not None:
-                    hidden = mixer.input_of(depth, hidden)
                 own = () if by_depth is None else (by_depth[depth - 1],)
                 hidden, normed, extra = block(hidden, embedded, *layer_arguments, *own)
             predictions.append(Prediction(depth, normed, tokens, extra))
