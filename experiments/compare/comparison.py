@@ -54,15 +54,16 @@ class Contest(NamedTuple):
     modes: tuple[str, ...]  # all there are
     baseline: str  # whose steps have no exchange
     reference: str  # whose bits are right
+    merging: str  # the schedule whose messages block, as those of `sync`, but are as few as possible
     overlapped: str  # the schedule that is to hide the exchange
     transports: tuple[str, ...]  # that a mode can name
 
 
 TOKENS = Contest(
-    (*SCHEDULES, TIMING_ONLY), "prepared", "prepared", "prefetch", ("process_group", "symmetric")
+    (*SCHEDULES, TIMING_ONLY), "prepared", "prepared", "batched", "prefetch", ("process_group", "symmetric")
 )
 # Nobody can prepare activations. Tokens are prepared then.
-ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", "overlap", ())
+ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", "merged", "overlap", ())
 
 
 def contest_of(model: ModelConfig) -> Contest:

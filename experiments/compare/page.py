@@ -13,7 +13,7 @@ from compare.bars import bars_of
 from compare.columns import NARROW, NARROW_CAPTION
 from compare.comparison import TIMING_ONLY, Contest
 from compare.markup import element, html_of
-from compare.sentence import contest_in, meaning_of, sentence_of
+from compare.sentence import contest_in, meaning_of, sentence_of, worth_of
 from harness import plots
 
 PICTURES = {
@@ -37,7 +37,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         ValueError: the picture is of another kind.
         OSError: it cannot be read.
     """
-    sentence, subject = sentence_of(result), plots.caption(result)
+    sentence, worth, subject = sentence_of(result), worth_of(result), plots.caption(result)
     contest = contest_in(result)
     right = all(
         row["rolls_equal"] and row["loss_equal"] for m, row in result["rows"].items() if m != TIMING_ONLY
@@ -54,6 +54,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         element("h1", "What the boundary exchange costs"),
         element("p", f"{subject}, {result['where']['date']}", class_="quiet"),
         element("p", sentence, class_="sentence" if right else "sentence wrong"),
+        *([] if worth is None else [element("p", worth)]),
         element("p", meaning_of(contest), class_="quiet"),
         *([element("p", PROFILED, class_="quiet")] if " --profile" in result.get("command", "") else []),
         *_times(result, contest),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from compare.comparison import ACTIVATIONS, TIMING_ONLY, TOKENS, Contest
+import numpy as np
+
+from compare.comparison import ACTIVATIONS, SEED, TIMING_ONLY, TOKENS, Contest
+from harness import statistics
 
 WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
 LEAST_ROUNDS = 6  # for an interval: with fewer, resampling them says too little
@@ -68,6 +71,35 @@ def sentence_of(result: dict[str, Any]) -> str:
     else:
         parts.append(f"{'all' if len(compared) > 1 else 'both'} schedules computed the same bits")
     return "; ".join(parts) + "."
+
+
+def worth_of(result: dict[str, Any]) -> str | None:
+    """Return what merging the messages and what overlapping them is worth: the time that each saves of a step.
+
+    Merging is the way from `sync` to `batched` (of activations: `merged`), overlapping that from there to `prefetch`
+    (of activations: `overlap`). Times are medians of the differences in the same rounds, with 95 % intervals.
+
+    Args:
+        result: the record.
+
+    Returns:
+        The sentence; None if one of the three did not run, or if there are fewer than `LEAST_ROUNDS` rounds.
+    """
+    contest, times = contest_in(result), result["times_ms"]
+    sync, merged, hiding = (_first(list(times), s) for s in ("sync", contest.merging, contest.overlapped))
+    if sync is None or merged is None or hiding is None or len(times[sync]) < LEAST_ROUNDS:
+        return None
+    merging, overlapping = _saved(times[sync], times[merged]), _saved(times[merged], times[hiding])
+    return (
+        f"Merging the messages of sync into as few as possible, which block as well ({merged}), saves {merging} of "
+        f"this step. Sending these early, under compute ({hiding}), saves another {overlapping}."
+    )
+
+
+def _saved(before: list[float], after: list[float]) -> str:
+    found = statistics.median(np.array(before) - np.array(after), SEED)
+    words = f"{found.value:.2f} ms [{found.low:.2f}, {found.high:.2f}]"
+    return words if found.low > 0 or found.high < 0 else f"{words} (perhaps nothing)"
 
 
 def _first(modes: list[str], schedule: str) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 from compare.comparison import TOKENS
 from compare.page import page_of
 from compare.report import read_record
-from compare.sentence import meaning_of, sentence_of
+from compare.sentence import meaning_of, sentence_of, worth_of
 from harness.command import write_record
 from harness.plots import COLOURS, caption
 
@@ -85,6 +85,12 @@ def test_a_page_has_every_part():
     assert {cell["scope"] for cell in read.all("th")} == {"row", "col"}
     assert "Transports: prefetch:process_group over process_group." in read.texts["p"]
     assert "Timeline" not in Reader(page_of(RECORD)).texts["h2"]
+
+
+def test_a_page_says_what_merging_and_overlapping_are_worth():
+    record = record_of(dict.fromkeys(("sync", "batched", "prefetch"), (1.0, 1.0, 1.0)))
+    record["times_ms"] = {"sync": [9.0] * 6, "batched": [5.0] * 6, "prefetch": [4.0] * 6}
+    assert worth_of(record) in Reader(page_of(record)).texts["p"]
 
 
 def test_the_bars_are_to_scale():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compare.sentence import sentence_of
+from compare.sentence import sentence_of, worth_of
 
 from comparison_records import record_of
 
@@ -134,3 +134,53 @@ def test_every_record_of_the_results_has_a_sentence():
         assert sentence.endswith(SAME), path
         assert ". " not in sentence, path
     assert len(paths) > 30
+
+
+def timed(modes: dict[str, list[float]], baseline: str = "prepared") -> dict:
+    """A record of these step times, in ms."""
+    record = record_of(dict.fromkeys(modes, (1.0, 1.0, 1.0)))
+    if baseline != "prepared":
+        record["rows"][baseline] = record["rows"].pop("prepared")
+    record["times_ms"] = modes
+    return record
+
+
+def test_what_merging_and_overlapping_are_each_worth():
+    ones = [float(n) for n in range(8)]  # rounds differ by more than the schedules do
+    slow, merged, early = (
+        [ms + one for one, ms in zip(ones, column, strict=True)]
+        for column in ([30.0] * 8, [20.0] * 8, [19.5, 20.5] * 4)
+    )
+    modes = {"sync": slow, "batched:process_group": merged, "prefetch:symmetric": early, "prefetch": slow}
+    words = worth_of(timed(modes))
+    assert words is not None
+    merging, overlapping = words.split(". Sending")
+    assert merging == (
+        "Merging the messages of sync into as few as possible, which block as well (batched:process_group), "
+        "saves 10.00 ms [10.00, 10.00] of this step"
+    )
+    assert overlapping.startswith(
+        " these early, under compute (prefetch:symmetric), saves another 0.00 ms [-0.50,"
+    )
+    assert overlapping.endswith("0.50] (perhaps nothing).")
+
+
+def test_activations_are_merged_and_overlapped_by_other_schedules():
+    modes = {"sync": [9.0] * 6, "merged": [5.0] * 6, "overlap": [4.0] * 6}
+    words = worth_of(timed(modes, baseline="none"))
+    assert words is not None
+    assert "(merged), saves 4.00 ms [4.00, 4.00] of this step" in words
+    assert words.endswith("(overlap), saves another 1.00 ms [1.00, 1.00].")
+    assert worth_of(timed(modes)) is None  # of tokens: batched and prefetch did not run
+
+
+@pytest.mark.parametrize("missing", ["sync", "batched", "prefetch"])
+def test_without_one_of_the_three_nothing_is_said_of_their_worth(missing):
+    modes = {mode: [9.0] * 6 for mode in ("sync", "batched", "prefetch") if mode != missing}
+    assert worth_of(timed(modes)) is None
+
+
+def test_few_rounds_say_nothing_of_worth():
+    modes = ("sync", "batched", "prefetch")
+    assert worth_of(timed({mode: [9.0] * 5 for mode in modes})) is None
+    assert worth_of(timed({mode: [9.0] * 6 for mode in modes})) is not None
