@@ -26,7 +26,9 @@ SEQ_NO_AT = tl.constexpr(SEQ_NO)
 # Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
 SOURCE_WORDS = tl.constexpr(2)  # of `sources`: address of its memory, its cp rank
-MAX_WORDS = 512  # that a program of 4 warps gathers at a time: larger tiles need too many registers
+# A program gathers 4 words a thread at a time: larger tiles need too many registers. Twice the warps for long messages
+# saves 1.0 µs with 128 documents; four times saves 1.5, but with 32 documents it costs 0.5 (2 x H200).
+WARP_WORDS, MIN_WARPS, MAX_WARPS = 128, 4, 8
 LATE_TOKENS, LATE_ACKNOWLEDGEMENT = tl.constexpr(1), tl.constexpr(2)  # the words of `error_flags` for them
 
 
@@ -115,7 +117,10 @@ def put_pack(buffers: tuple[torch.Tensor, ...], constants: ExchangeConstants, bl
     Returns:
         The launch.
     """
+    longest = triton.next_power_of_2(max(1, constants.max_send_rows))
+    words = longest * constants.padded_tensors
+    warps = max(MIN_WARPS, min(words // WARP_WORDS, MAX_WARPS))
     if not block:
-        longest = triton.next_power_of_2(max(1, constants.max_send_rows))
-        block = max(16, min(longest, MAX_WORDS // constants.padded_tensors))
-    return Launch(put_pack_kernel, buffers, (constants.num_destinations + 1, 1, 1), C=constants, BLOCK=block)
+        block = max(16, min(longest, warps * WARP_WORDS // constants.padded_tensors))
+    grid = (constants.num_destinations + 1, 1, 1)
+    return Launch(put_pack_kernel, buffers, grid, C=constants, BLOCK=block, num_warps=warps)

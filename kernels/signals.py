@@ -22,8 +22,11 @@ def signal(flags, seq_no, known=None):
 
 @triton.jit
 def is_any(condition):
-    """Whether any thread says so. Each reads clock and memory for itself, but they must leave a loop together."""
-    return tl.max(condition.to(tl.int32) + tl.zeros((128,), tl.int32), axis=0) > 0
+    """Whether any thread of up to 8 warps says so.
+
+    Each reads clock and memory for itself, but they must leave a loop together.
+    """
+    return tl.max(condition.to(tl.int32) + tl.zeros((256,), tl.int32), axis=0) > 0
 
 
 @triton.jit

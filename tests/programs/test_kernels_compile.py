@@ -25,13 +25,16 @@ def compiled(
     """What a kernel becomes, by stage. Tensors of activations begin at multiples of 16 bytes."""
     names = kernel.arg_names
     assert len(names) <= 12
+    options = {name: value for name, value in constants.items() if name not in names}
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: types.get(name, others) for name in names} | dict.fromkeys(constants, "constexpr")
     by_position = {(names.index(name),): value for name, value in constants.items()}
     aligned = {}
     for at, one in enumerate(signature.values()):
         paths = [(at, n) for n in range(len(one))] if isinstance(one, tuple) else [(at,)]
         aligned |= {path: [["tt.divisibility", 16]] for path in paths if "*bf16" in one}
-    return triton.compile(ASTSource(kernel, signature, by_position, aligned), target=TARGET).asm
+    source = ASTSource(kernel, signature, by_position, aligned)
+    return triton.compile(source, target=TARGET, options=options).asm
 
 
 def compiled_size(launch) -> int:
