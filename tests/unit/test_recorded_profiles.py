@@ -80,10 +80,11 @@ def test_megatrons_step_is_beside_that_of_the_drop_in():
 def test_rows_of_hidden_states_travel_under_compute():
     """With the figures that profiles/README.md states."""
     found = report(MIXING)
-    assert [(one.name, one.steps) for one in found.schedules] == [("merged", 1), ("overlap", 6)]
+    steps = [(one.name, one.steps) for one in found.schedules]
+    assert steps == [("merged", 8), ("overlap", 8), ("none", 8)]
     assert found.schedules[0].exchange_hidden == 0
     sends = [row for row in found.rows if (row.schedule, row.kind) == ("overlap", "exchange")]
-    for is_backward, stated in ((False, [0.962, 0.951]), (True, [0.532, 0.399])):
+    for is_backward, stated in ((False, [0.948, 0.946]), (True, [0.923, 0.917])):
         by_rank: dict[str, list[float]] = {}
         for row in sends:
             if row.range.endswith("in backward") is is_backward:
