@@ -74,12 +74,14 @@ class Status:
         return sorted({roller.transport for roller in rollers} - {""})
 
     def __str__(self) -> str:
-        if self.settings is None:
-            return "overlap_mtp.megatron is not installed"
-        settings = ", ".join(
-            f"{one.name}={getattr(self.settings, one.name)}" for one in fields(self.settings)
-        )
         rolls = self.answered + sum(self.fallbacks.values())
+        if self.settings is None and not self.forwards + rolls:
+            return "overlap_mtp.megatron is not installed"
+        settings = "no longer installed"
+        if self.settings is not None:
+            settings = ", ".join(
+                f"{one.name}={getattr(self.settings, one.name)}" for one in fields(self.settings)
+            )
         share = f" ({100 * self.answered / rolls:.1f} %)" if rolls else ""
         lines = [
             f"overlap_mtp.megatron on megatron-core {self.version}: {settings}",

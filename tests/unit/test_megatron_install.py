@@ -242,6 +242,7 @@ def test_a_copy_that_outlives_the_drop_in_rolls_like_megatron(megatron):
 
 
 def test_status_says_that_nothing_is_installed():
+    drop_in.reset_status()
     assert str(drop_in.status()) == "overlap_mtp.megatron is not installed"
 
 
@@ -255,6 +256,9 @@ def test_status_shows_counts_and_reasons_and_install_resets_them(megatron):
     for part in (status.version, "schedule=merged", "padding=exact", "75.0 %", "inference", "a reason"):
         assert part in text
     assert text.index("8: a reason") < text.index("2: inference")
+    drop_in.uninstall()
+    assert "no longer installed" in str(status)
+    assert "75.0 %" in str(status)
     drop_in.install()
     assert (status.forwards, status.exchanges, status.answered, len(status.fallbacks)) == (0, 0, 0, 0)
     assert "100" not in str(status)  # no share of nothing
