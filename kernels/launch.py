@@ -75,7 +75,7 @@ class Dispatch:
 
     Triton looks at every argument of every launch. Here it does so at the first launch with the same constants, dtype
     and device. All else that it compiles for must follow from these: which arguments are None, and the dtypes of the
-    others. Integers must be in `do_not_specialize`.
+    others. Integers must be in `do_not_specialize`. The tensors must be on the current device.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -89,8 +89,8 @@ class Dispatch:
 
         Args:
             grid: of the launch.
-            tensors: of one dtype and device, those of the arguments to which alignment matters. Triton launches if one
-                of them does not begin at a multiple of 16 bytes.
+            tensors: of one device, those of the arguments to which alignment matters; the first one's dtype counts.
+                Triton launches if one of them does not begin at a multiple of 16 bytes.
             *arguments: all that are no constants.
             **constants: all constants, in the order of the kernel.
         """

@@ -20,15 +20,15 @@ from overlap_mtp.kernels.common import (
 )
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.pack import gather_rows, store_rows
-from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
+from overlap_mtp.kernels.signals import MAX_WAITING, flag_of, signal, wait_signal
 
 SEQ_NO_AT = tl.constexpr(SEQ_NO)
 # Of `peers`: address of its memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
 SOURCE_WORDS = tl.constexpr(2)  # of `sources`: address of its memory, its cp rank
-# A program gathers 4 words a thread at a time: larger tiles need too many registers. Twice the warps for long messages
-# saves 1.0 µs with 128 documents; four times saves 1.5, but with 32 documents it costs 0.5 (2 x H200).
-WARP_WORDS, MIN_WARPS, MAX_WARPS = 128, 4, 8
+# A program gathers 4 words a thread at a time: larger tiles need too many registers. Twice the warps for plans of long
+# messages saves 1.0 µs with 128 documents; four times saved 1.5, but with 32 documents it cost 0.5 (2 x H200).
+WARP_WORDS, MIN_WARPS, MAX_WARPS = 128, 4, MAX_WAITING.value // 32
 LATE_TOKENS, LATE_ACKNOWLEDGEMENT = tl.constexpr(1), tl.constexpr(2)  # the words of `error_flags` for them
 
 

@@ -133,7 +133,9 @@ def pack_rows_kernel(
     write_headers(rows, row, token == HEADER_AT, fingerprint, C)
 
 
-@triton.jit(do_not_specialize=["length", "source", "header_rows", "header_peers", "fingerprint"])
+@triton.jit(
+    do_not_specialize=["length", "source", "header_rows", "header_peers", "fingerprint", "error_flags"]
+)
 def unroll_rows_kernel(
     tensor,
     length,
@@ -215,7 +217,7 @@ def pack_sums_kernel(
 @triton.jit(
     do_not_specialize=[
         *("returned_to", "returned", "uses", "count", "length"),
-        *("header_rows", "header_peers", "fingerprint"),
+        *("header_rows", "header_peers", "fingerprint", "error_flags"),
     ]
 )
 def add_rows_kernel(

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+MAX_WAITING = tl.constexpr(256)  # threads of a program that waits
+
 
 @triton.jit
 def flag_of(flags, seq_no, rank, C: tl.constexpr):
@@ -22,11 +24,8 @@ def signal(flags, seq_no, known=None):
 
 @triton.jit
 def is_any(condition):
-    """Whether any thread of up to 8 warps says so.
-
-    Each reads clock and memory for itself, but they must leave a loop together.
-    """
-    return tl.max(condition.to(tl.int32) + tl.zeros((256,), tl.int32), axis=0) > 0
+    """Whether any thread says so. Each reads clock and memory for itself, but they must leave a loop together."""
+    return tl.max(condition.to(tl.int32) + tl.zeros((MAX_WAITING,), tl.int32), axis=0) > 0
 
 
 @triton.jit

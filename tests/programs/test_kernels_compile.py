@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from not_interpreted import run_compiling
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}  # all others are of int64
@@ -93,24 +93,14 @@ def row_maps(kind: str, tp: tuple[int, int]) -> dict[str, object]:
     return compiled(row_maps_kernel, ROWS, "*i32", constants)
 
 
-def in_new_process(*arguments: str) -> list[str]:
-    """What this file prints: here the kernels are interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
 def test_kernels_compile_for_a_gpu():
-    sizes = list(map(int, in_new_process("tokens")))
+    sizes = list(map(int, run_compiling(__file__, "tokens")))
     assert len(sizes) == 2 * 5
     assert min(sizes) > 0
 
 
 def test_kernels_of_activations_compile_and_move_16_bytes_at_a_time():
-    found = in_new_process("activations")
+    found = run_compiling(__file__, "activations")
     assert found == ["ld.global.v4.b32", "st.global.v4.b32"] * 5 + ["compiled"] * 3
 
 
