@@ -205,9 +205,8 @@ class MultiTokenPrediction(nn.Module):
             block = self.depths[min(depth, len(self.depths)) - 1]
             with span("depth", depth, depth=depth):
                 tokens = rolls.at(depth)
-                if (
-                    mixer is not None
-                ):  # before the embedding, so that in backward its exchange leaves after it
+                # Before the embedding, whose gradient is many short kernels: in backward, rows leave after these.
+                if mixer is not None:
                     hidden = mixer.input_of(depth, hidden)
                 embedded = embed.at(depth) if isinstance(embed, RolledRows) else embed(tokens["input_ids"])
                 if self.detach:
