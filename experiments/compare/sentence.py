@@ -76,30 +76,39 @@ def sentence_of(result: dict[str, Any]) -> str:
 def worth_of(result: dict[str, Any]) -> str | None:
     """Return what merging the messages and what overlapping them is worth: the time that each saves of a step.
 
-    Merging is the way from `sync` to `batched` (of activations: `merged`), overlapping that from there to `prefetch`
-    (of activations: `overlap`). Times are medians of the differences in the same rounds, with 95 % intervals.
+    Merging is the way from `sync` to `batched`, whose only message blocks as well, and overlapping that from there to
+    `prefetch` over the same transport. Of activations they lead to `merged`, which has a message for each depth, and to
+    `overlap`. Times are medians of the differences in the same rounds, with 95 % intervals.
 
     Args:
         result: the record.
 
     Returns:
-        The sentence; None if one of the three did not run, or if there are fewer than `LEAST_ROUNDS` rounds.
+        The sentences; None if one of the three did not run, if bits are wrong, or if there are fewer than
+        `LEAST_ROUNDS` rounds.
     """
     contest, times = contest_in(result), result["times_ms"]
-    sync, merged, hiding = (_first(list(times), s) for s in ("sync", contest.merging, contest.overlapped))
-    if sync is None or merged is None or hiding is None or len(times[sync]) < LEAST_ROUNDS:
+    sync, merged = (_first(list(times), schedule) for schedule in ("sync", contest.merging))
+    early = merged and merged.replace(contest.merging, contest.overlapped)  # over the same transport
+    if sync is None or merged is None or early not in times or len(times[sync]) < LEAST_ROUNDS:
         return None
-    merging, overlapping = _saved(times[sync], times[merged]), _saved(times[merged], times[hiding])
+    if any(_wrong(result["rows"][mode]) for mode in (sync, merged, early)):
+        return None
+    one = "one" if contest is TOKENS else "one for each depth"
     return (
-        f"Merging the messages of sync into as few as possible, which block as well ({merged}), saves {merging} of "
-        f"this step. Sending these early, under compute ({hiding}), saves another {overlapping}."
+        f"Merging the messages of sync into {one} that blocks as well ({merged}) "
+        f"{_saved(times[sync], times[merged])}. Sending one for all early, under compute ({early}), "
+        f"{_saved(times[merged], times[early])}. In brackets: 95 % intervals."
     )
 
 
 def _saved(before: list[float], after: list[float]) -> str:
     found = statistics.median(np.array(before) - np.array(after), SEED)
-    words = f"{found.value:.2f} ms [{found.low:.2f}, {found.high:.2f}]"
-    return words if found.low > 0 or found.high < 0 else f"{words} (perhaps nothing)"
+    if found.low > 0:
+        return f"saves {found.value:.2f} ms of this step [{found.low:.2f}, {found.high:.2f}]"
+    if found.high < 0:
+        return f"makes this step longer by {-found.value:.2f} ms [{-found.high:.2f}, {-found.low:.2f}]"
+    return f"saves nothing that these rounds could tell [{found.low:.2f} ms, {found.high:.2f} ms]"
 
 
 def _first(modes: list[str], schedule: str) -> str | None:

@@ -151,26 +151,36 @@ def test_what_merging_and_overlapping_are_each_worth():
         [ms + one for one, ms in zip(ones, column, strict=True)]
         for column in ([30.0] * 8, [20.0] * 8, [19.5, 20.5] * 4)
     )
-    modes = {"sync": slow, "batched:process_group": merged, "prefetch:symmetric": early, "prefetch": slow}
+    modes = {"sync": slow, "batched:process_group": merged, "prefetch": slow, "prefetch:process_group": early}
+    assert worth_of(timed(modes)) == (
+        "Merging the messages of sync into one that blocks as well (batched:process_group) saves 10.00 ms of this step "
+        "[10.00, 10.00]. Sending one for all early, under compute (prefetch:process_group), saves nothing that these "
+        "rounds could tell [-0.50 ms, 0.50 ms]. In brackets: 95 % intervals."
+    )
+    modes["prefetch:process_group"] = slow
     words = worth_of(timed(modes))
     assert words is not None
-    merging, overlapping = words.split(". Sending")
-    assert merging == (
-        "Merging the messages of sync into as few as possible, which block as well (batched:process_group), "
-        "saves 10.00 ms [10.00, 10.00] of this step"
-    )
-    assert overlapping.startswith(
-        " these early, under compute (prefetch:symmetric), saves another 0.00 ms [-0.50,"
-    )
-    assert overlapping.endswith("0.50] (perhaps nothing).")
+    assert "(prefetch:process_group), makes this step longer by 10.00 ms [10.00, 10.00]" in words
+
+
+def test_worth_is_that_of_one_transport_and_of_right_bits():
+    modes = {mode: [9.0] * 6 for mode in ("sync", "batched:process_group", "prefetch:symmetric")}
+    assert worth_of(timed(modes)) is None
+    record = timed({mode: [9.0] * 6 for mode in ("sync", "batched", "prefetch")})
+    assert worth_of(record) is not None
+    record["rows"]["prefetch"]["rolls_equal"] = False
+    assert worth_of(record) is None
 
 
 def test_activations_are_merged_and_overlapped_by_other_schedules():
     modes = {"sync": [9.0] * 6, "merged": [5.0] * 6, "overlap": [4.0] * 6}
     words = worth_of(timed(modes, baseline="none"))
     assert words is not None
-    assert "(merged), saves 4.00 ms [4.00, 4.00] of this step" in words
-    assert words.endswith("(overlap), saves another 1.00 ms [1.00, 1.00].")
+    assert (
+        "into one for each depth that blocks as well (merged) saves 4.00 ms of this step [4.00, 4.00]"
+        in words
+    )
+    assert "(overlap), saves 1.00 ms of this step [1.00, 1.00]" in words
     assert worth_of(timed(modes)) is None  # of tokens: batched and prefetch did not run
 
 
