@@ -21,7 +21,7 @@ ROW, BAR, TOP, AXIS = (
     22,
     30,
 )  # pixels: height of a row and of its bar, where the bar begins, height of the axis
-STEPS = (0.1, 0.2, 0.25, 0.5, 1.0)  # between the marks of the axis, times a power of ten
+STEPS = (0.1, 0.2, 0.25, 0.5, 1.0, 2.0)  # between the marks of the axis, times a power of ten
 MOST_MARKS = 6
 
 

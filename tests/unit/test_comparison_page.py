@@ -113,7 +113,8 @@ def test_the_bars_are_to_scale():
 
 
 @pytest.mark.parametrize(
-    "ratio", [(1.0, 1.0, 1.0), (0.5, -0.2, 0.9), (40.0, 1.0, 2000.0), (1.004, 1.003, 1.005)]
+    "ratio",
+    [(1.0, 1.0, 1.0), (0.5, -0.2, 0.9), (7.0, 6.0, 9.0), (40.0, 1.0, 2000.0), (1.004, 1.003, 1.005)],
 )
 def test_the_axis_holds_any_ratio(ratio):
     read = Reader(page_of(record_of({"sync": ratio})))
