@@ -5,22 +5,24 @@ from __future__ import annotations
 import pytest
 
 from activation_faults import (
-    DIFFERENT,
-    OUT_OF_STEP,
     close_with_exchanges_under_way,
-    count_collectives_of_none,
-    differ_among_tp_ranks,
-    go_out_of_step,
-    go_out_of_step_far_away,
     leaks,
     look_under_no_grad,
     lose_a_gradient,
     recompute,
     roll_among_others,
     run_backward_of_several_microbatches,
-    start_other_kinds,
     what_outlives_a_step,
     wrong_after_passes,
+)
+from activation_strays import (
+    DIFFERENT,
+    OUT_OF_STEP,
+    count_collectives_of_none,
+    differ_among_tp_ranks,
+    go_out_of_step,
+    go_out_of_step_far_away,
+    start_other_kinds,
 )
 from cases import ODD_RANK
 from rank_pool import TIMEOUT_S, RankPool

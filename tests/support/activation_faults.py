@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import product
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,10 +16,9 @@ from overlap_mtp import Roller, Rolls, SequenceLayout, make_roller
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 from overlap_mtp.schedules.timed import TimedRoller
 
-from activations import gradients_of, leaves_of, make_grid, rolls_of, run_backward, wrong_rows
+from activations import gradients_of, leaves_of, run_backward, wrong_rows
 from cases import ODD_RANK, Microbatch, error_of
 from exact_activations import Activations, Tensors
-from rank_pool import fresh_group
 from strategies import same_bits
 
 NUM_DEPTHS = 2
@@ -421,189 +415,3 @@ def run_backward_of_several_microbatches(group: dist.ProcessGroup) -> list[str]:
         wrong += [f"microbatch {number}: {one}" for one in batch.wrong_gradients(gradients_of(mine), times)]
     roller.close()
     return wrong
-
-
-# Ranks that are out of step
-
-
-def other_documents(batch: Activations) -> Activations:
-    bounds = batch.layout.cu_seqlens.copy()
-    bounds[1] += batch.layout.num_chunks
-    return replace(batch, layout=SequenceLayout.packed(bounds, batch.layout.cp_size))
-
-
-def other_lengths(batch: Activations) -> Activations:
-    lengths = batch.layout.valid_lengths - [0, 1, 0]
-    return replace(
-        batch,
-        layout=SequenceLayout.packed(batch.layout.cu_seqlens, batch.layout.cp_size, valid_lengths=lengths),
-    )
-
-
-def converted(batch: Activations, change: Callable[[torch.Tensor], torch.Tensor]) -> Activations:
-    tensors, weights = (
-        {key: change(one) for key, one in some.items()} for some in (batch.tensors, batch.weights)
-    )
-    return replace(batch, tensors=tensors, weights=weights)
-
-
-# What the odd rank starts in place of its second microbatch.
-CHANGES: dict[str, Callable[[Activations], Activations]] = {
-    "cu_seqlens": other_documents,
-    "valid_lengths": other_lengths,
-    "of_batch": lambda batch: replace(batch, layout=batch.layout.of_batch("another")),
-    "dtype": lambda batch: converted(batch, torch.Tensor.float),
-    "shape": lambda batch: converted(batch, lambda one: one[:, :1]),
-    "illegal": lambda batch: converted(batch, torch.Tensor.long),
-    "no_grad": lambda batch: batch,
-    "no backward": lambda batch: batch,
-    "away": lambda batch: batch,
-}
-
-
-def outcomes_of(group: dist.ProcessGroup, schedule: str, case: str) -> list[tuple[str, float]]:
-    """The outcomes and seconds of three microbatches; the second is another one on the odd rank.
-
-    A rank that stays away does so from then on: a rank cannot tell that its peer left one batch out, unless they have
-    names (`of_batch`).
-    """
-    roller, outcomes = make_activation_roller(schedule, group, NUM_DEPTHS), []
-    for number in range(3):
-        batch = batch_of(group, number)
-        is_odd = number == 1 and group.rank() == ODD_RANK
-        if is_odd:
-            batch = CHANGES[case](batch)
-        begin = time.monotonic()
-        try:
-            if case == "away" and number > 0 and group.rank() == ODD_RANK:
-                outcome = "RuntimeError: away"
-            elif is_odd and case == "no backward":
-                start(batch, roller, leaves_of(batch))[1].at(1)
-                outcome = "RuntimeError: no backward"
-            elif is_odd and case == "no_grad":
-                with torch.no_grad():
-                    rolls_of(roller, batch.shards(), batch.layout)
-                outcome = "right"
-            elif is_odd and case == "illegal":
-                outcome = str(rolls_of(roller, batch.shards(), batch.layout))
-            else:
-                outcome = str(wrong_rows(batch, roller) or "right")
-        except (ValueError, RuntimeError) as error:
-            outcome = f"{type(error).__name__}: {error}"
-        outcomes.append((outcome, time.monotonic() - begin))
-    return outcomes
-
-
-OUT_OF_STEP = [
-    *(("overlap", case) for case in CHANGES),
-    *(("merged", case) for case in CHANGES if case not in ("valid_lengths", "of_batch")),
-    *(("sync", case) for case in ("cu_seqlens", "no_grad", "illegal", "no backward")),
-]
-
-
-def go_out_of_step(world: dist.ProcessGroup) -> dict[tuple[str, str], list[tuple[str, float]]]:
-    """The outcomes of all cases. Each has a thread and a group, so that they wait side by side."""
-    groups = {case: fresh_group(world) for case in OUT_OF_STEP}
-    with ThreadPoolExecutor(len(groups)) as threads:
-        return dict(zip(groups, threads.map(lambda one: outcomes_of(groups[one], *one), groups), strict=True))
-
-
-def go_out_of_step_far_away(world: dist.ProcessGroup) -> dict[tuple[str, str], list[tuple[str, float]]]:
-    """The outcomes of cases that headers give away, on more ranks than a rank has neighbours."""
-    cases = list(product(("overlap", "merged"), ("cu_seqlens", "dtype", "no_grad", "illegal")))
-    return {case: outcomes_of(fresh_group(world, timeout_s=20), *case) for case in cases}
-
-
-# What the odd rank's roller and first batch have in place of the others', and what the errors say.
-DIFFERENT: dict[str, tuple[dict[str, Any], Callable[[Activations], Activations], list[str]]] = {
-    "num_depths": ({"num_depths": 1}, lambda batch: batch, ["num_depths", "1", "2"]),
-    "max_documents": ({"max_documents": 7}, lambda batch: batch, ["max_documents", "7", "128"]),
-    "schedule": ({"schedule": "merged"}, lambda batch: batch, ["schedule", "merged", "overlap"]),
-    "seq_dim": (
-        {"seq_dim": 0},
-        lambda batch: replace(batch, seq_dim=0),
-        ["seq_dim", "0", "1"],
-    ),
-    "dtype": ({}, CHANGES["dtype"], ["a float64 [2, 3]", "a float32 [2, 3]"]),
-    "shape": ({}, CHANGES["shape"], ["a float64 [2, 3]", "a float64 [1, 3]"]),
-    "illegal": ({}, CHANGES["illegal"], ["a must be one of float64", "int64"]),
-    "names": (
-        {},
-        lambda batch: replace(batch, tensors={"a": batch.tensors["a"]}),
-        ["a float64 [2, 3]", "b float64 [2, 5]"],
-    ),
-    "kind": (
-        {},
-        lambda batch: replace(
-            batch, layout=SequenceLayout.packed(batch.layout.cu_seqlens, batch.layout.cp_size, "contiguous")
-        ),
-        ["packed zigzag", "packed contiguous"],
-    ),
-    "cp_size": (
-        {},
-        lambda batch: replace(batch, layout=SequenceLayout.dense(48, 6)),
-        ["cp_size 6", "3 ranks"],
-    ),
-}
-
-
-def start_other_kinds(group: dist.ProcessGroup) -> dict[str, tuple[str, list[str]]]:
-    """For each difference, what the first start raises, and what is wrong with a second one, of a good batch."""
-    found = {}
-    for case, (options, change, _) in DIFFERENT.items():
-        batch, settings = batch_of(group), {"schedule": "overlap", "num_depths": NUM_DEPTHS}
-        is_odd = group.rank() == ODD_RANK
-        roller = make_activation_roller(cp_group=group, **settings | (options if is_odd else {}))
-        mine = change(batch) if is_odd else batch
-        shards = (mine if mine.layout.cp_size == group.size() else batch).shards()
-        error = error_of(roller.start, shards, mine.layout)
-        found[case] = error, [] if options else wrong_rows(batch, roller)
-        roller.close()
-    return found
-
-
-# What tp rank 1 starts second in place of its batch, as (batch, layout, hidden size).
-SHARED: dict[str, Callable[[int], tuple[SequenceLayout, int]]] = {
-    "layout": lambda cp_size: (SequenceLayout.packed([0, 12, 24], cp_size), 3),
-    "length": lambda cp_size: (SequenceLayout.packed([0, 8, 48], cp_size), 3),
-    "shape": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 5),
-    "illegal": lambda cp_size: (SequenceLayout.dense(24, 3), 3),
-    "nothing": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 3),
-}
-
-
-def differ_among_tp_ranks(world: dist.ProcessGroup) -> dict[tuple[str, str], list[str]]:
-    """By schedule and case, the outcomes of two microbatches on 2 cp ranks of 2 tp ranks."""
-    found = {}
-    for schedule, case in product(ACTIVATION_SCHEDULES, SHARED):
-        grid = make_grid(2, 2)
-        assert grid is not None
-        tp_group, cp_group = grid
-        assert tp_group is not None
-        roller = make_activation_roller(schedule, cp_group, NUM_DEPTHS, tp_group=tp_group)
-
-        def step(layout: SequenceLayout, hidden: int, roller: Roller = roller) -> None:
-            leaf = torch.ones(1, layout.local_len // 2, hidden, requires_grad=True)
-            roller.start({"a": leaf * 1}, layout).at(1)["a"].sum().backward()
-
-        is_odd = tp_group.rank() == ODD_RANK
-        good = SHARED["nothing"](2)
-        found[schedule, case] = [error_of(step, *one) for one in (good, SHARED[case](2) if is_odd else good)]
-    return found
-
-
-def count_collectives_of_none(world: dist.ProcessGroup) -> list[int]:
-    """How many sums over tp ranks each schedule takes for one microbatch, forward and backward; the last is `none`."""
-    grid = make_grid(2, 2)
-    assert grid is not None
-    layout, counts = SequenceLayout.dense(24, 2), []
-    for schedule in (*ACTIVATION_SCHEDULES, "none"):
-        batch = Activations.of(grid[1], layout, NUM_DEPTHS, tp_group=grid[0])
-        roller = make_activation_roller(schedule, grid[1], NUM_DEPTHS, tp_group=grid[0])
-        roller.start(batch.shards(), layout).at(1)
-        tensors, rolls = start(batch, roller, leaves_of(batch))
-        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums:
-            run_backward(batch, tensors, [rolls.at(depth) for depth in (1, 2)])
-        counts.append(sums.call_count)
-        roller.close()
-    return counts
