@@ -20,7 +20,6 @@ This is index arithmetic in numpy. `overlap_mtp.kernels.reference` carries plans
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -238,7 +237,7 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
         mark: of the exchange (`overlap_mtp.exchange.transport.Transport.start`).
 
     Returns:
-        The checksum of the bounds. With the mark and the batch's name it makes the fingerprint (`fingerprint_of`).
+        The layout's checksum. With the mark and the batch's name it makes the fingerprint (`fingerprint_of`).
 
     Raises:
         ValueError: if the layout has more documents than the plan.
@@ -254,9 +253,8 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     metadata[CU_SEQLENS : CU_SEQLENS + documents + 1] = layout.cu_seqlens[: documents + 1]
     metadata[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
     metadata[ends_at : ends_at + documents] = layout.valid_ends[:documents]
-    checksum = zlib.crc32(metadata[NUM_DOCUMENTS : ends_at + documents].data)
-    metadata[FINGERPRINT] = fingerprint_of(checksum, layout.batch, mark)
-    return checksum
+    metadata[FINGERPRINT] = fingerprint_of(layout.checksum, layout.batch, mark)
+    return layout.checksum
 
 
 def write_references(layout: DeviceLayout, metadata: IntArray, mark: int) -> None:
