@@ -20,6 +20,11 @@ PICTURES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }  # kinds of a timeline, by the end of its file's name
+ON_CPU = (
+    "These ranks are CPU processes. They show bits and messages, and what each message costs the host. They compute "
+    "on the cores that also send, so that hardly anything can be hidden. If other work runs on the machine, rounds "
+    "come in slow and fast spells, and intervals, which take rounds as independent, are too narrow."
+)
 PROFILED = "A profiler recorded these steps, which costs host time: take step times from a run without one."
 STYLE = Path(__file__).parent / "page.css"
 LOOKS = {"yes": "good", "equal": "good", "NO": "bad", "DIFFERENT": "bad"}  # of cells, by what they say
@@ -56,6 +61,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         element("p", sentence, class_="sentence" if right else "sentence wrong"),
         *([] if worth is None else [element("p", worth)]),
         element("p", meaning_of(contest), class_="quiet"),
+        *([element("p", ON_CPU, class_="quiet")] if result["where"]["device"] == "CPU" else []),
         *([element("p", PROFILED, class_="quiet")] if " --profile" in result.get("command", "") else []),
         *_times(result, contest),
         *([] if timeline is None else _timeline(timeline)),
@@ -84,7 +90,8 @@ def check_picture(path: Path) -> None:
 def _times(result: Record, contest: Contest) -> Iterator[Element]:
     yield element("h2", "Step time over that without any exchange")
     caption = (
-        f"Ratio of the steps' times in the same rounds; the line across a bar's end is its 95 % interval. "
+        f"1 + the median difference of steps of the same round over the median step of {contest.baseline}, which is "
+        "steadier than a quotient of medians; the line across a bar's end is its 95 % interval. "
         f"Dashed: {contest.baseline}, a step without any exchange."
     )
     yield element("figure", bars_of(result["rows"]), element("figcaption", caption))

@@ -12,7 +12,7 @@ from harness import statistics
 WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
 LEAST_ROUNDS = 6  # for an interval: with fewer, resampling them says too little
 CLOSE = 0.05  # a ratio whose interval holds 1 and stays this close to it is as good as 1
-HIDES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
+SAVES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
 
 Row = dict[str, Any]
 
@@ -27,8 +27,9 @@ def meaning_of(contest: Contest) -> str:
     why = "whose loader rolls the batch" if contest is TOKENS else "whose rolls send nothing and are wrong"
     return (
         f"A step without any exchange is that of {contest.baseline}, {why}. Of the time that sync adds to it, "
-        f"{contest.overlapped} hides a share: it hides “all” if the 95 % interval of this share begins at "
-        f"{100 * HIDES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is wide, its two ends are given."
+        f"{contest.overlapped} saves a share, by merging messages and by sending early: it saves “all” if the 95 % "
+        f"interval of this share begins at {100 * SAVES_AT_LEAST:.0f} % or above and reaches 100 %. If an interval is "
+        "wide, its two ends are given."
     )
 
 
@@ -38,9 +39,9 @@ def sentence_of(result: dict[str, Any]) -> str:
     1. What `sync` costs: the ratio of its step to the baseline's. If the ratio's 95 % interval holds 1, this part says
        that the difference is small (the interval is within `CLOSE` of 1) or that these rounds cannot tell. If the
        interval is wider than `WIDE` of the added time, it gives both ends.
-    2. What `prefetch` (of activations: `overlap`) hides, if `sync` costs anything: its efficiency, which is the share
-       of `sync`'s added time that its own step does not have. It hides "all of it" if the share's 95 % interval begins
-       at `HIDES_AT_LEAST` or above and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below,
+    2. What `prefetch` (of activations: `overlap`) saves, if `sync` costs anything: its efficiency, which is the share
+       of `sync`'s added time that its own step does not have. It saves "all of it" if the share's 95 % interval begins
+       at `SAVES_AT_LEAST` or above and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below,
        these rounds cannot tell.
     3. Whether all schedules computed the same bits. If not, this part comes first and names those that differ.
 
@@ -61,11 +62,11 @@ def sentence_of(result: dict[str, Any]) -> str:
     if rounds < LEAST_ROUNDS:
         parts = [f"{rounds} rounds are too few to compare step times (--rounds {LEAST_ROUNDS} or more)"]
     elif sync is None:
-        parts.append("sync did not run, so that nothing says what there is to hide")
+        parts.append("sync did not run, so that nothing says what there is to save")
     elif hiding is None:
         parts.append(f"{contest.overlapped} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
-        parts.append(_hidden(hiding, rows[hiding]["efficiency"]))
+        parts.append(_share(hiding, rows[hiding]["efficiency"]))
     if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:
         parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
     else:
@@ -94,21 +95,26 @@ def worth_of(result: dict[str, Any]) -> str | None:
         return None
     if any(_wrong(result["rows"][mode]) for mode in (sync, merged, early)):
         return None
-    one = "one" if contest is TOKENS else "one for each depth"
+    kind = "for everything" if contest is TOKENS else "for each depth"
     return (
-        f"Merging the messages of sync into {one} that blocks as well ({merged}) "
-        f"{_saved(times[sync], times[merged])}. Sending one for all early, under compute ({early}), "
+        f"One blocking message {kind} ({merged}) in place of those of sync {_saved(times[sync], times[merged])}. "
+        f"One for everything that leaves early and travels under compute ({early}), in place of that, "
         f"{_saved(times[merged], times[early])}. In brackets: 95 % intervals."
     )
 
 
 def _saved(before: list[float], after: list[float]) -> str:
     found = statistics.median(np.array(before) - np.array(after), SEED)
+    value, low, high = (_figure(one) for one in (abs(found.value), found.low, found.high))
     if found.low > 0:
-        return f"saves {found.value:.2f} ms of this step [{found.low:.2f}, {found.high:.2f}]"
+        return f"saves {value} ms of this step [{low}, {high}]"
     if found.high < 0:
-        return f"makes this step longer by {-found.value:.2f} ms [{-found.high:.2f}, {-found.low:.2f}]"
-    return f"saves nothing that these rounds could tell [{found.low:.2f} ms, {found.high:.2f} ms]"
+        return f"makes this step longer by {value} ms [{_figure(-found.high)}, {_figure(-found.low)}]"
+    return f"saves nothing that these rounds could tell [{low} ms, {high} ms]"
+
+
+def _figure(ms: float) -> str:
+    return f"{ms:,.{2 if abs(ms) < 10 else 1 if abs(ms) < 100 else 0}f}"
 
 
 def _first(modes: list[str], schedule: str) -> str | None:
@@ -136,21 +142,21 @@ def _cost(mode: str, ratio: dict[str, float], rounds: int) -> str:
     )
 
 
-def _hidden(mode: str, share: dict[str, float] | None) -> str:
+def _share(mode: str, share: dict[str, float] | None) -> str:
     if share is None:
-        return f"the record does not say how much of it {mode} hides"
+        return f"the record does not say how much of it {mode} saves"
     value, low, high = (100 * share[part] for part in ("value", "low", "high"))
-    if low >= 100 * HIDES_AT_LEAST and round(high) >= 100:
-        return f"{mode} hides all of it"
+    if low >= 100 * SAVES_AT_LEAST and round(high) >= 100:
+        return f"{mode} saves all of it"
     if high <= 0:
-        return f"{mode} hides none of it"
+        return f"{mode} saves none of it"
     if low <= 0:
-        return f"these rounds cannot tell how much of it {mode} hides"
+        return f"these rounds cannot tell how much of it {mode} saves"
     if round(high) >= 100:
-        return f"{mode} hides at least {low:.0f} % of it"
+        return f"{mode} saves at least {low:.0f} % of it"
     if high - low > 100 * WIDE:
-        return f"{mode} hides between {low:.0f} and {high:.0f} % of it"
-    return f"{mode} hides {value:.0f} % of it"
+        return f"{mode} saves between {low:.0f} and {high:.0f} % of it"
+    return f"{mode} saves {value:.0f} % of it"
 
 
 def _wrong(row: Row) -> str:

@@ -94,7 +94,7 @@ class NcclRowTransport(RowTransport):
 
     def _leave(self, exchange: RowExchange) -> None:
         rounds = self._rounds(exchange)
-        what = f"{'the backward of ' * exchange.is_backward}{self.describe(exchange.number)}"
+        what = self._describe(exchange)
         with self._send_span, self.group.named_errors(what):
             for one in rounds:
                 if self._has_headers:

@@ -84,7 +84,7 @@ class GlooRowTransport(RowTransport):
     def _post(self, exchange: RowExchange, rounds: list[Round]) -> None:
         if not rounds:
             return
-        what = f"{'the backward of ' * exchange.is_backward}{self.describe(exchange.number)}"
+        what = self._describe(exchange)
         rank_of, group = self.group.global_rank, self.group.process_group
         with self.group.named_errors(what):
             received, sent = (

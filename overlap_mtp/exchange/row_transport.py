@@ -197,6 +197,13 @@ class RowTransport(Transport):
         rounds = self._document_rounds(exchange.layout) if self.schedule == "sync" else self._fixed_rounds
         return [one.reversed() for one in reversed(rounds)] if exchange.is_backward else rounds
 
+    def _describe(self, exchange: RowExchange) -> str:
+        """What is under way, for error messages."""
+        described = self.describe(exchange.number)
+        return (
+            f"the backward of {described}, which every rank must run," if exchange.is_backward else described
+        )
+
     def _fingerprint(self, exchange: RowExchange, is_backward: bool | None = None) -> int:
         """What headers hold; by default, of the direction that is under way."""
         mark = exchange.mark + BACKWARD * (exchange.is_backward if is_backward is None else is_backward)

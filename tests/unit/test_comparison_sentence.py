@@ -21,7 +21,7 @@ SAME = "all schedules computed the same bits."
 
 def test_the_sentence_to_repeat():
     assert sentence_of(record_of(SYNC | PREFETCH, ALL)) == (
-        f"sync makes this step 1.86 times as long as {WITHOUT}; prefetch hides all of it; {SAME}"
+        f"sync makes this step 1.86 times as long as {WITHOUT}; prefetch saves all of it; {SAME}"
     )
 
 
@@ -61,28 +61,28 @@ def test_few_rounds_say_nothing_of_times():
 )
 def test_what_sync_costs(ratio, words):
     found = sentence_of(record_of({"sync": ratio} | PREFETCH, ALL))
-    hidden = "; prefetch hides all of it" if ratio[1] > 1 else ""
+    hidden = "; prefetch saves all of it" if ratio[1] > 1 else ""
     assert found == f"{words}{hidden}; {SAME}"
 
 
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        ((0.97, 0.9, 1.0), "prefetch hides all of it"),
-        ((0.98, 0.97, 0.996), "prefetch hides all of it"),
-        ((1.1, 1.02, 1.2), "prefetch hides all of it"),
-        ((0.98, 0.97, 0.99), "prefetch hides 98 % of it"),
-        ((0.97, 0.89, 1.0), "prefetch hides at least 89 % of it"),
-        ((0.6, 0.5, 0.7), "prefetch hides 60 % of it"),
-        ((0.5, 0.2, 0.7), "prefetch hides between 20 and 70 % of it"),
-        ((0.4, 0.1, 1.3), "prefetch hides at least 10 % of it"),
-        ((0.3, -0.1, 0.8), "these rounds cannot tell how much of it prefetch hides"),
-        ((0.3, 0.0, 1.8), "these rounds cannot tell how much of it prefetch hides"),
-        ((-0.5, -0.9, -0.1), "prefetch hides none of it"),
-        (None, "the record does not say how much of it prefetch hides"),
+        ((0.97, 0.9, 1.0), "prefetch saves all of it"),
+        ((0.98, 0.97, 0.996), "prefetch saves all of it"),
+        ((1.1, 1.02, 1.2), "prefetch saves all of it"),
+        ((0.98, 0.97, 0.99), "prefetch saves 98 % of it"),
+        ((0.97, 0.89, 1.0), "prefetch saves at least 89 % of it"),
+        ((0.6, 0.5, 0.7), "prefetch saves 60 % of it"),
+        ((0.5, 0.2, 0.7), "prefetch saves between 20 and 70 % of it"),
+        ((0.4, 0.1, 1.3), "prefetch saves at least 10 % of it"),
+        ((0.3, -0.1, 0.8), "these rounds cannot tell how much of it prefetch saves"),
+        ((0.3, 0.0, 1.8), "these rounds cannot tell how much of it prefetch saves"),
+        ((-0.5, -0.9, -0.1), "prefetch saves none of it"),
+        (None, "the record does not say how much of it prefetch saves"),
     ],
 )
-def test_what_prefetch_hides(share, words):
+def test_what_prefetch_saves(share, words):
     assert sentence_of(record_of(SYNC | PREFETCH, {"prefetch": share})).split("; ")[1] == words
 
 
@@ -94,7 +94,7 @@ def test_bits_that_differ_are_said_first():
     found = sentence_of(record_of(rows, ALL, wrong))
     assert found == (
         f"WRONG BITS in sync (rolls and loss), overlap (loss); sync makes this step 1.86 times as long as {WITHOUT}; "
-        "prefetch hides all of it."
+        "prefetch saves all of it."
     )
     assert sentence_of(record_of(rows, ALL, {"prepared": ("rolls",)})).startswith(
         "WRONG BITS in prepared (rolls); "
@@ -108,7 +108,7 @@ def test_schedules_that_did_not_run():
         f"sync makes this step 1.86 times as long as {WITHOUT}; prefetch did not run; "
         "both schedules computed the same bits."
     )
-    no_sync = "sync did not run, so that nothing says what there is to hide"
+    no_sync = "sync did not run, so that nothing says what there is to save"
     assert sentence_of(record_of({"merged": (2.0, 1.9, 2.1)} | PREFETCH)) == (
         f"prefetch adds at most 3.0 % to {WITHOUT}, perhaps nothing; {no_sync}; {SAME}"
     )
@@ -122,7 +122,7 @@ def test_schedules_that_did_not_run():
 def test_the_first_transport_stands_for_its_schedule_and_is_named():
     modes = ("prefetch:process_group", "prefetch:symmetric")
     record = record_of(SYNC | dict.fromkeys(modes, PREFETCH["prefetch"]), {modes[0]: ALL["prefetch"]})
-    assert "; prefetch:process_group hides all of it; " in sentence_of(record)
+    assert "; prefetch:process_group saves all of it; " in sentence_of(record)
     record = record_of({"sync:process_group": (1.86, 1.8, 1.95)} | PREFETCH, ALL)
     assert sentence_of(record).startswith("sync:process_group makes this step 1.86 times")
 
@@ -153,14 +153,16 @@ def test_what_merging_and_overlapping_are_each_worth():
     )
     modes = {"sync": slow, "batched:process_group": merged, "prefetch": slow, "prefetch:process_group": early}
     assert worth_of(timed(modes)) == (
-        "Merging the messages of sync into one that blocks as well (batched:process_group) saves 10.00 ms of this step "
-        "[10.00, 10.00]. Sending one for all early, under compute (prefetch:process_group), saves nothing that these "
-        "rounds could tell [-0.50 ms, 0.50 ms]. In brackets: 95 % intervals."
+        "One blocking message for everything (batched:process_group) in place of those of sync saves 10.0 ms of this "
+        "step [10.0, 10.0]. One for everything that leaves early and travels under compute (prefetch:process_group), "
+        "in place of that, saves nothing that these rounds could tell [-0.50 ms, 0.50 ms]. In brackets: 95 % intervals."
     )
     modes["prefetch:process_group"] = slow
     words = worth_of(timed(modes))
     assert words is not None
-    assert "(prefetch:process_group), makes this step longer by 10.00 ms [10.00, 10.00]" in words
+    assert (
+        "(prefetch:process_group), in place of that, makes this step longer by 10.0 ms [10.0, 10.0]" in words
+    )
 
 
 def test_worth_is_that_of_one_transport_and_of_right_bits():
@@ -177,10 +179,10 @@ def test_activations_are_merged_and_overlapped_by_other_schedules():
     words = worth_of(timed(modes, baseline="none"))
     assert words is not None
     assert (
-        "into one for each depth that blocks as well (merged) saves 4.00 ms of this step [4.00, 4.00]"
+        "One blocking message for each depth (merged) in place of those of sync saves 4.00 ms of this step"
         in words
     )
-    assert "(overlap), saves 1.00 ms of this step [1.00, 1.00]" in words
+    assert "(overlap), in place of that, saves 1.00 ms of this step [1.00, 1.00]" in words
     assert worth_of(timed(modes)) is None  # of tokens: batched and prefetch did not run
 
 
