@@ -254,7 +254,7 @@ def check_documents(layout: Layout, max_documents: int) -> None:
     if layout.num_documents > max_documents < layout.num_used_documents:
         raise ValueError(
             f"the layout has {layout.num_used_documents} documents, more than max_documents {max_documents}: "
-            "pass a larger max_documents to make_roller"
+            "make the roller with a larger max_documents"
         )
 
 
