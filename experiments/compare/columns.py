@@ -27,7 +27,7 @@ def _ratio(mode: str, row: Row) -> str:
     return f"{_figure(value)} [{_figure(low, value)}, {_figure(high, value)}]"
 
 
-def _stalls(row: Row) -> list[dict[str, float]]:
+def stalls_of(row: Row) -> list[dict[str, float]]:
     """Return the stall of the forward pass and, of activations, that of the backward pass, if they were measured."""
     return [one for one in (row["stall_us"], row.get("backward_stall_us")) if one is not None]
 
@@ -42,7 +42,7 @@ NARROW: Columns = {
     "schedule": lambda mode, _: mode,
     "step (ms)": lambda _, row: _figure(row["median_ms"]),
     RATIO: _ratio,
-    "stall (µs)": lambda _, row: " + ".join(f"{one['value']:,.0f}" for one in _stalls(row)) or "-",
+    "stall (µs)": lambda _, row: " + ".join(f"{one['value']:,.0f}" for one in stalls_of(row)) or "-",
     "messages": lambda _, row: f"{row['messages_per_step']:,.0f}",
     "same bits": _same,
 }
@@ -81,7 +81,7 @@ WIDE: Columns = {
     "step ms (p10-p90)": lambda _, row: f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}-{row['p90_ms']:.2f})",
     RATIO: lambda _, row: _interval(row["ratio"], 4),
     "step delta µs": lambda _, row: _interval(row["step_delta_us"], 0),
-    "stall µs": lambda _, row: " + ".join(_interval(one, 0) for one in _stalls(row)) or "-",
+    "stall µs": lambda _, row: " + ".join(_interval(one, 0) for one in stalls_of(row)) or "-",
     "efficiency": _efficiency,
     "tokens/s": lambda _, row: f"{row['tokens_per_s']:,.0f}",
     "host µs": lambda _, row: _host(row),

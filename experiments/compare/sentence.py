@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from compare.columns import stalls_of
 from compare.comparison import ACTIVATIONS, SEED, TIMING_ONLY, TOKENS, Contest
 from harness import statistics
 
@@ -91,7 +92,13 @@ def worth_of(result: dict[str, Any]) -> str | None:
     contest, times = contest_in(result), result["times_ms"]
     sync, merged = (_first(list(times), schedule) for schedule in ("sync", contest.merging))
     early = merged and merged.replace(contest.merging, contest.overlapped)  # over the same transport
-    if sync is None or merged is None or early not in times or len(times[sync]) < LEAST_ROUNDS:
+    if (
+        sync is None
+        or merged is None
+        or early is None
+        or early not in times
+        or len(times[sync]) < LEAST_ROUNDS
+    ):
         return None
     if any(_wrong(result["rows"][mode]) for mode in (sync, merged, early)):
         return None
@@ -100,7 +107,16 @@ def worth_of(result: dict[str, Any]) -> str | None:
         f"One blocking message {kind} ({merged}) in place of those of sync {_saved(times[sync], times[merged])}. "
         f"One for everything that leaves early and travels under compute ({early}), in place of that, "
         f"{_saved(times[merged], times[early])}. In brackets: 95 % intervals."
+        + _stalls(result["rows"], (sync, merged, early))
     )
+
+
+def _stalls(rows: dict[str, Row], modes: tuple[str, str, str]) -> str:
+    parts = [stalls_of(rows[mode]) for mode in modes]
+    if not all(parts):
+        return ""
+    first, second, third = [f"{sum(one['value'] for one in stalls):,.0f}" for stalls in parts]
+    return f" The three hold up the compute stream for {first}, {second} and {third} µs."
 
 
 def _saved(before: list[float], after: list[float]) -> str:

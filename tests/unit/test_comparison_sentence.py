@@ -165,6 +165,17 @@ def test_what_merging_and_overlapping_are_each_worth():
     )
 
 
+def test_stalls_say_more_than_steps_where_they_were_measured():
+    modes = {"sync": [9.0] * 6, "merged": [5.0] * 6, "overlap": [4.0] * 6}
+    record = timed(modes, baseline="none")
+    for mode, forward, backward in (("sync", 9000.4, 1000.0), ("merged", 90.0, 80.0), ("overlap", 20.0, 1.0)):
+        record["rows"][mode]["stall_us"] = {"value": forward}
+        record["rows"][mode]["backward_stall_us"] = {"value": backward}
+    assert str(worth_of(record)).endswith(" The three hold up the compute stream for 10,000, 170 and 21 µs.")
+    record["rows"]["merged"] |= {"stall_us": None, "backward_stall_us": None}
+    assert str(worth_of(record)).endswith("In brackets: 95 % intervals.")
+
+
 def test_worth_is_that_of_one_transport_and_of_right_bits():
     modes = {mode: [9.0] * 6 for mode in ("sync", "batched:process_group", "prefetch:symmetric")}
     assert worth_of(timed(modes)) is None
