@@ -63,8 +63,8 @@ class SequenceLayout:
     _positions: dict[int, IntArray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # What exchanges need of a layout is found where it is made, not when the first of them starts. There it takes
-        # 50 µs on cold caches.
+        # What exchanges need of a layout is found where it is made. In the first exchange's `start` it would take 50 µs
+        # on cold caches.
         _ = self.checksum
 
     @classmethod

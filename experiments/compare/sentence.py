@@ -13,7 +13,7 @@ from harness import statistics
 WIDE = 0.4  # an interval wider than this part of the added time is given in place of its value
 LEAST_ROUNDS = 6  # for an interval: with fewer, resampling them says too little
 CLOSE = 0.05  # a ratio whose interval holds 1 and stays this close to it is as good as 1
-SAVES_AT_LEAST = 0.9  # the least that the lower end of the hidden share must be for "all of it"
+SAVES_AT_LEAST = 0.9  # the least that the lower end of the saved share must be for "all of it"
 
 Row = dict[str, Any]
 
@@ -89,48 +89,46 @@ def worth_of(result: dict[str, Any]) -> str | None:
         The sentences; None if one of the three did not run, if bits are wrong, or if there are fewer than
         `LEAST_ROUNDS` rounds.
     """
-    contest, times = contest_in(result), result["times_ms"]
-    sync, merged = (_first(list(times), schedule) for schedule in ("sync", contest.merging))
-    early = merged and merged.replace(contest.merging, contest.overlapped)  # over the same transport
-    if (
-        sync is None
-        or merged is None
-        or early is None
-        or early not in times
-        or len(times[sync]) < LEAST_ROUNDS
-    ):
+    contest, times, rows = contest_in(result), result["times_ms"], result["rows"]
+    pairs = [  # over the same transport
+        (mode, early)
+        for mode in times
+        if mode.partition(":")[0] == contest.merging
+        and (early := mode.replace(contest.merging, contest.overlapped)) in times
+    ]
+    sync = _first(list(times), "sync")
+    if sync is None or not pairs or len(times[sync]) < LEAST_ROUNDS:
         return None
-    if any(_wrong(result["rows"][mode]) for mode in (sync, merged, early)):
+    merged, early = pairs[0]
+    if any(_wrong(rows[mode]) for mode in (sync, merged, early)):
         return None
-    kind = "for everything" if contest is TOKENS else "for each depth"
+    of_tokens = contest is TOKENS
     return (
-        f"One blocking message {kind} ({merged}) in place of those of sync {_saved(times[sync], times[merged])}. "
-        f"One for everything that leaves early and travels under compute ({early}), in place of that, "
-        f"{_saved(times[merged], times[early])}. In brackets: 95 % intervals."
-        + _stalls(result["rows"], (sync, merged, early))
+        f"One blocking message for {'everything' if of_tokens else 'each depth'} ({merged}) in place of those of sync "
+        f"{_saved(times[sync], times[merged])}. Sending {'it' if of_tokens else 'one for all depths'} early, so that "
+        f"it travels under compute ({early}), then {_saved(times[merged], times[early])}. In brackets: 95 % intervals."
+        + _stalls([stalls_of(rows[mode]) for mode in (sync, merged, early)], of_tokens)
     )
-
-
-def _stalls(rows: dict[str, Row], modes: tuple[str, str, str]) -> str:
-    parts = [stalls_of(rows[mode]) for mode in modes]
-    if not all(parts):
-        return ""
-    first, second, third = [f"{sum(one['value'] for one in stalls):,.0f}" for stalls in parts]
-    return f" The three hold up the compute stream for {first}, {second} and {third} µs."
 
 
 def _saved(before: list[float], after: list[float]) -> str:
     found = statistics.median(np.array(before) - np.array(after), SEED)
-    value, low, high = (_figure(one) for one in (abs(found.value), found.low, found.high))
-    if found.low > 0:
-        return f"saves {value} ms of this step [{low}, {high}]"
-    if found.high < 0:
-        return f"makes this step longer by {value} ms [{_figure(-found.high)}, {_figure(-found.low)}]"
+    sign = -1 if found.high < 0 else 1
+    values = [sign * one for one in (found.value, found.low, found.high)]
+    most = max(map(abs, values))
+    value, *ends = (f"{one + 0.0:,.{2 if most < 10 else 1 if most < 100 else 0}f}" for one in values)
+    low, high = ends[::sign]
+    if found.low > 0 or found.high < 0:
+        return f"{'saves' if sign > 0 else 'costs'} {value} ms of this step [{low}, {high}]"
     return f"saves nothing that these rounds could tell [{low} ms, {high} ms]"
 
 
-def _figure(ms: float) -> str:
-    return f"{ms:,.{2 if abs(ms) < 10 else 1 if abs(ms) < 100 else 0}f}"
+def _stalls(stalls: list[list[dict[str, float]]], of_tokens: bool) -> str:
+    if {len(one) for one in stalls} not in ({1}, {2}):  # not measured
+        return ""
+    first, second, third = (f"{sum(part['value'] for part in one):,.0f} µs" for one in stalls)
+    copies = "" if of_tokens else ", the copies of the rolls included"
+    return f" The three hold up the compute stream for {first}, {second} and {third}{copies}."
 
 
 def _first(modes: list[str], schedule: str) -> str | None:

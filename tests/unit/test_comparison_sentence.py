@@ -154,15 +154,13 @@ def test_what_merging_and_overlapping_are_each_worth():
     modes = {"sync": slow, "batched:process_group": merged, "prefetch": slow, "prefetch:process_group": early}
     assert worth_of(timed(modes)) == (
         "One blocking message for everything (batched:process_group) in place of those of sync saves 10.0 ms of this "
-        "step [10.0, 10.0]. One for everything that leaves early and travels under compute (prefetch:process_group), "
-        "in place of that, saves nothing that these rounds could tell [-0.50 ms, 0.50 ms]. In brackets: 95 % intervals."
+        "step [10.0, 10.0]. Sending it early, so that it travels under compute (prefetch:process_group), then saves "
+        "nothing that these rounds could tell [-0.50 ms, 0.50 ms]. In brackets: 95 % intervals."
     )
     modes["prefetch:process_group"] = slow
     words = worth_of(timed(modes))
     assert words is not None
-    assert (
-        "(prefetch:process_group), in place of that, makes this step longer by 10.0 ms [10.0, 10.0]" in words
-    )
+    assert "(prefetch:process_group), then costs 10.0 ms of this step [10.0, 10.0]" in words
 
 
 def test_stalls_say_more_than_steps_where_they_were_measured():
@@ -171,14 +169,18 @@ def test_stalls_say_more_than_steps_where_they_were_measured():
     for mode, forward, backward in (("sync", 9000.4, 1000.0), ("merged", 90.0, 80.0), ("overlap", 20.0, 1.0)):
         record["rows"][mode]["stall_us"] = {"value": forward}
         record["rows"][mode]["backward_stall_us"] = {"value": backward}
-    assert str(worth_of(record)).endswith(" The three hold up the compute stream for 10,000, 170 and 21 µs.")
+    assert str(worth_of(record)).endswith(
+        "for 10,000 µs, 170 µs and 21 µs, the copies of the rolls included."
+    )
     record["rows"]["merged"] |= {"stall_us": None, "backward_stall_us": None}
     assert str(worth_of(record)).endswith("In brackets: 95 % intervals.")
 
 
 def test_worth_is_that_of_one_transport_and_of_right_bits():
-    modes = {mode: [9.0] * 6 for mode in ("sync", "batched:process_group", "prefetch:symmetric")}
+    modes = {mode: [9.0] * 6 for mode in ("sync", "batched", "batched:process_group", "prefetch:symmetric")}
     assert worth_of(timed(modes)) is None
+    modes["prefetch:process_group"] = [9.0] * 6
+    assert "(batched:process_group)" in str(worth_of(timed(modes)))
     record = timed({mode: [9.0] * 6 for mode in ("sync", "batched", "prefetch")})
     assert worth_of(record) is not None
     record["rows"]["prefetch"]["rolls_equal"] = False
@@ -193,7 +195,10 @@ def test_activations_are_merged_and_overlapped_by_other_schedules():
         "One blocking message for each depth (merged) in place of those of sync saves 4.00 ms of this step"
         in words
     )
-    assert "(overlap), in place of that, saves 1.00 ms of this step [1.00, 1.00]" in words
+    assert (
+        "Sending one for all depths early, so that it travels under compute (overlap), then saves 1.00 ms"
+        in words
+    )
     assert worth_of(timed(modes)) is None  # of tokens: batched and prefetch did not run
 
 
