@@ -13,18 +13,18 @@ Row = dict[str, Any]
 Columns = dict[str, Callable[[str, Row], str]]  # by heading: the cell of a schedule and its row
 
 
-def _figure(value: float, like: float | None = None) -> str:
-    """Return a number with about four digits, and as many decimals as another one would have."""
+def figure(value: float, like: float | None = None, digits: int = 4) -> str:
+    """Return a number with about `digits` digits, and as many decimals as another one would have."""
     size = abs(value if like is None else like)
-    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
-    return f"{value:,.{decimals}f}"
+    decimals = next((n for n in range(digits - 1, 0, -1) if size < 10 ** (digits - n)), 0)
+    return f"{value:z,.{decimals}f}"  # z: no -0
 
 
 def _ratio(mode: str, row: Row) -> str:
     value, low, high = (row["ratio"][part] for part in ("value", "low", "high"))
     if value == low == high == 1:
         return "1"
-    return f"{_figure(value)} [{_figure(low, value)}, {_figure(high, value)}]"
+    return f"{figure(value)} [{figure(low, value)}, {figure(high, value)}]"
 
 
 def stalls_of(row: Row) -> list[dict[str, float]]:
@@ -40,7 +40,7 @@ def _same(mode: str, row: Row) -> str:
 
 NARROW: Columns = {
     "schedule": lambda mode, _: mode,
-    "step (ms)": lambda _, row: _figure(row["median_ms"]),
+    "step (ms)": lambda _, row: figure(row["median_ms"]),
     RATIO: _ratio,
     "stall (µs)": lambda _, row: " + ".join(f"{one['value']:,.0f}" for one in stalls_of(row)) or "-",
     "messages": lambda _, row: f"{row['messages_per_step']:,.0f}",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from compare.columns import stalls_of
+from compare.columns import figure, stalls_of
 from compare.comparison import ACTIVATIONS, SEED, TIMING_ONLY, TOKENS, Contest
 from harness import statistics
 
@@ -57,17 +57,17 @@ def sentence_of(result: dict[str, Any]) -> str:
     compared = [mode for mode in rows if mode not in (contest.baseline, TIMING_ONLY)]
     if not compared:
         return f"No schedule ran that could be compared with {contest.baseline}."
-    sync, hiding = _first(compared, "sync"), _first(compared, contest.overlapped)
-    costs, rounds = sync or hiding or compared[0], result["settings"]["rounds"]
+    sync, early = _first(compared, "sync"), _first(compared, contest.overlapped)
+    costs, rounds = sync or early or compared[0], result["settings"]["rounds"]
     parts = [_cost(costs, rows[costs]["ratio"], rounds)]
     if rounds < LEAST_ROUNDS:
         parts = [f"{rounds} rounds are too few to compare step times (--rounds {LEAST_ROUNDS} or more)"]
     elif sync is None:
         parts.append("sync did not run, so that nothing says what there is to save")
-    elif hiding is None:
+    elif early is None:
         parts.append(f"{contest.overlapped} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
-        parts.append(_share(hiding, rows[hiding]["efficiency"]))
+        parts.append(_share(early, rows[early]["efficiency"]))
     if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:
         parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
     else:
@@ -112,14 +112,14 @@ def worth_of(result: dict[str, Any]) -> str | None:
 
 
 def _saved(before: list[float], after: list[float]) -> str:
-    found = statistics.median(np.array(before) - np.array(after), SEED)
-    sign = -1 if found.high < 0 else 1
-    values = [sign * one for one in (found.value, found.low, found.high)]
-    most = max(map(abs, values))
-    value, *ends = (f"{one + 0.0:,.{2 if most < 10 else 1 if most < 100 else 0}f}" for one in values)
-    low, high = ends[::sign]
-    if found.low > 0 or found.high < 0:
-        return f"{'saves' if sign > 0 else 'costs'} {value} ms of this step [{low}, {high}]"
+    saved, verb = np.array(before) - np.array(after), "saves"
+    found = statistics.median(saved, SEED)
+    if found.high < 0:
+        found, verb = statistics.median(-saved, SEED), "costs"
+    most = max(abs(found.low), abs(found.high))
+    value, low, high = (figure(one, most, digits=3) for one in (found.value, found.low, found.high))
+    if found.low > 0:
+        return f"{verb} {value} ms of this step [{low}, {high}]"
     return f"saves nothing that these rounds could tell [{low} ms, {high} ms]"
 
 
