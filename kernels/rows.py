@@ -29,7 +29,6 @@ HEADER_AT = tl.constexpr(HEADER)
 NOTHING_AT = tl.constexpr(NOTHING)
 STRIP_BYTES = 2048  # of a row: 16 bytes for each thread of 4 warps
 TILE_BYTES = 8192
-NO_HEADERS = (None, None, 0, None)  # in place of header_rows, header_peers, fingerprint and error_flags
 
 
 class RowConstants(NamedTuple):
@@ -296,9 +295,7 @@ def unroll_rows(
     for n, (tensor, column) in enumerate(zip(tensors, _columns(tensors), strict=True)):
         outputs = tuple(depth[n] for depth in rolls)
         constants = _constants([tensor, *outputs], column, rows, len(outputs), header_rows)
-        headers = (
-            (header_rows, header_peers, fingerprint, error_flags) if constants.num_headers else NO_HEADERS
-        )
+        headers = _headers(constants, header_rows, header_peers, fingerprint, error_flags)
         arguments = (tensor, len(tensor), source, rows, outputs, *headers)
         _launch_unroll_rows(_grid(len(tensor), constants), (tensor, rows, *outputs), *arguments, C=constants)
 
@@ -357,9 +354,7 @@ def add_rows(
     uses, count = returned.shape
     for target, column in zip(sums, _columns(sums), strict=True):
         constants = _constants([target], column, rows, 0, header_rows)
-        headers = (
-            (header_rows, header_peers, fingerprint, error_flags) if constants.num_headers else NO_HEADERS
-        )
+        headers = _headers(constants, header_rows, header_peers, fingerprint, error_flags)
         arguments = (rows, returned_to, returned, uses, count, target, len(target), *headers)
         _launch_add_rows(_grid(count, constants), (rows, target), *arguments, C=constants)
 
@@ -386,6 +381,11 @@ def _constants(
     num_headers = len(header_rows) if header_rows is not None and column == 0 else 0
     elements = rows.shape[1] if rows is not None else 0
     return RowConstants.of(orders.pop(), tensors[0].itemsize, column, elements, num_depths, num_headers)
+
+
+def _headers(constants: RowConstants, *given: object) -> tuple[object, ...]:
+    """The arguments with which a kernel checks headers. Whether they are None follows from the constants."""
+    return given if constants.num_headers else (None, None, 0, None)
 
 
 def _order(tensor: torch.Tensor) -> tuple[int, int]:
