@@ -31,19 +31,33 @@ def pack_rows(tensors: Tensors, index: torch.Tensor, rows: torch.Tensor, fingerp
         columns[at] = tensor[index[at]].flatten(1)
 
 
-def unroll_rows(tensors: Tensors, source: torch.Tensor, rows: torch.Tensor, rolls: Sequence[Tensors]) -> None:
-    """Write the rolls of all tensors.
+def unroll_own_rows(tensors: Tensors, source: torch.Tensor, rolls: Sequence[Tensors]) -> None:
+    """Write those rows of the rolls that come from this rank's own tensors, and zeros where nothing follows.
 
     Args:
         tensors: [S, ...] each, of one dtype.
-        source: int64 [num_depths, S]: a row of the tensors, S + a row of the buffer, or -1 for zeros.
-        rows: the buffer, [R, elements of a row].
-        rolls: for each depth, one [S, ...] for each tensor. They are written whole.
+        source: int64 [num_depths, S]: a row of the tensors; -1 for zeros; S or more leaves the row as it is.
+        rolls: for each depth, one [S, ...] for each tensor.
     """
-    for n, (tensor, columns) in enumerate(zip(tensors, _columns(tensors, rows), strict=True)):
-        known = torch.cat([tensor, columns.view(-1, *tensor.shape[1:]), torch.zeros_like(tensor[:1])])
-        for depth, index in enumerate(source):
-            rolls[depth][n].copy_(known[index])  # -1: the last row
+    for index, rolled in zip(source, rolls, strict=True):
+        is_own = index < len(index)
+        for tensor, roll in zip(tensors, rolled, strict=True):
+            known = torch.cat([tensor, torch.zeros_like(tensor[:1])])  # -1: the last row
+            roll[is_own] = known[index[is_own]]
+
+
+def unroll_received_rows(rows: torch.Tensor, back: torch.Tensor, rolls: Sequence[Tensors]) -> None:
+    """Write those rows of the rolls that other ranks sent.
+
+    Args:
+        rows: the buffer, [R, elements of a row].
+        back: int64 [num_depths, R]: to which rolled row each row of the buffer goes; negative for none.
+        rolls: for each depth, one [S, ...] for each tensor.
+    """
+    for index, rolled in zip(back, rolls, strict=True):
+        known = index >= 0
+        for roll, columns in zip(rolled, _columns(rolled, rows), strict=True):
+            roll[index[known]] = columns[known].view(-1, *roll.shape[1:])
 
 
 def sum_rows(gradients: Sequence[Tensors], back: torch.Tensor, sums: Tensors) -> None:

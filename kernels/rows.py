@@ -132,38 +132,53 @@ def pack_rows_kernel(
     write_headers(rows, row, token == HEADER_AT, fingerprint, C)
 
 
-@triton.jit(
-    do_not_specialize=["length", "source", "header_rows", "header_peers", "fingerprint", "error_flags"]
-)
-def unroll_rows_kernel(
+@triton.jit(do_not_specialize=["length", "source"])
+def unroll_own_rows_kernel(
     tensor,
     length,
     source,  # [num_depths, length]
-    rows,
     rolls,  # a tensor for each depth
-    header_rows,
-    header_peers,
-    fingerprint: tl.int64,
-    error_flags,
     C: tl.constexpr,
 ):
     row, known, element, inside = tile_of(length, C)
     NUM_DEPTHS: tl.constexpr = C.num_depths
     for depth in tl.static_range(NUM_DEPTHS):
         at = tl.load(source + depth * length + row, mask=known, other=NOTHING_AT)
-        is_received = (at >= length)[:, None]
-        held = tl.load(
+        is_own = inside & (at < length)[:, None]
+        words = tl.load(
             as_pointer(tensor, C.itemsize) + in_tensor(at, length, C) + element,
-            mask=inside & (at >= 0)[:, None] & ~is_received,
-            other=0,
-        )
-        received = tl.load(
-            as_pointer(rows, C.itemsize) + in_buffer(at - length, C) + element,
-            mask=inside & is_received,
+            mask=is_own & (at >= 0)[:, None],
             other=0,
         )
         to = as_pointer(rolls[depth], C.itemsize) + in_tensor(row, length, C) + element
-        tl.store(to, tl.where(is_received, received, held), mask=inside)
+        tl.store(to, words, mask=is_own)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("back", "count", "length"),
+        *("header_rows", "header_peers", "fingerprint", "error_flags"),
+    ]
+)
+def unroll_received_rows_kernel(
+    rows,
+    back,  # [num_depths, count]
+    count,
+    rolls,  # a tensor for each depth
+    length,
+    header_rows,
+    header_peers,
+    fingerprint: tl.int64,
+    error_flags,
+    C: tl.constexpr,
+):
+    row, known, element, inside = tile_of(count, C)
+    NUM_DEPTHS: tl.constexpr = C.num_depths
+    words = tl.load(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, mask=inside, other=0)
+    for depth in tl.static_range(NUM_DEPTHS):
+        to = tl.load(back + depth * count + row, mask=known, other=NOTHING_AT)
+        roll = as_pointer(rolls[depth], C.itemsize) + in_tensor(to, length, C) + element
+        tl.store(roll, words, mask=inside & (to >= 0)[:, None])
     check_headers(rows, header_rows, header_peers, fingerprint, error_flags, C)
 
 
@@ -248,7 +263,8 @@ def add_rows_kernel(
 
 
 _launch_pack_rows = Dispatch(pack_rows_kernel)
-_launch_unroll_rows = Dispatch(unroll_rows_kernel)
+_launch_unroll_own_rows = Dispatch(unroll_own_rows_kernel)
+_launch_unroll_received_rows = Dispatch(unroll_received_rows_kernel)
 _launch_sum_rows = Dispatch(sum_rows_kernel)
 _launch_pack_sums = Dispatch(pack_sums_kernel)
 _launch_add_rows = Dispatch(add_rows_kernel)
@@ -270,34 +286,48 @@ def pack_rows(tensors: Tensors, index: torch.Tensor, rows: torch.Tensor, fingerp
         _launch_pack_rows(_grid(len(index), constants), (tensor, rows), *arguments, C=constants)
 
 
-def unroll_rows(
-    tensors: Tensors,
-    source: torch.Tensor,
+def unroll_own_rows(tensors: Tensors, source: torch.Tensor, rolls: Sequence[Tensors]) -> None:
+    """Write those rows of the rolls that come from this rank's own tensors, and zeros where nothing follows.
+
+    Args:
+        tensors: [S, ...] each, of one dtype.
+        source: int32 [num_depths, S]: a row of the tensors; NOTHING for zeros; S or more leaves the row as it is.
+        rolls: for each depth, one [S, ...] for each tensor.
+    """
+    for n, tensor in enumerate(tensors):
+        outputs = tuple(depth[n] for depth in rolls)
+        constants = _constants([tensor, *outputs], 0, None, len(outputs))
+        arguments = (tensor, len(tensor), source, outputs)
+        _launch_unroll_own_rows(_grid(len(tensor), constants), (tensor, *outputs), *arguments, C=constants)
+
+
+def unroll_received_rows(
     rows: torch.Tensor,
+    back: torch.Tensor,
     rolls: Sequence[Tensors],
     header_rows: torch.Tensor | None = None,
     header_peers: torch.Tensor | None = None,
     fingerprint: int = 0,
     error_flags: torch.Tensor | None = None,
 ) -> None:
-    """Write the rolls of all tensors. If `header_rows` are given, check these headers.
+    """Write those rows of the rolls that other ranks sent. If `header_rows` are given, check these headers.
 
     Args:
-        tensors: [S, ...] each, of one dtype.
-        source: int32 [num_depths, S]: a row of the tensors, S + a row of the buffer, or NOTHING for zeros.
         rows: the buffer, [R, elements of a row].
-        rolls: for each depth, one [S, ...] for each tensor. They are written whole.
+        back: int32 [num_depths, R]: to which rolled row each row of the buffer goes; negative for none.
+        rolls: for each depth, one [S, ...] for each tensor.
         header_rows: int32 [n], the rows of the buffer that must begin with the fingerprint.
         header_peers: int32 [n], the cp rank that each came from.
         fingerprint: of the exchange.
         error_flags: int32, may be pinned host memory. Its first word becomes 1 + the peer of a wrong header.
     """
-    for n, (tensor, column) in enumerate(zip(tensors, _columns(tensors), strict=True)):
+    count = back.shape[1]
+    for n, column in enumerate(_columns(rolls[0])):
         outputs = tuple(depth[n] for depth in rolls)
-        constants = _constants([tensor, *outputs], column, rows, len(outputs), header_rows)
+        constants = _constants(outputs, column, rows, len(outputs), header_rows)
         headers = _headers(constants, header_rows, header_peers, fingerprint, error_flags)
-        arguments = (tensor, len(tensor), source, rows, outputs, *headers)
-        _launch_unroll_rows(_grid(len(tensor), constants), (tensor, rows, *outputs), *arguments, C=constants)
+        arguments = (rows, back, count, outputs, len(outputs[0]), *headers)
+        _launch_unroll_received_rows(_grid(count, constants), (rows, *outputs), *arguments, C=constants)
 
 
 def sum_rows(gradients: Sequence[Tensors], back: torch.Tensor, sums: Tensors) -> None:
@@ -342,14 +372,14 @@ def add_rows(
     fingerprint: int = 0,
     error_flags: torch.Tensor | None = None,
 ) -> None:
-    """Add rows of a buffer to rows of tensors, in the order of `returned`. Check headers, as `unroll_rows` does.
+    """Add rows of a buffer to rows of tensors, in the order of `returned`. Headers: as `unroll_received_rows`.
 
     Args:
         rows: [R, elements of a row].
         returned_to: int32 [n]: different rows of the tensors; NOTHING is skipped.
         returned: int32 [most uses, n]: the rows of the buffer that are added to each; NOTHING for none.
         sums: [S, ...] for each tensor.
-        header_rows, header_peers, fingerprint, error_flags: as for `unroll_rows`.
+        header_rows, header_peers, fingerprint, error_flags: as for `unroll_received_rows`.
     """
     uses, count = returned.shape
     for target, column in zip(sums, _columns(sums), strict=True):

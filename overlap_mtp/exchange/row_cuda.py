@@ -14,7 +14,7 @@ from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import write_metadata
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
 from overlap_mtp.exchange.rows import Message, Round, RowMaps, RowPlan
-from overlap_mtp.exchange.transport import PendingExchange, TransportConfig
+from overlap_mtp.exchange.transport import PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels import rows
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.layout import SequenceLayout
@@ -31,7 +31,10 @@ class NcclRowTransport(RowTransport):
     peer never comes, NCCL's watchdog ends the process after the group's timeout.
 
     The buffer of an overlapped exchange belongs to the side stream. The compute stream uses it after the event in
-    `RowExchange.posted`.
+    `RowExchange.posted`. Rolls and sums belong to the compute stream, but their own rows are written on the side
+    stream: these copies of whole tensors take longer than all else, and no peer is needed for them. What comes from
+    peers is written at the join. Behind the receive on the side stream it could hold up other work until a late peer
+    comes: with one hardware queue, kernels run in the order in which they were launched.
     """
 
     name = "process_group"
@@ -40,6 +43,7 @@ class NcclRowTransport(RowTransport):
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config, plans, tp_group)
         self._side = self.group.side_stream(self.device)
+        self._writes_ahead = self.is_overlapped
         self._send_span = span("send-recv", num_bytes=self._message_bytes)
         self._mapper = RowMapper.of(self.rows, self.device)
         self._maps_of = lru_cache(maxsize=8)(self._make_maps)
@@ -62,10 +66,17 @@ class NcclRowTransport(RowTransport):
             maps.packed.record_stream(self._compute)
         return maps
 
+    def finish(self, exchange: PendingExchange) -> Rolled:
+        rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
+        if rows.stream is not None and rows.stream != current:  # all of it belongs to other streams
+            for tensor in (rows.buffer, rows.maps.packed, *_own_tensors(rows)):
+                tensor.record_stream(current)
+        return super().finish(exchange)
+
     def take_back(self, exchange: PendingExchange) -> None:
         rows: RowExchange = exchange.buffers
-        for tensor in rows.tensors:  # the side stream may still read them
-            tensor.record_stream(self._side)
+        for tensor in _own_tensors(rows):
+            tensor.record_stream(self._side)  # it may still use them
         exchange.buffers = None
 
     def close(self) -> None:
@@ -80,7 +91,7 @@ class NcclRowTransport(RowTransport):
         if not self.is_overlapped:
             yield
             return
-        compute = self._compute = torch.cuda.current_stream(self.device)
+        compute = self._compute = exchange.stream = torch.cuda.current_stream(self.device)
         self._side.wait_event(ready or compute.record_event())
         torch.cuda.set_stream(self._side)
         try:
@@ -144,3 +155,8 @@ class NcclRowTransport(RowTransport):
             return {}
         fingerprint = self._fingerprint(exchange, is_backward)
         return {**self._headers[is_backward], "fingerprint": fingerprint}
+
+
+def _own_tensors(exchange: RowExchange) -> list[torch.Tensor]:
+    """The tensors of an exchange that is not joined, and its rolls, if they exist."""
+    return [one for tensors in (exchange.tensors, *exchange.depths) for one in tensors]

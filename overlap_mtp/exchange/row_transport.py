@@ -34,11 +34,13 @@ class RowExchange:
     mark: int
     layout: SequenceLayout
     tensors: Tensors  # empty after the rolls were written
+    depths: list[Tensors] = field(default_factory=list)  # the rolls, if their own rows were written ahead
     maps: RowMaps = field(init=False)
     buffer: torch.Tensor = field(init=False)  # [rows of the plan, elements of a row], of what is under way
     received: torch.Tensor = field(init=False)  # its `in` rows in forward
     is_backward: bool = False
     posted: Any = None  # what is under way, as the transport keeps it
+    stream: Any = None  # the CUDA stream that it was started from, if it was sent on another one
 
 
 class RowTransport(Transport):
@@ -46,6 +48,7 @@ class RowTransport(Transport):
 
     carries = "activations"
     kernels: Any  # overlap_mtp.kernels.row_reference, or a module with the same functions
+    _writes_ahead = False  # own rows of rolls are written at the start, beside the compute
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)
@@ -73,9 +76,14 @@ class RowTransport(Transport):
         self.group.num_exchanges += 1
         # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
         allocate = torch.zeros if self.tp_group is not None or self.schedule == "none" else torch.empty
+        if self._writes_ahead and ready is None:  # what used this memory before may run later than `ready`
+            exchange.depths = self._allocate_depths(tensors)
         with self._aside(exchange, [], ready):
             with self._pack_span:
                 exchange.maps = self._maps_of(layout)
+                # First the long copies: then the others run in the middle of the compute, not where a kernel begins.
+                if exchange.depths:
+                    self._unroll_own(exchange)
                 exchange.buffer = allocate(self._buffer_shape, dtype=self.spec.dtype, device=self.device)
                 exchange.received = exchange.buffer[self.rows.in_rows]
                 rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
@@ -87,39 +95,36 @@ class RowTransport(Transport):
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows: RowExchange = exchange.buffers
-        depths = [self._empty_like(rows.tensors) for _ in range(self.plan.num_depths)]
         with self._join_span:
+            if not rows.depths:
+                rows.depths = self._allocate_depths(rows.tensors)
+                self._unroll_own(rows)
             self._arrive(rows)
             with self._unroll_span:
-                self.kernels.unroll_rows(
-                    self._by_sequence(rows.tensors),
-                    rows.maps.source,
-                    rows.received,
-                    [self._by_sequence(depth) for depth in depths],
-                    **self._checks(rows, is_backward=False),
-                )
-        rows.tensors = []
+                depths = [self._by_sequence(depth) for depth in rows.depths]
+                checks = self._checks(rows, is_backward=False)
+                self.kernels.unroll_received_rows(rows.received, rows.maps.in_back, depths, **checks)
+        depths, rows.depths, rows.tensors = rows.depths, [], []
         return [dict(zip(self.spec.names, depth, strict=True)) for depth in depths]
 
     def begin_backward(self, exchange: RowExchange, gradients: list[Tensors]) -> Tensors:
-        """Send the gradients of the rows that came from peers, and add up those of the own rows.
+        """Add up the gradients of the own rows, and send those of the rows that came from peers.
 
         Args:
             exchange: whose rolls have these gradients.
             gradients: for each depth, one for each tensor, of its shape.
 
         Returns:
-            For each tensor the sum over the depths, without what peers send.
+            For each tensor the sum over the depths, without what peers send: to be read after `end_backward`.
         """
         self._arrive(exchange)  # if nobody has waited for it
         self.raise_if_failed()
         exchange.is_backward = True
         by_depth = [self._by_sequence(depth) for depth in gradients]
         sums = self._empty_like(gradients[0])
-        # First the sums, so that what leaves lies under the compute that follows: copies of the exchange hide nothing.
-        with self._unroll_span:
-            self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
-        with self._aside(exchange, [one for depth in gradients for one in depth]):
+        with self._aside(exchange, [*sums, *(one for depth in gradients for one in depth)]):
+            with self._unroll_span:  # first, as in `start`
+                self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
             with self._pack_span:
                 if exchange.tensors:  # the rolls may yet be written, from what arrived
                     exchange.buffer = torch.zeros_like(exchange.buffer)
@@ -129,7 +134,7 @@ class RowTransport(Transport):
                 self.kernels.pack_sums(by_depth, exchange.maps.in_back, rows, fingerprint)
             self._sum_over_tp(exchange, rows, rows)
             self._leave(exchange)
-        if not self.is_overlapped:
+        if not self.is_overlapped or torch.is_anomaly_enabled():  # autograd then looks for nan in the sums
             self._arrive(exchange)
         return sums
 
@@ -145,6 +150,15 @@ class RowTransport(Transport):
 
     def retire(self) -> None:
         """Do nothing: buffers belong to their exchange."""
+
+    def _allocate_depths(self, tensors: Tensors) -> list[Tensors]:
+        return [self._empty_like(tensors) for _ in range(self.plan.num_depths)]
+
+    def _unroll_own(self, exchange: RowExchange) -> None:
+        """Write the own rows of the rolls."""
+        with self._unroll_span:
+            depths = [self._by_sequence(depth) for depth in exchange.depths]
+            self.kernels.unroll_own_rows(self._by_sequence(exchange.tensors), exchange.maps.source, depths)
 
     @abstractmethod
     def _aside(

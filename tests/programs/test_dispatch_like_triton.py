@@ -79,7 +79,8 @@ def launch_all(launched: list[str], rounds: int) -> None:
         fingerprint = chance.choice([0, 1, 16, 2**31, 2**62 + 5])
         headers = chance.choice([(), (index(2), index(2), fingerprint, torch.zeros(4, dtype=torch.int32))])
         rows.pack_rows(some(), index(count), buffer, fingerprint)
-        rows.unroll_rows(some(), index(depths, length), buffer, [some() for _ in range(depths)], *headers)
+        rows.unroll_own_rows(some(), index(depths, length), [some() for _ in range(depths)])
+        rows.unroll_received_rows(buffer, index(depths, count), [some() for _ in range(depths)], *headers)
         rows.sum_rows([some() for _ in range(depths)], index(depths, length), some())
         rows.pack_sums([some() for _ in range(depths)], index(depths, count), buffer, fingerprint)
         rows.add_rows(buffer, index(count), index(chance.choice([1, 2, 16]), count), some(), *headers)
@@ -88,7 +89,7 @@ def launch_all(launched: list[str], rounds: int) -> None:
 def test_what_is_launched_again_is_what_triton_would_launch():
     words = run_compiling(__file__)
     launches = dict(zip(words[::2], map(int, words[1::2]), strict=True))
-    names = ("pack_rows", "unroll_rows", "sum_rows", "pack_sums", "add_rows")
+    names = ("pack_rows", "unroll_own_rows", "unroll_received_rows", "sum_rows", "pack_sums", "add_rows")
     assert {f"{name}_kernel" for name in names} == {*launches}
     assert min(launches.values()) > 100
 

@@ -78,8 +78,9 @@ def row_kernels() -> list[dict[str, object]]:
     constants = {
         "C": rows.RowConstants.of((1, 4096), 2, column=0, elements=4096, num_depths=2, num_headers=2)
     }
-    kernels = [rows.pack_rows_kernel, rows.unroll_rows_kernel, rows.sum_rows_kernel, rows.pack_sums_kernel]
-    return [compiled(one, ROWS, "*i32", constants) for one in [*kernels, rows.add_rows_kernel]]
+    kernels = [rows.pack_rows_kernel, rows.unroll_own_rows_kernel, rows.unroll_received_rows_kernel]
+    kernels += [rows.sum_rows_kernel, rows.pack_sums_kernel, rows.add_rows_kernel]
+    return [compiled(one, ROWS, "*i32", constants) for one in kernels]
 
 
 def row_maps(kind: str, tp: tuple[int, int]) -> dict[str, object]:
@@ -101,7 +102,7 @@ def test_kernels_compile_for_a_gpu():
 
 def test_kernels_of_activations_compile_and_move_16_bytes_at_a_time():
     found = run_compiling(__file__, "activations")
-    assert found == ["ld.global.v4.b32", "st.global.v4.b32"] * 5 + ["compiled"] * 3
+    assert found == ["ld.global.v4.b32", "st.global.v4.b32"] * 6 + ["compiled"] * 3
 
 
 def print_all(what: str) -> None:

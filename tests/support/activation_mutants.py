@@ -67,6 +67,22 @@ def with_kernel(name: str, after: Callable[..., None]) -> Patch:
     return patch
 
 
+def with_index(name: str, change: Callable[[torch.Tensor], None]) -> Patch:
+    """One kernel gets another index. It is the second argument of all kernels."""
+
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        correct = getattr(row_reference, name)
+
+        def kernel(first: Any, index: torch.Tensor, *args: Any) -> None:
+            index = index.clone()
+            change(index)
+            correct(first, index, *args)
+
+        patched.setattr(row_reference, name, kernel)
+
+    return patch
+
+
 # Changes of an index. A batch may have no such row on a rank: then its rows are all right.
 
 
@@ -100,13 +116,6 @@ def fill_one(index: torch.Tensor) -> None:
         index.view(-1)[unused[0]] = 0
 
 
-def drop_last_received(index: torch.Tensor) -> None:
-    """The last row that came from a peer is 0."""
-    received = (index.flatten() >= index.shape[1]).nonzero()[:, 0]
-    if received.numel():
-        index.view(-1)[received[-1]] = -1
-
-
 # What happens after a kernel.
 
 
@@ -128,7 +137,7 @@ def add_last(kernel: Any, gradients: Any, back: torch.Tensor, sums: Any) -> None
         total[0] += gradient[-1]
 
 
-def round_all(kernel: Any, tensors: Any, source: Any, rows: Any, rolls: Any) -> None:
+def round_all(kernel: Any, tensors: Any, source: Any, rolls: Any) -> None:
     for roll in (one for depth in rolls for one in depth):
         roll.copy_(roll.float())
 
@@ -150,16 +159,18 @@ def without_second_tensor(rounds: list[Round]) -> list[Round]:
 
 # What is wrong with a mutant: rolled rows that arrive or stay, gradients that return or stay.
 MUTANTS: dict[str, tuple[Patch, str]] = {
-    "a received row is dropped": (with_map("source", drop_last_received), "arrives"),
+    "a received row is dropped": (with_index("unroll_received_rows", drop_one), "arrives"),
+    "a received row goes to a neighbour": (with_index("unroll_received_rows", move_one), "arrives"),
+    "two received rows are swapped": (with_index("unroll_received_rows", swap_two), "arrives"),
     "two rows of a roll are swapped": (with_map("source", swap_two), "stays"),
     "past a document's end is a row": (with_map("source", fill_one), "stays"),
     "a row is not sent": (with_map("packed", drop_one), "arrives"),
     "another row is sent": (with_map("packed", move_one), "arrives"),
     "two sent rows are swapped": (with_map("packed", swap_two), "arrives"),
-    "rolls are rounded": (with_kernel("unroll_rows", round_all), "stays"),
-    "the gradient of a received row is not sent": (with_map("in_back", drop_one), "returns"),
-    "the gradient of another row is sent": (with_map("in_back", move_one), "returns"),
-    "two gradients are sent for each other": (with_map("in_back", swap_two), "returns"),
+    "rolls are rounded": (with_kernel("unroll_own_rows", round_all), "stays"),
+    "the gradient of a received row is not sent": (with_index("pack_sums", drop_one), "returns"),
+    "the gradient of another row is sent": (with_index("pack_sums", move_one), "returns"),
+    "two gradients are sent for each other": (with_index("pack_sums", swap_two), "returns"),
     "a gradient that returns is not added": (with_map("returned", drop_one), "returns"),
     "two gradients that return are swapped": (with_map("returned", swap_two), "returns"),
     "a gradient that returns goes to a neighbour": (with_map("returned_to", move_one), "returns"),

@@ -109,7 +109,7 @@ def test_an_exchange_of_gradients_has_rows_of_its_own(tmp_path, form):
             ("ncclDevKernel_SendRecv", 6.5, 24, 34, 9),
             ("gemm", 7.5, 20, 30),
         ]
-        forward += [("unroll_rows", 14.5, 40, 42)]
+        forward += [("unroll_received_rows", 14.5, 40, 42)]
         backward = [("pack_sums", 55.5, 100, 102, 9), ("ncclDevKernel_SendRecv", 56.5, 102, 112, 9)]
         backward += [("gemm", 58, 100, 112), ("add_rows", 64.5, 112, 115)]
         work = [Work(*each) for each in forward] + [

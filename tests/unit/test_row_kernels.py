@@ -98,9 +98,14 @@ def test_packed_rows_have_the_same_bits(make, count):
 def test_rolls_have_the_same_bits(make, num_depths, count):
     tensors, buffer = make.tensors(make.bits), make.bits(count, make.elements)
     source = make.chosen(num_depths, make.length, end=make.length + count)
-    found, expected = ([make.tensors(make.bits) for _ in range(num_depths)] for _ in range(2))
-    rows.unroll_rows(tensors, source, buffer, found)
-    row_reference.unroll_rows(tensors, source.long(), buffer, expected)
+    back = torch.stack([make.different(count, make.length) for _ in range(num_depths)])
+    back[0, ::5] = HEADER
+    found = [make.tensors(make.bits) for _ in range(num_depths)]
+    expected = [copies(one) for one in found]
+    rows.unroll_own_rows(tensors, source, found)
+    rows.unroll_received_rows(buffer, back, found)
+    row_reference.unroll_own_rows(tensors, source.long(), expected)
+    row_reference.unroll_received_rows(buffer, back.long(), expected)
     for one, other in zip(found, expected, strict=True):
         assert all(map(same_bits, one, other))
 
@@ -148,7 +153,7 @@ def test_rows_are_added_in_order(make, uses, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["unroll_rows", "add_rows"])
+@pytest.mark.parametrize("direction", ["unroll_received_rows", "add_rows"])
 def test_a_wrong_header_is_reported(direction, dtype):
     make = Activations("[B, S, H]", 4, 3, dtype, seed=1)
     tensors, buffer = make.tensors(make.numbers), make.numbers(6, make.elements)
@@ -158,8 +163,8 @@ def test_a_wrong_header_is_reported(direction, dtype):
         error_flags = torch.zeros(4, dtype=torch.int32)
         buffer.view(torch.int64)[header_rows, 0] = torch.tensor(headers)
         checks = (header_rows, header_peers, FINGERPRINT, error_flags)
-        if direction == "unroll_rows":
-            rows.unroll_rows(tensors, make.chosen(2, 4, end=10), buffer, [copies(tensors)] * 2, *checks)
+        if direction == "unroll_received_rows":
+            rows.unroll_received_rows(buffer, make.chosen(2, 6, end=4), [copies(tensors)] * 2, *checks)
         else:  # nothing comes back, but a header is read
             maps = torch.empty(0, dtype=torch.int32), torch.empty(2, 0, dtype=torch.int32)
             rows.add_rows(buffer, *maps, copies(tensors), *checks)
