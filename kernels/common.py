@@ -34,6 +34,7 @@ class ExchangeConstants(NamedTuple):
     padded_tensors: int  # the next power of two
     batch_rows: int
     num_depths: int
+    padded_depths: int  # the next power of two
     cp_size: int
     cp_rank: int
     num_chunks: int
@@ -42,7 +43,7 @@ class ExchangeConstants(NamedTuple):
     max_documents: int
     search_steps: int  # of a bisection of max_documents bounds
     num_send_rows: int
-    max_send_rows: int  # to one peer
+    num_recv_rows: int
     num_sources: int
     padded_sources: int  # the next power of two
     num_destinations: int
@@ -57,6 +58,8 @@ class ExchangeConstants(NamedTuple):
     buffer_words: int
     signals_at: int
     acknowledgements_at: int
+    part_rows: int
+    num_parts: int
     on_gpu: bool  # otherwise ranks run one after the other, and timeouts are turns of the waiting loop
     flag_words: int = FLAG_WORDS
 
@@ -66,7 +69,7 @@ class ExchangeConstants(NamedTuple):
         spec: ExchangeSpec,
         plan: ExchangePlan,
         is_replayable: bool = False,
-        memory: tuple[int, int, int, int] = (1, 0, 0, 0),
+        memory: tuple[int, int, int, int, int, int] = (1, 0, 0, 0, 1, 1),
         on_gpu: bool = True,
     ) -> ExchangeConstants:
         """Collect the constants of one rank's exchanges.
@@ -75,7 +78,7 @@ class ExchangeConstants(NamedTuple):
             spec: which tensors.
             plan: of this rank.
             is_replayable: for exchanges that are captured in a CUDA graph.
-            memory: num_buffers, buffer_words, signals_at and acknowledgements_at of the symmetric memory.
+            memory: num_buffers and all that follows, of the symmetric memory.
             on_gpu: False under the interpreter.
 
         Returns:
@@ -91,6 +94,7 @@ class ExchangeConstants(NamedTuple):
             triton.next_power_of_2(tensors),
             spec.batch_rows,
             plan.num_depths,
+            triton.next_power_of_2(plan.num_depths),
             plan.cp_size,
             plan.cp_rank,
             plan.num_chunks,
@@ -99,7 +103,7 @@ class ExchangeConstants(NamedTuple):
             plan.max_documents,
             (plan.max_documents - 1).bit_length(),
             plan.num_send_rows,
-            max(plan.send_rows),
+            plan.num_recv_rows,
             len(plan.sources),
             triton.next_power_of_2(max(1, len(plan.sources))),
             len(plan.destinations),
@@ -133,14 +137,16 @@ def metadata_of(host_metadata, replay_metadata, C: tl.constexpr):
     """Where to read the metadata: in the host's memory, or the one that replaces it in replays."""
     source = host_metadata
     if C.is_replayable:
-        source = tl.where(tl.load(replay_metadata + FINGERPRINT_AT) >= 0, replay_metadata, host_metadata)
+        fingerprint = tl.atomic_add(replay_metadata + FINGERPRINT_AT, 0, sem="acquire", scope="gpu")
+        source = tl.where(fingerprint >= 0, replay_metadata, host_metadata)
     return source
 
 
 @triton.jit
-def copy_metadata(source, target, C: tl.constexpr):
+def copy_metadata(source, target, C: tl.constexpr, words=None):
+    """Copy the metadata, or so many words of it."""
     at = tl.arange(0, C.metadata_block)
-    inside = at < C.addresses_end
+    inside = at < (C.addresses_end if words is None else words)
     tl.store(target + at, tl.load(source + at, mask=inside, other=0), mask=inside)
 
 

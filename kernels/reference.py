@@ -76,8 +76,8 @@ def put_pack(
     seq_no: int,
     constants: ExchangeConstants,
 ) -> None:
-    """Pack into the peers' memory and signal it. The peers must have acknowledged the exchange before in
-    the buffer. It writes all rows, the kernel only those that the batch uses.
+    """Pack into the peers' memory and signal it, and acknowledge the exchange before. The peers must have acknowledged
+    the one before in the buffer. It writes all rows, the kernel only those that the batch uses.
 
     Args:
         tensors: as for `pack`.
@@ -96,10 +96,16 @@ def put_pack(
         _buffer(memories[peer], seq_no, constants, send_buffer.shape[1])[first : first + len(message)] = (
             message
         )
-        memories[peer][_flag_at(constants.signals_at, seq_no, plan.cp_rank, constants)] = seq_no
+        for part in range(constants.num_parts):
+            at = _flag_at(constants.signals_at, seq_no, plan.cp_rank, constants, part, constants.num_parts)
+            memories[peer][at] = seq_no
+    before = seq_no - 1
+    for source in plan.sources if before else ():
+        at = _flag_at(constants.acknowledgements_at, before, plan.cp_rank, constants)
+        memories[source][at] = before
 
 
-def unroll_acknowledge(
+def wait_unroll(
     tensors: Sequence[torch.Tensor],
     outputs: Sequence[Sequence[torch.Tensor]],
     fills: Sequence[int],
@@ -108,24 +114,19 @@ def unroll_acknowledge(
     memories: Sequence[torch.Tensor],
     seq_no: int,
     constants: ExchangeConstants,
-    unrolled: torch.Tensor,
     error_flags: torch.Tensor,
 ) -> None:
-    """Unroll from this rank's memory and acknowledge the exchange before. All sources must have signalled.
+    """Unroll from this rank's memory. All sources must have signalled.
 
-    Args: as for `unroll` and `put_pack`, and `unrolled`: int64 [1], the exchange that was unrolled last, 0 for none.
+    Args: as for `unroll` and `put_pack`.
     """
     memory = memories[plan.cp_rank]
     for source in plan.sources:
-        assert memory[_flag_at(constants.signals_at, seq_no, source, constants)] >= seq_no
+        at = _flag_at(constants.signals_at, seq_no, source, constants, 0, constants.num_parts)
+        assert memory[at] >= seq_no
     words = len(tensors) * tensors[0].shape[0]
     recv_buffer = _buffer(memory, seq_no, constants, words)[: plan.num_recv_rows]
     unroll(tensors, outputs, fills, metadata, plan, recv_buffer, error_flags)
-    before = int(unrolled)
-    unrolled.fill_(seq_no)
-    for source in plan.sources if before else ():
-        at = _flag_at(constants.acknowledgements_at, before, plan.cp_rank, constants)
-        memories[source][at] = before
 
 
 def sent_tokens(metadata: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
@@ -202,5 +203,8 @@ def _buffer(memory: torch.Tensor, seq_no: int, constants: ExchangeConstants, wor
     return memory[at : at + constants.buffer_words // words * words].view(-1, words)
 
 
-def _flag_at(flags_at: int, seq_no: int, rank: int, constants: ExchangeConstants) -> int:
-    return flags_at + (seq_no % constants.num_buffers * constants.cp_size + rank) * constants.flag_words
+def _flag_at(
+    flags_at: int, seq_no: int, rank: int, constants: ExchangeConstants, part: int = 0, parts: int = 1
+) -> int:
+    flag = seq_no % constants.num_buffers * constants.cp_size + rank
+    return flags_at + (flag * parts + part) * constants.flag_words

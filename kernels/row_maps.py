@@ -21,7 +21,6 @@ import triton.language as tl
 from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan
 from overlap_mtp.kernels.common import (
     CU_AT,
-    NO_DOCUMENT_AT,
     bounds_of,
     chunk_of,
     document_of,
@@ -30,7 +29,7 @@ from overlap_mtp.kernels.common import (
 )
 from overlap_mtp.kernels.launch import Dispatch
 from overlap_mtp.kernels.pack import token_of_row
-from overlap_mtp.kernels.unroll import find_sources
+from overlap_mtp.kernels.unroll import find_sources, find_users_of_received
 from overlap_mtp.layout import IntArray
 
 HEADER_AT = tl.constexpr(HEADER)
@@ -95,26 +94,6 @@ def find_users(metadata, local_index, inside, depth, C: tl.constexpr):
 
 
 @triton.jit
-def find_users_of_received(metadata, row_table, row, inside, depth, C: tl.constexpr):
-    """As `find_users`, for received rows [BLOCK] of the buffer; and whether they are headers."""
-    section = row_table + C.received_at + row
-    sequence = tl.load(section, mask=inside, other=NOTHING_AT)
-    held = tl.load(section + C.num_received, mask=inside, other=0)
-    chunk_distance = tl.load(section + 2 * C.num_received, mask=inside, other=0)
-    offset = tl.load(section + 3 * C.num_received, mask=inside, other=0)
-    known = inside & (sequence >= 0)
-    start, end = bounds_of(metadata, sequence, known, C)
-    chunk_len = (end - start) // C.num_chunks
-    before = offset + chunk_distance * chunk_len - depth
-    in_chunk = (offset < chunk_len) & (before >= 0) & (before < chunk_len)
-    known = known & (end < NO_DOCUMENT_AT) & in_chunk
-    position = tl.where(known, start + held_chunk(held, C) * chunk_len + before, 0)
-    _, valid_end = document_of(metadata, tl.where(known, sequence, 0), position, C)
-    user = start // C.cp_size + held * chunk_len + before
-    return user, known & (position + depth < valid_end), inside & (sequence == HEADER_AT)
-
-
-@triton.jit
 def map_own_rows(metadata, plan_table, row_table, source, own_back, row, length, C: tl.constexpr):
     """Write `source` and `own_back` of this program's depth, for own rows [BLOCK]."""
     inside = row < length
@@ -139,9 +118,11 @@ def map_in_rows(metadata, row_table, in_back, row, length, C: tl.constexpr):
     """Write `in_back` of this program's depth, for `in` rows [BLOCK]."""
     depth = tl.program_id(1) + 1
     inside = row < C.num_heads + C.num_received
-    user, known, is_header = find_users_of_received(
-        metadata, row_table, row - C.num_heads, inside & (row >= C.num_heads), depth, C
-    )
+    received = row - C.num_heads
+    is_received = inside & (received >= 0)
+    asked = row_table + C.received_at
+    is_header = is_received & (tl.load(asked + received, mask=is_received, other=0) == HEADER_AT)
+    user, known = find_users_of_received(metadata, asked, C.num_received, received, is_received, depth, C)
     back = in_slice(user, known, length, C)
     if C.tp_size > 1:
         tp_rank, offset = row // C.num_depths, row % C.num_depths
@@ -294,7 +275,7 @@ def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:
     sent[plan.sent.position[is_body]] = np.flatnonzero(is_body)
     received = np.full((4, plan.received.num_rows), HEADER)
     is_body = plan.received.position != NOTHING
-    received[:, plan.received.position[is_body]] = plan.asked[:, is_body]
+    received[:, plan.received.position[is_body]] = plan.tokens.asked[:, is_body]
 
     rows_of: dict[tuple[int, ...], list[int]] = {}  # by sequence, held chunk and offset
     for row, key in enumerate(zip(*tokens.table[: tokens.routes_at].reshape(3, -1).tolist(), strict=True)):

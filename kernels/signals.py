@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-MAX_WAITING = tl.constexpr(256)  # threads of a program that waits
+MAX_WAITING = tl.constexpr(128)  # threads of a program that waits
 
 
 @triton.jit
-def flag_of(flags, seq_no, rank, C: tl.constexpr):
-    """The flag of an exchange's buffer and a cp rank."""
-    return flags + (seq_no % C.num_buffers * C.cp_size + rank) * C.flag_words
+def flag_of(flags, seq_no, rank, part, parts, C: tl.constexpr):
+    """The flag of an exchange's buffer, a cp rank, and one of the parts of its message."""
+    return flags + ((seq_no % C.num_buffers * C.cp_size + rank) * parts + part) * C.flag_words
 
 
 @triton.jit

@@ -8,8 +8,10 @@ import triton.language as tl
 
 from overlap_mtp.kernels.common import (
     FINGERPRINT_AT,
+    NO_DOCUMENT_AT,
     ExchangeConstants,
     as_pointer,
+    bounds_of,
     chunk_of,
     copy_metadata,
     document_of,
@@ -45,34 +47,67 @@ def find_sources(metadata, plan_table, local_index, depth, C: tl.constexpr):
 
 
 @triton.jit
-def store_rolls(
-    metadata, plan_table, tensor_table, recv_buffer, arrived, C: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the rolls of this program's local tokens, for its depth, tensor and batch row.
+def find_users_of_received(metadata, asked, count, row, inside, depth, C: tl.constexpr):
+    """Which local tokens have received rows as their rolls at a depth: (the tokens, whether there are such).
 
-    If not `arrived`, `recv_buffer` does not hold the tokens, and the fill takes their place.
+    It is the inverse of `find_sources`. Rows and depths may be blocks that broadcast. `asked` is int32 [4, count], as
+    `ExchangePlan.asked`; a negative sequence stands for a row without a token.
     """
-    local_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    depth = tl.program_id(1)
+    sequence = tl.load(asked + row, mask=inside, other=-1)
+    held = tl.load(asked + count + row, mask=inside, other=0)
+    chunk_distance = tl.load(asked + 2 * count + row, mask=inside, other=0)
+    offset = tl.load(asked + 3 * count + row, mask=inside, other=0)
+    known = inside & (sequence >= 0)
+    start, end = bounds_of(metadata, sequence, known, C)
+    chunk_len = (end - start) // C.num_chunks
+    before = offset + chunk_distance * chunk_len - depth
+    known = known & (end < NO_DOCUMENT_AT) & (offset < chunk_len) & (before >= 0) & (before < chunk_len)
+    position = tl.where(known, start + held_chunk(held, C) * chunk_len + before, 0)
+    _, valid_end = document_of(metadata, tl.where(known, sequence, 0), position, C)
+    user = start // C.cp_size + held * chunk_len + before
+    return user, known & (position + depth < valid_end)
+
+
+@triton.jit
+def store_rolls(
+    metadata,
+    plan_table,
+    tensor_table,
+    recv_buffer,
+    block,
+    depth,
+    tensor_row,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the rolls of a block of local tokens, for one depth (from 0), and one tensor and batch row.
+
+    `recv_buffer` is None if what peers send is written elsewhere.
+    """
+    local_index = block * BLOCK + tl.arange(0, BLOCK)
     source, is_held, is_received = find_sources(metadata, plan_table, local_index, depth + 1, C)
-    is_received = is_received & arrived
-    n = tl.program_id(2) % C.num_tensors
-    b = tl.program_id(2) // C.num_tensors
+    n = tensor_row % C.num_tensors
+    b = tensor_row // C.num_tensors
     width = tl.load(tensor_table + n)
     fill = tl.load(tensor_table + C.num_tensors + n)
     tensor = tl.load(metadata + C.metadata_len + n)
     output = tl.load(metadata + C.metadata_len + C.num_tensors * (1 + depth) + n)
     local_len = local_len_of(metadata, C).to(tl.int64)
-    word_at = source * (C.num_tensors * C.batch_rows) + n * C.batch_rows + b
-    word = tl.load(recv_buffer + word_at, mask=is_received, other=0)
+    inside = local_index < local_len
+    if recv_buffer is None:
+        word = fill
+        inside = inside & ~is_received
+    else:
+        word_at = source * (C.num_tensors * C.batch_rows) + n * C.batch_rows + b
+        word = tl.where(is_received, tl.load(recv_buffer + word_at, mask=is_received, other=0), fill)
     NUM_WIDTHS: tl.constexpr = C.num_widths
     for w in tl.static_range(NUM_WIDTHS):
         if width == C.widths[w]:
             pointer = as_pointer(tensor, C.widths[w]) + b * local_len + source
             held = tl.load(pointer, mask=is_held, other=0)
-            rolled = tl.where(is_received, word, tl.where(is_held, held.to(tl.int64), fill))
+            rolled = tl.where(is_held, held.to(tl.int64), word)
             to = as_pointer(output, C.widths[w]) + b * local_len + local_index
-            tl.store(to, rolled.to(held.dtype), mask=(local_index < local_len) & (output != 0))
+            tl.store(to, rolled.to(held.dtype), mask=inside & (output != 0))
 
 
 @triton.jit
@@ -88,12 +123,18 @@ def check_headers(metadata, plan_table, recv_buffer, error_flags, C: tl.constexp
 
 @triton.jit
 def keep_for_replays(metadata, replay_metadata, C: tl.constexpr):
-    """Let the replays of a graph find on the device what its capture found in the host's memory."""
+    """Let the replays of a graph find on the device what its capture found in the host's memory.
+
+    Other programs may look at it meanwhile (`metadata_of`), so the fingerprint comes last.
+    """
     if C.is_replayable:
         is_empty = tl.load(replay_metadata + FINGERPRINT_AT) < 0
         tl.debug_barrier()  # the copy overwrites what other warps have yet to read
         if is_empty:
-            copy_metadata(metadata, replay_metadata, C)
+            copy_metadata(metadata + 1, replay_metadata + 1, C, C.addresses_end - 1)
+            tl.debug_barrier()
+            fingerprint = tl.load(metadata + FINGERPRINT_AT)
+            tl.atomic_xchg(replay_metadata + FINGERPRINT_AT, fingerprint, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -108,7 +149,8 @@ def unroll_kernel(
     BLOCK: tl.constexpr,
 ):
     if tl.program_id(2) < C.num_tensors * C.batch_rows:
-        store_rolls(metadata, plan_table, tensor_table, recv_buffer, True, C, BLOCK)
+        block, depth, tensor_row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        store_rolls(metadata, plan_table, tensor_table, recv_buffer, block, depth, tensor_row, C, BLOCK)
     elif tl.program_id(0) + tl.program_id(1) == 0:
         check_headers(metadata, plan_table, recv_buffer, error_flags, C)
         keep_for_replays(metadata, replay_metadata, C)

@@ -72,8 +72,8 @@ class ExchangeBuffers:
 
     send_buffer: torch.Tensor  # of the transports that have them
     recv_buffer: torch.Tensor
-    send: Launch  # pack or put_pack, after write_bounds for a DeviceLayout
-    unroll: Launch  # unroll or unroll_acknowledge
+    send: Launch  # pack or put_unroll; after write_bounds for a DeviceLayout
+    unroll: Launch | None = None  # None if the rolls are written where they are sent
     constants: ExchangeConstants
     retired: tuple[Launch, ...] = ()
     shared: object = None  # keeps the peers' memory mapped
@@ -86,6 +86,7 @@ class ExchangeBuffers:
         # What pack and put_pack read.
         self.source = self.metadata if spec.bounds_on_device else self.host_metadata.tensor
         self.forked, self.sent, self.unrolled = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
+        self.last_use = self.unrolled  # or `sent`
         self.tensors: list[torch.Tensor] = []  # kept alive until the unroll, with a DeviceLayout's
         self.outputs: Outputs | None = None
 
@@ -104,18 +105,20 @@ class ExchangeBuffers:
 
     def free(self) -> None:
         """Free the kernels' graphs and the shared memory. It must not run during a capture."""
-        del self.send, self.unroll
-        self.retired, self.shared = (), None
+        del self.send
+        self.unroll, self.retired, self.shared = None, (), None
 
 
 class CudaTransport(Transport):
-    """Sends on the group's side stream (`is_overlapped`) or on the current one, and unrolls on the current one.
+    """Sends on the group's side stream (`is_overlapped`) or on the current one.
 
-    `start` and `finish` never wait on the host. Buffers are used again after their `unrolled` event has passed. The
+    `start` and `finish` never wait on the host. Buffers are used again after the event of their last use. The
     event is queried, never waited for: a host that runs ahead of the device gets other buffers. A transport keeps its
     buffers until `close`. An exchange that is captured in a CUDA graph keeps its buffers for good, and has to be
     started and joined in the same capture.
     """
+
+    writes_early = False  # rolls are written where they are sent, not at the join
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
@@ -131,24 +134,24 @@ class CudaTransport(Transport):
         self._join_span, self._unroll_span = span("join"), span("unroll")
         self._closer = weakref.finalize(self, _orphan, self._all)
         self._closer.atexit = False
-        tables = self.plan.table, self.spec.table
-        self._tables = tuple(torch.from_numpy(table).to(self.device) for table in tables)
+        plan_table, tensor_table = map(torch.from_numpy, (self.plan.table, self.spec.table))
+        self._tables = plan_table.to(self.device), tensor_table.to(self.device)
 
     def _constants(self, is_replayable: bool) -> ExchangeConstants:
         return ExchangeConstants.of(self.spec, self.plan, is_replayable)
 
     @abstractmethod
-    def _bind(self, buffers: ExchangeBuffers) -> None:
-        """Bind the kernels that send and unroll to buffers, with `buffers.constants`."""
+    def _bind(self, buffers: ExchangeBuffers, first: Launch | None) -> None:
+        """Bind the kernels that send and unroll to buffers, with `buffers.constants`. `first` runs before they do."""
 
     def _bind_all(self, buffers: ExchangeBuffers, is_replayable: bool) -> None:
         # Replays with a DeviceLayout read its bounds again.
         buffers.constants = self._constants(is_replayable and not self.spec.bounds_on_device)
-        self._bind(buffers)
+        first = None
         if self.spec.bounds_on_device:
-            buffers.send.first = write_bounds(
-                buffers.host_metadata.tensor, buffers.metadata, self.error_flags, buffers.constants
-            )
+            own = (buffers.host_metadata.tensor, buffers.metadata, self.error_flags)
+            first = write_bounds(*own, buffers.constants)
+        self._bind(buffers, first)
 
     @abstractmethod
     def _send(self, buffers: ExchangeBuffers, number: int) -> None:
@@ -168,10 +171,10 @@ class CudaTransport(Transport):
         compute = torch.cuda.current_stream(self.device)
         is_capturing = torch.cuda.is_current_stream_capturing()
         if is_capturing:
-            outputs = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0]
+            outputs, is_new = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0], True
             buffers = self._take_for_capture()
         else:
-            outputs = self._outputs.take(tensors, compute)
+            outputs, is_new = self._outputs.take(tensors, compute)
             buffers = self._take()
         buffers.load(tensors, column_addresses(tensors, self._parts), layout, mark, outputs)
         exchange = PendingExchange(
@@ -181,7 +184,8 @@ class CudaTransport(Transport):
         try:
             buffers.forked.record(compute)
             if self._is_overlapped:
-                self._send_aside(exchange, ready, is_capturing)
+                # What used new memory before may run later than `ready`.
+                self._send_aside(exchange, ready, is_capturing, self.writes_early and is_new)
             else:
                 self._send(buffers, exchange.number)
         except Exception:
@@ -193,9 +197,9 @@ class CudaTransport(Transport):
         return exchange
 
     def _send_aside(
-        self, exchange: PendingExchange, ready: torch.cuda.Event | None, is_capturing: bool
+        self, exchange: PendingExchange, ready: torch.cuda.Event | None, is_capturing: bool, after_both: bool
     ) -> None:
-        """Send on the side stream, after `ready` or after the work queued on the compute stream."""
+        """Send on the side stream, after `ready` or after the work queued on the compute stream, or after both."""
         side, compute, buffers = self._side, exchange.stream, exchange.buffers
         # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
         # was captured, it waits for the compute stream, and the compute stream waits for it and its peers' tokens.
@@ -205,6 +209,8 @@ class CudaTransport(Transport):
         try:
             if is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
+            if ready and after_both:
+                side.wait_event(buffers.forked)
             self._send(buffers, exchange.number)
         finally:
             torch.cuda.set_stream(compute)
@@ -227,10 +233,11 @@ class CudaTransport(Transport):
         with self._join_span:
             if self._is_overlapped:
                 compute.wait_event(buffers.sent)
-            with self._unroll_span:
-                self._launch(buffers.unroll, buffers, unroll_grid(exchange.local_len, buffers.constants))
+            if buffers.unroll is not None:
+                with self._unroll_span:
+                    self._launch(buffers.unroll, buffers, unroll_grid(exchange.local_len, buffers.constants))
         exchange.is_done = True
-        self._give_back(buffers, compute)
+        self._give_back(buffers, None if self._is_overlapped and buffers.unroll is None else compute)
         return exchange.depths
 
     def _launch(
@@ -284,7 +291,7 @@ class CudaTransport(Transport):
     def _take(self) -> ExchangeBuffers:
         """Take the buffers that have been free for longest, or make some."""
         self._recover_dropped()
-        if self._wants_more or not self._free or not self._free[0].unrolled.query():  # type: ignore[no-untyped-call]
+        if self._wants_more or not self._free or not self._free[0].last_use.query():  # type: ignore[no-untyped-call]
             self._make_buffers()
         return self._free.popleft()
 
@@ -297,7 +304,8 @@ class CudaTransport(Transport):
                 buffers = ExchangeBuffers(self.plan, self.spec)
                 self._bind_all(buffers, is_replayable=False)
             buffers.send.capture()
-            buffers.unroll.capture(unroll_grid(self._local_len, buffers.constants))
+            if buffers.unroll is not None:
+                buffers.unroll.capture(unroll_grid(self._local_len, buffers.constants))
             self._all.append(buffers)
             self._free.appendleft(buffers)
 
@@ -312,30 +320,30 @@ class CudaTransport(Transport):
             )
         buffers = self._free.popleft()
         # No graph may be freed while another is being captured.
-        buffers.retired = buffers.send, buffers.unroll
+        buffers.retired = buffers.send, *([] if buffers.unroll is None else [buffers.unroll])
         self._bind_all(buffers, is_replayable=True)
         buffers.is_captured = self.has_captures = True
         return buffers
 
-    def _give_back(self, buffers: ExchangeBuffers, stream: torch.cuda.Stream) -> None:
-        """Say that the work on `stream` is the last on these buffers."""
+    def _give_back(self, buffers: ExchangeBuffers, stream: torch.cuda.Stream | None) -> None:
+        """Say that the work on `stream` is the last on these buffers; None: that before `sent` is."""
         if not buffers.is_captured:  # a graph keeps its buffers
-            buffers.unrolled.record(stream)
+            buffers.last_use = buffers.sent
+            if stream is not None:
+                buffers.last_use = buffers.unrolled
+                buffers.unrolled.record(stream)
             buffers.tensors, buffers.outputs = [], None
             self._free.append(buffers)
 
     def _recover_dropped(self) -> None:
         while self._dropped:
-            self._recover(self._dropped.popleft())
-
-    def _recover(self, buffers: ExchangeBuffers) -> None:
-        """Make the buffers of a dropped exchange fit for another one."""
-        self._release(buffers)
+            self._release(self._dropped.popleft())
 
     def _release(self, buffers: ExchangeBuffers) -> None:
         """Release the buffers of an exchange that will not be joined."""
-        if self._is_overlapped:  # the memory of its tensors is free after the side stream has read them
-            for tensor in buffers.tensors:
+        if self._is_overlapped:  # its memory is free after the side stream has used it
+            rolls = buffers.outputs.depths if buffers.outputs and self.writes_early else []
+            for tensor in [*buffers.tensors, *(one for rolled in rolls for one in rolled.values())]:
                 tensor.record_stream(self._side)
         self._give_back(
             buffers, self._side if self._is_overlapped else torch.cuda.current_stream(self.device)

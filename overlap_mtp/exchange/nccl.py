@@ -8,6 +8,7 @@ import torch.distributed as dist
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
 from overlap_mtp.exchange.transport import TransportConfig
+from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.pack import pack
 from overlap_mtp.kernels.unroll import unroll
 
@@ -53,7 +54,7 @@ class NcclTransport(CudaTransport):
     def _count(self, layout: Layout) -> None:
         self.traffic.add(len(self.plan.destinations), self._message_bytes)
 
-    def _bind(self, buffers: ExchangeBuffers) -> None:
+    def _bind(self, buffers: ExchangeBuffers, first: Launch | None) -> None:
         if not hasattr(buffers, "send_buffer"):  # a capture binds buffers again
             buffers.send_buffer, buffers.recv_buffer = (
                 torch.zeros(rows, self.spec.words_per_token, dtype=torch.int64, device=self.device)
@@ -62,5 +63,6 @@ class NcclTransport(CudaTransport):
         metadata, replay_metadata = buffers.metadata, buffers.replay_metadata
         packed = (buffers.source, replay_metadata, metadata, *self._tables, buffers.send_buffer)
         buffers.send = pack(packed, buffers.constants)
+        buffers.send.first = first
         unrolled = (metadata, replay_metadata, *self._tables, buffers.recv_buffer, self.error_flags)
         buffers.unroll = unroll(unrolled, buffers.constants)

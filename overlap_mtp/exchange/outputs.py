@@ -74,15 +74,20 @@ class OutputPool:
         self._ready: list[Outputs] = []
         self._ready_for: Any = None
 
-    def take(self, tensors: list[torch.Tensor], stream: torch.cuda.Stream) -> Outputs:
-        """Take the outputs of one microbatch. Their memory belongs to `stream`, which must be the current one."""
+    def take(self, tensors: list[torch.Tensor], stream: torch.cuda.Stream) -> tuple[Outputs, bool]:
+        """Take the outputs of one microbatch. Their memory belongs to `stream`, which must be the current one.
+
+        Returns:
+            The outputs; and whether their memory was allocated just now, for these and others that follow.
+        """
         key = (tensors[0].shape[-1], stream)
-        if not self._ready or self._ready_for != key:
+        is_new = not self._ready or self._ready_for != key
+        if is_new:
             size = self._num_depths * sum(tensor.nbytes for tensor in tensors)
             microbatches = min(MICROBATCHES, max(1, MAX_BYTES // size))
             self._ready = allocate_outputs(self._spec, tensors, self._num_depths, microbatches)
             self._ready_for = key
-        return self._ready.pop()
+        return self._ready.pop(), is_new
 
     def clear(self) -> None:
         self._ready.clear()

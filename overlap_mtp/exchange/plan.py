@@ -100,6 +100,26 @@ class ExchangePlan:
         """How many sequences a batch has: its documents in use, or the one stream. A DeviceLayout may have fewer."""
         return layout.num_used_documents if self.by_document else 1
 
+    @cached_property
+    def asked(self) -> npt.NDArray[np.int32]:
+        """What each received row is asked for, [4, num_recv_rows].
+
+        Its sequence, the held chunk that it follows, how many chunks further on it is, and its offset there. Headers
+        have zeros, which no token has.
+        """
+        codes = self.table[self.routes_at : self.headers_at].reshape(self.num_held, -1, 2)[..., 0]
+        held, distance = np.nonzero(codes > 0)  # a received row: row 0 is a header
+        first = codes[held, distance]
+        order = first.argsort()
+        asked = np.zeros((4, self.num_recv_rows), np.int32)
+        for peer in self.sources:
+            begin = self.first_recv_row(peer) + 1
+            sequence, at = np.divmod(np.arange(self.recv_rows[peer] - 1), self.recv_stride[peer])
+            route = order[np.searchsorted(first[order], begin + at, side="right") - 1]
+            body = sequence, held[route], distance[route], begin + at - first[route]
+            asked[:, begin : begin + at.size] = body
+        return asked
+
     # Where the sections of the table begin.
     @cached_property
     def routes_at(self) -> int:

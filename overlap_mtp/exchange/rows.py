@@ -90,27 +90,6 @@ class RowPlan:
         """The part of the buffer that arrives in forward and leaves in backward."""
         return slice(self.sent.num_rows, self.num_rows)
 
-    @cached_property
-    def asked(self) -> IntArray:
-        """What each received row of the plan of tokens is asked for, [4, num_recv_rows].
-
-        Its sequence, the held chunk that it follows, how many chunks further on it is, and its offset there. Headers
-        have zeros.
-        """
-        tokens = self.tokens
-        codes = tokens.table[tokens.routes_at : tokens.headers_at].reshape(tokens.num_held, -1, 2)[..., 0]
-        held, distance = np.nonzero(codes > 0)  # a received row: row 0 is a header
-        first = codes[held, distance]
-        order = first.argsort()
-        asked = np.zeros((4, tokens.num_recv_rows), np.int64)
-        for peer in tokens.sources:
-            begin = tokens.first_recv_row(peer) + 1
-            sequence, at = np.divmod(np.arange(tokens.recv_rows[peer] - 1), tokens.recv_stride[peer])
-            route = order[np.searchsorted(first[order], begin + at, side="right") - 1]
-            body = sequence, held[route], distance[route], begin + at - first[route]
-            asked[:, begin : begin + at.size] = body
-        return asked
-
 
 def make_row_plans(
     layout: SequenceLayout, num_depths: int, max_documents: int, by_depth: bool, tp: tuple[int, int] = (0, 1)
@@ -253,7 +232,7 @@ def document_rounds(
 def _first_use(layout: SequenceLayout, plan: RowPlan) -> IntArray:
     """[num_recv_rows]: the first depth at which the batch uses each received row; 0 for none."""
     tokens = plan.tokens
-    sequence, held, distance, offset = plan.asked
+    sequence, held, distance, offset = plan.tokens.asked
     documents = layout.num_used_documents
     bounds = layout.cu_seqlens[: documents + 1]
     begins = bounds[:-1] if tokens.by_document else np.zeros(1, np.int64)

@@ -194,26 +194,6 @@ def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
         assert wrong == []
 
 
-def too_many_under_way(group: dist.ProcessGroup) -> str:
-    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
-    tensors, started = batch.shards(), []
-
-    def start_many() -> None:
-        for _ in range(70):
-            started.append(roller.start(tensors, batch.layout))
-
-    error = error_of(start_many)
-    for rolls in started:
-        rolls.at(1)
-    roller.close()
-    return f"{len(started)} {error}"
-
-
-def test_too_many_exchanges_under_way_are_refused(gpu_pool: RankPool):
-    for answer in gpu_pool.run(too_many_under_way, gpu_pool.world_size):
-        assert answer.startswith("64 RuntimeError: exchange 0 must be joined"), answer
-
-
 def late_rank(world: dist.ProcessGroup) -> str:
     """What the others see of a rank that stays away from the second exchange."""
     group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=3))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from overlap_mtp import make_roller
 from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.exchange.outputs import MICROBATCHES
 from overlap_mtp.kernels.launch import Launch
 
 from cases import EXCHANGING, NUM_DEPTHS, TRANSPORTS, Microbatch, error_of
@@ -73,6 +74,25 @@ def from_an_earlier_event(group: dist.ProcessGroup, transport: str) -> list[str]
     return wrong
 
 
+def into_memory_that_is_still_used(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """New memory for rolls was another tensor's, which the compute stream has yet to write."""
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
+    wrong = []
+    for turn in range(3):
+        batch = Microbatch.of(group, 1, turn)
+        tensors, ready = batch.shards(), recorded_event()
+        # All that was allocated at a time, but for what the turn before has used.
+        taken = [roller.start(tensors, batch.layout) for _ in range(MICROBATCHES - bool(turn))]
+        rolled = [rolls.at(depth) for rolls in taken for depth in range(1, NUM_DEPTHS + 1)]
+        torch.cuda._sleep(20_000_000)
+        for one in (tensor for tokens in rolled for tensor in tokens.values()):
+            one.fill_(1)
+        del one, taken, rolled
+        wrong += batch.wrong(roller.start(tensors, batch.layout, ready))
+    roller.close()
+    return wrong
+
+
 def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
     """One rank drops its rolls and batch while its side stream has yet to read them, and uses the memory again."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
@@ -120,20 +140,21 @@ def many_dropped_after_one_join(group: dist.ProcessGroup, transport: str) -> lis
     return wrong
 
 
-def unroll_fails_once(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """The launch of an unroll raises. `at` is called again, with other exchanges after it."""
+def join_fails_once(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """What a join does last raises. `at` is called again, with other exchanges after it."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
     Microbatch.of(group, 2).start(roller).at(1)
+    last = (Launch, "replay") if transport == "process_group" else (torch.cuda.Stream, "wait_event")
     wrong = []
 
-    def fails(self: Launch, *args: object, **options: object) -> None:
+    def fails(self: object, *args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     for turn in range(12):
         batch, after = (Microbatch.of(group, 2, turn + more) for more in range(2))
         rolls = batch.start(roller)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Launch, "replay", fails)
+            patched.setattr(*last, fails)
             with pytest.raises(KeyboardInterrupt):
                 rolls.at(1)
         rolls_after = after.start(roller)
@@ -199,10 +220,11 @@ def early_event_in_a_capture(group: dist.ProcessGroup, transport: str) -> list[s
     [
         many_from_early_events,
         waited_for_on_another_stream,
+        into_memory_that_is_still_used,
         from_an_earlier_event,
         dropped_on_one_rank,
         many_dropped_after_one_join,
-        unroll_fails_once,
+        join_fails_once,
         replays_beside_exchanges,
         early_event_in_a_capture,
     ],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +12,8 @@ from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table
 from overlap_mtp.kernels import reference
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
-from overlap_mtp.kernels.put_pack import SEQ_NO_AT, put_pack, wait_for_tokens
-from overlap_mtp.kernels.unroll import unroll_grid
-from overlap_mtp.kernels.unroll_acknowledge import acknowledge, unroll_acknowledge
+from overlap_mtp.kernels.launch import Launch
+from overlap_mtp.kernels.put_unroll import num_counting, put_unroll
 from overlap_mtp.layout import SequenceLayout
 
 from cases import Batch
@@ -31,52 +28,50 @@ TIMEOUT = 3  # turns: nothing changes while a program waits under the interprete
 ONE_TENSOR = {"input_ids": torch.int32}
 
 
-@triton.jit
-def wait_kernel(metadata, sources, memory, error_flags, timeout, C: tl.constexpr):  # noqa: N803
-    """What put_pack does at its end. Ranks run one after the other here, so none may wait before all have put."""
-    seq_no = tl.load(metadata + SEQ_NO_AT)
-    tl.store(metadata + SEQ_NO_AT, wait_for_tokens(seq_no, sources, memory, error_flags, timeout, C))
+def places_for(plans: list[ExchangePlan], spec: ExchangeSpec) -> MemoryLayout:
+    """Few buffers, and small parts: most messages have several."""
+    return MemoryLayout.of(plans, spec, NUM_BUFFERS, part_words=16)
 
 
 class Rank:
     """One simulated rank: its memory, and what its launches share."""
 
+    programs_for = 64  # local tokens: longer batches have more tokens than programs
+
     def __init__(
         self, plans: list[ExchangePlan], rank: int, spec: ExchangeSpec, memories: list[torch.Tensor]
     ):
         self.plans, self.plan, self.spec, self.memories = plans, plans[rank], spec, memories
-        self.places = MemoryLayout.of(plans, spec.words_per_token, NUM_BUFFERS)
+        self.places = places_for(plans, spec)
         self.constants = ExchangeConstants.of(spec, self.plan, False, self.places.constants, on_gpu=False)
         self.memory = memories[rank]
-        peers, sources_at = peer_table(plans, rank, [memory.data_ptr() for memory in memories])
-        self.peers = torch.tensor(peers)
-        self.sources = self.peers[sources_at:]
-        self.seq_nos = torch.zeros(len(self.plan.destinations) + 1, dtype=torch.int64)
-        self.unrolled = torch.zeros(1, dtype=torch.int64)
+        addresses = [memory.data_ptr() for memory in memories]
+        self.peers = torch.tensor(peer_table(plans, rank, addresses))
+        self.putting = (
+            len(self.plan.destinations) * self.places.num_parts + 1
+        )  # programs that put or acknowledge
+        self.seq_nos = torch.zeros(num_counting(self.constants), dtype=torch.int64)
         self.error_flags = torch.zeros(4, dtype=torch.int32)
         self.timeout = torch.tensor([TIMEOUT])
-        self.tables = torch.from_numpy(self.plan.table), torch.from_numpy(spec.table)
+        asked = torch.from_numpy(self.plan.asked)
+        plan_table = torch.cat([torch.from_numpy(self.plan.table), asked.flatten()])
+        self.tables = plan_table, torch.from_numpy(spec.table)
 
     def put(self, layout: SequenceLayout, full: Batch) -> RankBatch:
-        """Launch put_pack; return what `wait` needs."""
+        """Launch the programs of put_unroll that put; return what `wait` needs."""
         batch = RankBatch(full, layout, self.plan, self.spec)
-        metadata = (batch.host_metadata, batch.replay_metadata, batch.metadata)
-        own = (self.peers, self.memory, self.seq_nos, self.error_flags, self.timeout)
-        put_pack((*metadata, *self.tables, *own), self.constants, block=64)()
+        self.bind(batch)((self.putting, 1, 1))
         return batch
 
     def wait(self, batch: RankBatch) -> list[str]:
-        """Wait and launch unroll_acknowledge; return what is wrong with the rolls."""
-        late = (self.error_flags, self.timeout)
-        wait_kernel[(1,)](batch.metadata, self.sources, self.memory, *late, C=self.constants)
-        own = (self.sources, self.memory, self.unrolled, self.error_flags)
-        buffers = (batch.metadata, batch.replay_metadata, *self.tables, *own)
-        launch = unroll_acknowledge(buffers, self.constants, block=64)
-        launch(unroll_grid(batch.layout.local_len, self.constants, block=64))
+        """Launch the others; return what is wrong with the rolls. All ranks must have put: they run in turns here."""
+        self.bind(batch, self.putting)()
         return batch.wrong()
 
-    def drop(self, batch: RankBatch) -> None:
-        acknowledge(batch.metadata, self.sources, self.unrolled, self.constants)()
+    def bind(self, batch: RankBatch, first: int = 0) -> Launch:
+        own = (self.peers, self.memory, self.seq_nos, self.error_flags, self.timeout)
+        buffers = (batch.host_metadata, batch.replay_metadata, *self.tables, *own)
+        return put_unroll(buffers, self.constants, self.programs_for, first, block=64)
 
 
 class PlainRank(Rank):
@@ -85,17 +80,15 @@ class PlainRank(Rank):
     def put(self, layout: SequenceLayout, full: Batch) -> RankBatch:
         batch = RankBatch(full, layout, self.plan, self.spec)
         self.seq_nos += 1
-        seq_no = int(self.seq_nos[-1])
+        seq_no = int(self.seq_nos[0])
         metadata, memories = batch.host_metadata, self.memories
         reference.put_pack(batch.tensors, metadata, self.plans, memories, seq_no, self.constants)
         return batch
 
     def wait(self, batch: RankBatch) -> list[str]:
-        exchange = (self.plan, self.memories, int(self.seq_nos[-1]), self.constants)
-        shared = (*exchange, self.unrolled, self.error_flags)
-        reference.unroll_acknowledge(
-            batch.tensors, batch.outputs, self.spec.fill_bits, batch.host_metadata, *shared
-        )
+        exchange = (self.plan, self.memories, int(self.seq_nos[0]), self.constants, self.error_flags)
+        tensors = batch.tensors, batch.outputs, self.spec.fill_bits
+        reference.wait_unroll(*tensors, batch.host_metadata, *exchange)
         return batch.wrong()
 
 
@@ -109,7 +102,7 @@ def ranks_for(
     """Ranks of the given kinds, in turn."""
     plans = make_plans(layout, num_depths, max_documents)
     spec = spec_of(full, layout, num_depths, max_documents)
-    words = MemoryLayout.of(plans, spec.words_per_token, NUM_BUFFERS).num_words
+    words = places_for(plans, spec).num_words
     memories = [torch.zeros(words + FLAG_WORDS, dtype=torch.int64) for _ in plans]
     return [kinds[rank % len(kinds)](plans, rank, spec, memories) for rank in range(len(plans))]
 
@@ -139,26 +132,20 @@ def test_kernels_and_their_references_give_the_rolls(layout, num_depths, rows, s
 
 @pytest.mark.parametrize("kind", KINDS)  # contiguous: tokens travel one way only
 def test_buffers_are_used_again_once_acknowledged(kind):
-    """Several exchanges under way, waited for out of order, one of them dropped, over three laps of the buffers."""
+    """Over three laps of the buffers."""
     layout = SequenceLayout.dense(24, 3, kind)
-    full = random_batch(layout, 1, dtypes=ONE_TENSOR)
-    ranks = ranks_for(layout, full, num_depths=2)
-    for lap in range(3):
-        batches = [random_batch(layout, 1, lap * NUM_BUFFERS + i, ONE_TENSOR) for i in range(NUM_BUFFERS)]
-        started = [[rank.put(layout, full) for rank in ranks] for full in batches]
-        for index in (2, 0, 3):
-            wait_for_all(ranks, started[index])
-        for rank, dropped in zip(ranks, started[1], strict=True):
-            rank.drop(dropped)
-    assert not any(rank.error_flags.any() for rank in ranks)
+    ranks = ranks_for(layout, random_batch(layout, 1, dtypes=ONE_TENSOR), num_depths=2)
+    for number in range(3 * NUM_BUFFERS):
+        full = random_batch(layout, 1, number, ONE_TENSOR)
+        wait_for_all(ranks, [rank.put(layout, full) for rank in ranks])
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-def test_an_exchange_is_acknowledged_by_the_one_after_it(dropped):
-    """Not by its own join: some programs of that launch may still read its buffer."""
+@pytest.mark.parametrize("kind", [Rank, PlainRank])
+def test_an_exchange_is_acknowledged_by_the_one_after_it(kind):
+    """Not by itself: some programs of that launch may still read its buffer."""
     layout = SequenceLayout.dense(16, 2)
     full = random_batch(layout, 1, dtypes=ONE_TENSOR)
-    ranks = ranks_for(layout, full)
+    ranks = ranks_for(layout, full, kinds=(kind,))
     flags = ranks[1].memory[ranks[1].places.acknowledgements_at :]
 
     def acknowledged() -> list[int]:
@@ -168,24 +155,9 @@ def test_an_exchange_is_acknowledged_by_the_one_after_it(dropped):
     wait_for_all(ranks, [rank.put(layout, full) for rank in ranks])
     assert acknowledged() == []
     batches = [rank.put(layout, full) for rank in ranks]
-    if dropped:
-        ranks[0].drop(batches[0])
-        assert acknowledged() == [1, 2]
-    else:
-        wait_for_all(ranks, batches)
-        assert acknowledged() == [1]
-
-
-def test_half_of_the_buffers_may_be_under_way():
-    """Joined in the worst order: the exchange whose buffer is needed next comes last, and is not acknowledged yet."""
-    layout = SequenceLayout.dense(24, 3)
-    full = random_batch(layout, 1, dtypes=ONE_TENSOR)
-    ranks = ranks_for(layout, full)
-    for _ in range(3):
-        started = [[rank.put(layout, full) for rank in ranks] for _ in range(NUM_BUFFERS // 2)]
-        for batches in reversed(started):
-            wait_for_all(ranks, batches)
-    assert not any(rank.error_flags.any() for rank in ranks)
+    assert acknowledged() == [1]
+    wait_for_all(ranks, batches)
+    assert acknowledged() == [1]
 
 
 def test_a_buffer_that_was_not_acknowledged_is_not_written_again():
@@ -194,11 +166,12 @@ def test_a_buffer_that_was_not_acknowledged_is_not_written_again():
     ranks = ranks_for(layout, full)
     for _ in range(NUM_BUFFERS):
         ranks[0].put(layout, full)
-    before = ranks[1].memory.clone()
+    put = ranks[1].memory[: ranks[1].places.acknowledgements_at]  # tokens and signals
+    before = put.clone()
     assert not ranks[0].error_flags.any()
     ranks[0].put(layout, full)
     assert ranks[0].error_flags.tolist() == [0, 0, 1 + 1, 0]  # rank 1 is late with an acknowledgement
-    assert torch.equal(ranks[1].memory, before)
+    assert torch.equal(put, before)
     assert ranks[0].timeout.item() == 0
 
 
@@ -221,3 +194,15 @@ def test_another_plan_is_noticed():
     for rank, batch in zip(ranks, started, strict=True):
         rank.wait(batch)
         assert rank.error_flags.tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("documents", [1, 40])
+def test_a_message_has_parts_for_all_its_rows(documents):
+    layout = SequenceLayout.packed([0, 24, 48], 2)
+    plans = make_plans(layout, 2, documents + 2)
+    spec = spec_of(random_batch(layout), layout, 2, documents + 2)
+    for part_words in (1, 16, 10_000):
+        places = MemoryLayout.of(plans, spec, part_words=part_words)
+        longest = max(plans[0].recv_rows) - 1
+        assert places.part_rows * (places.num_parts - 1) < longest <= places.part_rows * places.num_parts
+        assert places.part_rows * spec.num_columns * 2 <= max(part_words, spec.num_columns * 2)
