@@ -37,8 +37,8 @@ _log = logging.getLogger("overlap_mtp")
 class HostMetadata:
     """The metadata of a batch, the addresses of its tensors and those of its rolls, in pinned memory.
 
-    The pack kernel reads it there. That saves the host a copy to the device, 20 to 60 µs a microbatch (prefetch,
-    2 x H100, h2048 and h4096). The kernel copies it to the device for the unroll, which needs it more often.
+    A kernel reads it there, which saves the host a copy to the device, 20 to 60 µs a microbatch (prefetch, 2 x H100,
+    h2048 and h4096). It leaves one on the device for the kernels that need it more often.
     """
 
     def __init__(self, plan: ExchangePlan, num_addresses: int) -> None:
@@ -83,11 +83,11 @@ class ExchangeBuffers:
         self.host_metadata = HostMetadata(plan, spec.num_columns * (1 + plan.num_depths))
         self.metadata = torch.zeros_like(self.host_metadata.tensor, device=spec.device)
         self.replay_metadata = torch.full_like(self.metadata, -1)
-        # What pack and put_pack read.
+        # What `pack` reads.
         self.source = self.metadata if spec.bounds_on_device else self.host_metadata.tensor
         self.forked, self.sent, self.unrolled = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
         self.last_use = self.unrolled  # or `sent`
-        self.tensors: list[torch.Tensor] = []  # kept alive until the unroll, with a DeviceLayout's
+        self.tensors: list[torch.Tensor] = []  # kept alive until the join, with a DeviceLayout's
         self.outputs: Outputs | None = None
 
     def load(
@@ -174,8 +174,8 @@ class CudaTransport(Transport):
             outputs, is_new = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0], True
             buffers = self._take_for_capture()
         else:
-            outputs, is_new = self._outputs.take(tensors, compute)
             buffers = self._take()
+            outputs, is_new = self._outputs.take(tensors, compute)
         buffers.load(tensors, column_addresses(tensors, self._parts), layout, mark, outputs)
         exchange = PendingExchange(
             self, self.num_started, tensors[0].shape[-1], outputs.depths, buffers, compute
@@ -203,13 +203,15 @@ class CudaTransport(Transport):
         side, compute, buffers = self._side, exchange.stream, exchange.buffers
         # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
         # was captured, it waits for the compute stream, and the compute stream waits for it and its peers' tokens.
-        side.wait_event(ready if ready and (is_capturing or not self.has_captures) else buffers.forked)
+        waits = not ready or after_both or (self.has_captures and not is_capturing)
+        if ready:
+            side.wait_event(ready)
         # `with torch.cuda.stream(side)` takes 20 to 40 µs more host time (2 x H100).
         torch.cuda.set_stream(side)
         try:
-            if is_capturing and not torch.cuda.is_current_stream_capturing():
+            if ready and is_capturing and not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
-            if ready and after_both:
+            if waits:
                 side.wait_event(buffers.forked)
             self._send(buffers, exchange.number)
         finally:

@@ -34,7 +34,7 @@ class PendingExchange:
     transport: Transport
     number: int
     local_len: int
-    depths: Rolled  # the rolls: they are written when it is waited for
+    depths: Rolled  # the rolls: they are complete when it has been waited for
     buffers: Any  # the transport's
     stream: Any = None  # the CUDA stream that it was started from
     is_done: bool = False  # it was waited for or dropped
@@ -116,7 +116,7 @@ class Transport(ABC):
 
     @abstractmethod
     def finish(self, exchange: PendingExchange) -> Rolled:
-        """Wait for an exchange and write its rolls (`PendingExchange.wait`)."""
+        """Wait for an exchange, and return its rolls (`PendingExchange.wait`)."""
 
     @abstractmethod
     def take_back(self, exchange: PendingExchange) -> None:

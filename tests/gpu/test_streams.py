@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp import make_roller
+from overlap_mtp.exchange import outputs
 from overlap_mtp.exchange.group import exchange_group_of
-from overlap_mtp.exchange.outputs import MICROBATCHES
 from overlap_mtp.kernels.launch import Launch
 
 from cases import EXCHANGING, NUM_DEPTHS, TRANSPORTS, Microbatch, error_of
@@ -82,7 +82,7 @@ def into_memory_that_is_still_used(group: dist.ProcessGroup, transport: str) -> 
         batch = Microbatch.of(group, 1, turn)
         tensors, ready = batch.shards(), recorded_event()
         # All that was allocated at a time, but for what the turn before has used.
-        taken = [roller.start(tensors, batch.layout) for _ in range(MICROBATCHES - bool(turn))]
+        taken = [roller.start(tensors, batch.layout) for _ in range(outputs.MICROBATCHES - bool(turn))]
         rolled = [rolls.at(depth) for rolls in taken for depth in range(1, NUM_DEPTHS + 1)]
         torch.cuda._sleep(20_000_000)
         for one in (tensor for tokens in rolled for tensor in tokens.values()):
@@ -102,19 +102,28 @@ def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
     for turn in range(6):
         batch = Microbatch.of(group, 1, turn)
         tensors = batch.shards()
-        shapes = [(one.shape, one.dtype) for one in tensors.values()]
+        # Of the batch, and of all its rolls.
+        shapes = [
+            ((rows * one.shape[0], *one.shape[1:]), one.dtype)
+            for one in tensors.values()
+            for rows in (1, NUM_DEPTHS)
+        ]
         with torch.cuda.stream(side):
             torch.cuda._sleep(30_000_000)
-        rolls = roller.start(tensors, batch.layout)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(outputs, "MICROBATCHES", 1)
+            rolls = roller.start(tensors, batch.layout)
         del tensors
+        fills = []
         if group.rank() == turn % group.size():
             del rolls
             roller.raise_if_failed()
-            # `_release` must have kept the allocator from giving the batch's memory to these.
-            _ = [torch.full(shape, -5, dtype=dtype, device="cuda") for shape, dtype in 8 * shapes]
+            # `_release` must have kept the allocator from giving their memory to these.
+            fills = [torch.full(shape, 1, dtype=dtype, device="cuda") for shape, dtype in 8 * shapes]
         else:
             wrong += batch.wrong(rolls)
         torch.cuda.synchronize()
+        wrong += [f"written to at turn {turn}" for fill in fills if not (fill == 1).all()]
     roller.close()
     return wrong
 
@@ -196,6 +205,32 @@ def replays_beside_exchanges(group: dist.ProcessGroup, transport: str) -> list[s
     return wrong
 
 
+def early_events_after_a_capture(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """Batches are made on a stream that nothing waits for but their events. A graph holds another exchange."""
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
+    first = Microbatch.of(group)
+    layout, tensors = first.layout, first.shards()
+    roller.start(tensors, layout).at(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        roller.start(tensors, layout).at(1)
+    graph.replay()
+    other, wrong = torch.cuda.Stream(), []
+    for turn in range(3):
+        batch, ready = Microbatch.of(group, 0, turn), torch.cuda.Event()
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(20_000_000)
+            made = batch.shards()
+            ready.record()
+        rolls = roller.start(made, layout, ready)
+        rolled = [rolls.at(1), rolls.at(2)]
+        torch.cuda.synchronize()
+        wrong += batch.differences(rolled)
+    graph.reset()
+    roller.close()
+    return wrong
+
+
 def early_event_in_a_capture(group: dist.ProcessGroup, transport: str) -> list[str]:
     """An event of before the capture is refused, and the roller is of use afterwards."""
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
@@ -226,6 +261,7 @@ def early_event_in_a_capture(group: dist.ProcessGroup, transport: str) -> list[s
         many_dropped_after_one_join,
         join_fails_once,
         replays_beside_exchanges,
+        early_events_after_a_capture,
         early_event_in_a_capture,
     ],
 )
