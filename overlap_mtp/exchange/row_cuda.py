@@ -31,10 +31,11 @@ class NcclRowTransport(RowTransport):
     peer never comes, NCCL's watchdog ends the process after the group's timeout.
 
     The buffer of an overlapped exchange belongs to the side stream. The compute stream uses it after the event in
-    `RowExchange.posted`. Rolls and sums belong to the compute stream, but their own rows are written on the side
-    stream: these copies of whole tensors take longer than all else, and no peer is needed for them. What comes from
-    peers is written at the join. Behind the receive on the side stream it could hold up other work until a late peer
-    comes: with one hardware queue, kernels run in the order in which they were launched.
+    `RowExchange.posted`. Rolls and sums belong to the compute stream, but their own rows are written on the side stream
+    (those of rolls only without `ready`, which may come before their memory is free). These copies of whole tensors
+    take longer than all else, and no peer is needed for them. What comes from peers is written at the join. Behind the
+    receive on the side stream it could hold up other work until a late peer comes: with one hardware queue, kernels run
+    in the order in which they were launched.
     """
 
     name = "process_group"
@@ -61,10 +62,7 @@ class NcclRowTransport(RowTransport):
         words = torch.zeros(self.plan.metadata_len, dtype=torch.int64, pin_memory=True)
         checksum = write_metadata(layout, self.plan, words.numpy())
         metadata = words.to(self.device, non_blocking=True)
-        maps = self._mapper(metadata, layout.local_len // self.rows.tp_size, checksum)
-        if self.is_overlapped:  # the side stream makes them, and the compute stream reads them
-            maps.packed.record_stream(self._compute)
-        return maps
+        return self._mapper(metadata, layout.local_len // self.rows.tp_size, checksum)
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
@@ -77,6 +75,7 @@ class NcclRowTransport(RowTransport):
         rows: RowExchange = exchange.buffers
         for tensor in _own_tensors(rows):
             tensor.record_stream(self._side)  # it may still use them
+        rows.depths = []
         exchange.buffers = None
 
     def close(self) -> None:
@@ -86,21 +85,27 @@ class NcclRowTransport(RowTransport):
 
     @contextmanager
     def _aside(
-        self, exchange: RowExchange, reads: Tensors, ready: torch.cuda.Event | None = None
+        self, exchange: RowExchange, uses: Tensors, ready: torch.cuda.Event | None = None
     ) -> Iterator[None]:
         if not self.is_overlapped:
             yield
             return
-        compute = self._compute = exchange.stream = torch.cuda.current_stream(self.device)
+        compute = torch.cuda.current_stream(self.device)
+        if not exchange.is_backward:
+            exchange.stream = compute
         self._side.wait_event(ready or compute.record_event())
         torch.cuda.set_stream(self._side)
         try:
             yield
+        except BaseException:
+            uses = [*uses, *_own_tensors(exchange)]  # nobody will join it
+            raise
         finally:
             torch.cuda.set_stream(compute)
-        for tensor in reads:
-            tensor.record_stream(self._side)
-        exchange.buffer.record_stream(compute)
+            for tensor in uses:
+                tensor.record_stream(self._side)
+        for tensor in (exchange.buffer, exchange.maps.packed):  # all maps are parts of one tensor
+            tensor.record_stream(compute)
         exchange.posted = self._side.record_event()
 
     def _leave(self, exchange: RowExchange) -> None:

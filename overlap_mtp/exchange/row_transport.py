@@ -34,7 +34,10 @@ class RowExchange:
     mark: int
     layout: SequenceLayout
     tensors: Tensors  # empty after the rolls were written
-    depths: list[Tensors] = field(default_factory=list)  # the rolls, if their own rows were written ahead
+    depths: list[Tensors] = field(
+        default_factory=list
+    )  # the rolls, from when their own rows are written to the join
+    gradients: list[Tensors] = field(default_factory=list)  # those of the rolls, while they may be read
     maps: RowMaps = field(init=False)
     buffer: torch.Tensor = field(init=False)  # [rows of the plan, elements of a row], of what is under way
     received: torch.Tensor = field(init=False)  # its `in` rows in forward
@@ -76,14 +79,17 @@ class RowTransport(Transport):
         self.group.num_exchanges += 1
         # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
         allocate = torch.zeros if self.tp_group is not None or self.schedule == "none" else torch.empty
-        if self._writes_ahead and ready is None:  # what used this memory before may run later than `ready`
+        writes_ahead = (
+            self._writes_ahead and ready is None
+        )  # what used their memory before may run after `ready`
+        if writes_ahead:
             exchange.depths = self._allocate_depths(tensors)
         with self._aside(exchange, [], ready):
             with self._pack_span:
                 exchange.maps = self._maps_of(layout)
                 # First the long copies: then the others run in the middle of the compute, not where a kernel begins.
-                if exchange.depths:
-                    self._unroll_own(exchange)
+                if writes_ahead:
+                    self._unroll_own(exchange, exchange.depths)
                 exchange.buffer = allocate(self._buffer_shape, dtype=self.spec.dtype, device=self.device)
                 exchange.received = exchange.buffer[self.rows.in_rows]
                 rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
@@ -96,14 +102,15 @@ class RowTransport(Transport):
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows: RowExchange = exchange.buffers
         with self._join_span:
-            if not rows.depths:
-                rows.depths = self._allocate_depths(rows.tensors)
-                self._unroll_own(rows)
             self._arrive(rows)
+            if not rows.depths:
+                depths = self._allocate_depths(rows.tensors)
+                self._unroll_own(rows, depths)
+                rows.depths = depths
             with self._unroll_span:
-                depths = [self._by_sequence(depth) for depth in rows.depths]
+                by_sequence = [self._by_sequence(depth) for depth in rows.depths]
                 checks = self._checks(rows, is_backward=False)
-                self.kernels.unroll_received_rows(rows.received, rows.maps.in_back, depths, **checks)
+                self.kernels.unroll_received_rows(rows.received, rows.maps.in_back, by_sequence, **checks)
         depths, rows.depths, rows.tensors = rows.depths, [], []
         return [dict(zip(self.spec.names, depth, strict=True)) for depth in depths]
 
@@ -120,6 +127,8 @@ class RowTransport(Transport):
         self._arrive(exchange)  # if nobody has waited for it
         self.raise_if_failed()
         exchange.is_backward = True
+        if self.is_overlapped:  # autograd adds other gradients to one in place if nobody else has it
+            exchange.gradients = gradients
         by_depth = [self._by_sequence(depth) for depth in gradients]
         sums = self._empty_like(gradients[0])
         with self._aside(exchange, [*sums, *(one for depth in gradients for one in depth)]):
@@ -143,6 +152,7 @@ class RowTransport(Transport):
         rows, maps, by_sequence = exchange.buffer[self.rows.out_rows], exchange.maps, self._by_sequence(sums)
         with self._join_span:
             self._arrive(exchange)
+            exchange.gradients = []
             with self._unroll_span:
                 self.kernels.add_rows(
                     rows, maps.returned_to, maps.returned, by_sequence, **self._checks(exchange, True)
@@ -154,21 +164,23 @@ class RowTransport(Transport):
     def _allocate_depths(self, tensors: Tensors) -> list[Tensors]:
         return [self._empty_like(tensors) for _ in range(self.plan.num_depths)]
 
-    def _unroll_own(self, exchange: RowExchange) -> None:
+    def _unroll_own(self, exchange: RowExchange, depths: list[Tensors]) -> None:
         """Write the own rows of the rolls."""
         with self._unroll_span:
-            depths = [self._by_sequence(depth) for depth in exchange.depths]
-            self.kernels.unroll_own_rows(self._by_sequence(exchange.tensors), exchange.maps.source, depths)
+            by_sequence = [self._by_sequence(depth) for depth in depths]
+            self.kernels.unroll_own_rows(
+                self._by_sequence(exchange.tensors), exchange.maps.source, by_sequence
+            )
 
     @abstractmethod
     def _aside(
-        self, exchange: RowExchange, reads: Tensors, ready: torch.cuda.Event | None = None
+        self, exchange: RowExchange, uses: Tensors, ready: torch.cuda.Event | None = None
     ) -> AbstractContextManager[None]:
         """Where rows are packed and sent: beside the compute that follows, if the exchange is overlapped.
 
         Args:
             exchange: whose rows.
-            reads: what is read there and may be freed before the rows arrive.
+            uses: what is read or written there and may be freed before the rows arrive.
             ready: as in `Roller.start`.
         """
 

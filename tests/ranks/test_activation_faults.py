@@ -6,6 +6,7 @@ import pytest
 
 from activation_faults import (
     close_with_exchanges_under_way,
+    gradients_that_change,
     leaks,
     look_under_no_grad,
     lose_a_gradient,
@@ -59,6 +60,10 @@ def test_nothing_of_a_step_outlives_it(ranks: RankPool):
 
 def test_rollers_closed_with_exchanges_under_way_leak_nothing(ranks: RankPool):
     ranks.check(close_with_exchanges_under_way, 3)
+
+
+def test_gradients_stay_as_they_are_while_they_may_be_read(ranks: RankPool):
+    ranks.check(gradients_that_change, 3)
 
 
 def test_recomputed_layers_send_nothing_again_and_give_the_same_bits(ranks: RankPool):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from overlap_mtp import Roller, Rolls, SequenceLayout, make_roller
+from overlap_mtp.exchange.row_transport import RowTransport
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 from overlap_mtp.schedules.timed import TimedRoller
 
@@ -300,6 +303,40 @@ def close_with_exchanges_under_way(group: dist.ProcessGroup) -> list[str]:
         held.append(num_tensors())
     wrong = [one for one in wrong if one != "RuntimeError: this roller is closed"]
     return [*wrong, f"the number of tensors became {held}"] if len({*held[1:]}) > 1 else wrong
+
+
+def gradients_that_change(group: dist.ProcessGroup) -> list[str]:
+    """Whether gradients of rolls change before their exchange has ended: the side stream may still read them."""
+    batch, roller = batch_of(group), make_activation_roller("overlap", group, NUM_DEPTHS)
+    begin, end, read = RowTransport.begin_backward, RowTransport.end_backward, {}
+
+    def memory(at: int, size: int) -> bytes:
+        """Without a reference to the tensor: that would keep autograd from adding to it."""
+        return ctypes.string_at(at, size)
+
+    def begin_backward(self: RowTransport, exchange: Any, gradients: list[list[torch.Tensor]]) -> Any:
+        for one in (gradient for depth in gradients for gradient in depth):
+            read[one.data_ptr()] = memory(one.data_ptr(), one.nbytes)
+        return begin(self, exchange, gradients)
+
+    def end_backward(self: RowTransport, *args: Any) -> None:
+        changed.extend(at for at, before in read.items() if memory(at, len(before)) != before)
+        end(self, *args)
+
+    changed: list[int] = []
+    with mock.patch.multiple(RowTransport, begin_backward=begin_backward, end_backward=end_backward):
+        leaves = leaves_of(batch)
+        other = {name: leaf * 3 for name, leaf in leaves.items()}
+        later = [one * 2 for one in other.values()]  # its gradient comes after that of the sum
+        rolls = roller.start({name: leaf * 1 for name, leaf in leaves.items()}, batch.layout)
+        ends = [
+            *later,
+            *((rolls.at(depth)[name] + one) * 2 for depth in (1, 2) for name, one in other.items()),
+        ]
+        torch.autograd.backward(ends, [torch.ones_like(one) for one in ends])
+    roller.close()
+    assert len(read) == 2 * NUM_DEPTHS
+    return [f"{len(changed)} gradients changed"] if changed else []
 
 
 # Steps of several microbatches and rollers

@@ -1,0 +1,135 @@
+"""Rolls of activations on GPUs, while one of the streams is behind: order between streams, and who owns memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from overlap_mtp import SequenceLayout
+from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.schedules.activations import make_activation_roller
+
+from activations import rolls_of
+from exact_activations import Activations
+from rank_pool import RankPool, device_of
+
+pytestmark = pytest.mark.multi_gpu
+NUM_DEPTHS = 2
+LONG = 30_000_000  # cycles, some 15 ms
+
+
+def batch_of(group: dist.ProcessGroup, turn: int) -> Activations:
+    """Each turn has other documents, so that maps are made for it."""
+    bounds = [0, 4 + 2 * turn, 24, 40]
+    layout = SequenceLayout.packed([2 * group.size() * one for one in bounds], group.size())
+    return Activations.of(group, layout, NUM_DEPTHS, names="a", seed=turn)
+
+
+def delay_side_stream(group: dist.ProcessGroup) -> None:
+    with torch.cuda.stream(exchange_group_of(group).side_stream(device_of(group))):
+        torch.cuda._sleep(LONG)
+
+
+def from_an_earlier_event(group: dist.ProcessGroup) -> list[str]:
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    wrong = []
+    for turn in range(4):
+        batch, ready = batch_of(group, turn), torch.cuda.Event()
+        tensors = batch.shards()
+        ready.record()
+        if turn % 2:
+            delay_side_stream(group)
+        else:
+            torch.cuda._sleep(LONG)
+        rolls = roller.start(tensors, batch.layout, ready)
+        wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
+    roller.close()
+    return wrong
+
+
+def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    other, wrong = torch.cuda.Stream(), []
+    for turn in range(4):
+        batch, ready = batch_of(group, turn), torch.cuda.Event()
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(LONG)
+            tensors = batch.shards()
+            ready.record()
+        rolls = roller.start(tensors, batch.layout, ready)
+        rolled = [rolls.at(depth) for depth in (1, 2)]
+        torch.cuda.synchronize()
+        wrong += batch.wrong_rolls(rolled)
+    roller.close()
+    return wrong
+
+
+def waited_for_on_another_stream(group: dist.ProcessGroup) -> list[str]:
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    other, wrong = torch.cuda.Stream(), []
+    for turn in range(4):
+        batch = batch_of(group, turn)
+        torch.cuda._sleep(LONG)
+        rolls = roller.start(batch.shards(), batch.layout)
+        with torch.cuda.stream(other):
+            wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
+    roller.close()
+    return wrong
+
+
+def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
+    """One rank drops its rolls and batch while its side stream has yet to write them, and uses the memory again."""
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    wrong = []
+    for turn in range(6):
+        batch = batch_of(group, turn)
+        tensors = batch.shards()
+        like = tensors["a"]
+        shape, dtype, device = like.shape, like.dtype, like.device
+        delay_side_stream(group)
+        rolls = roller.start(tensors, batch.layout)
+        del tensors, like
+        if group.rank() == turn % group.size():
+            del rolls
+            fills = [torch.full(shape, -5, dtype=dtype, device=device) for _ in range(12)]
+            torch.cuda.synchronize()
+            wrong += [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
+        else:
+            wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
+    roller.close()
+    return wrong
+
+
+def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
+    """Autograd gives the gradient of a sum to both parts, and adds to it what else belongs to the other one."""
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    wrong = []
+    for turn in range(4):
+        batch = batch_of(group, turn)
+        leaf = batch.shards()["a"].requires_grad_()
+        other = leaf.detach().clone().requires_grad_() * 1
+        later = other * 2
+        rolled = rolls_of(roller, {"a": leaf * 1}, batch.layout)
+        ends = [
+            ((one["a"] + other) * 1, batch.weight("a", depth)) for depth, one in enumerate(rolled, start=1)
+        ]
+        delay_side_stream(group)
+        torch.autograd.backward(*zip(*ends, (later, torch.ones_like(later)), strict=True))
+        wrong += batch.wrong_gradients({"a": leaf.grad}, lambda rank, name, depth: int(depth > 0))
+    roller.close()
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        from_an_earlier_event,
+        made_on_another_stream,
+        waited_for_on_another_stream,
+        dropped_on_one_rank,
+        added_to_another_tensor,
+    ],
+)
+def test_rows_are_right_while_a_stream_is_behind(gpu_pool: RankPool, body):
+    gpu_pool.check(body, gpu_pool.world_size)
