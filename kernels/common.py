@@ -22,6 +22,7 @@ NUM_DOCUMENTS_AT = tl.constexpr(NUM_DOCUMENTS)
 SEQ_LEN_AT = tl.constexpr(SEQ_LEN)
 CU_AT = tl.constexpr(CU_SEQLENS)
 NO_DOCUMENT_AT = tl.constexpr(int(NO_DOCUMENT))
+MAX_WAITING = 16  # programs that may wait for peers at a time: they keep their places on the device
 FLAG_WORDS = 16  # a flag in symmetric memory has a 128-byte line of its own
 
 
@@ -60,6 +61,7 @@ class ExchangeConstants(NamedTuple):
     acknowledgements_at: int
     part_rows: int
     num_parts: int
+    num_shares: int  # programs for each peer that share the parts
     on_gpu: bool  # otherwise ranks run one after the other, and timeouts are turns of the waiting loop
     flag_words: int = FLAG_WORDS
 
@@ -78,7 +80,7 @@ class ExchangeConstants(NamedTuple):
             spec: which tensors.
             plan: of this rank.
             is_replayable: for exchanges that are captured in a CUDA graph.
-            memory: num_buffers and all that follows, of the symmetric memory.
+            memory: num_buffers and all that follows, of the symmetric memory. The last one is num_parts.
             on_gpu: False under the interpreter.
 
         Returns:
@@ -114,6 +116,7 @@ class ExchangeConstants(NamedTuple):
             triton.next_power_of_2(addresses_end),
             is_replayable,
             *memory,
+            min(memory[-1], max(1, MAX_WAITING // max(1, len(plan.sources), len(plan.destinations)))),
             on_gpu,
         )
 

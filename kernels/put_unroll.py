@@ -5,9 +5,9 @@
     for each peer that has tokens       `wait_unroll`: wait for them, write them to the rolls
     all others                          write what this rank holds to the rolls
 
-So the rolls are complete when the launch ends, and no join has to copy. A message travels in parts: each has programs
-of its own on both sides, and a signal. Few programs wait for peers, because a program that waits keeps its place on the
-device, and nothing in the launch waits for those.
+So the rolls are complete when the launch ends, and no join has to copy. A message travels in parts, each with a signal
+of its own, and programs share them. At most MAX_WAITING programs put, and as many wait for peers: a program that waits
+keeps its place on the device. Nothing in the launch waits for those.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def put_unroll_kernel(
     FIRST: tl.constexpr,  # the first program that is launched
     BLOCK: tl.constexpr,  # own tokens that a program handles at a time
 ):
-    PUTTING: tl.constexpr = C.num_destinations * C.num_parts
-    OWN: tl.constexpr = PUTTING + 1 + C.num_sources * C.num_parts
+    PUTTING: tl.constexpr = C.num_destinations * C.num_shares
+    OWN: tl.constexpr = PUTTING + 1 + C.num_sources * C.num_shares
     TENSOR_ROWS: tl.constexpr = C.num_tensors * C.batch_rows
     program = tl.program_id(0) + FIRST
     source = metadata_of(metadata, replay_metadata, C)
@@ -55,23 +55,28 @@ def put_unroll_kernel(
         sources = peers + C.num_destinations * PEER_WORDS
         seq_no = tl.load(seq_nos + program) + 1
         if program < PUTTING:
-            peer, part = peers + program // C.num_parts * PEER_WORDS, program % C.num_parts
-            put_pack(source, plan_table, tensor_table, peer, part, seq_no, memory, error_flags, timeout, C)
+            peer = peers + program // C.num_shares * PEER_WORDS
+            for part in range(program % C.num_shares, C.num_parts, C.num_shares):
+                put_pack(
+                    source, plan_table, tensor_table, peer, part, seq_no, memory, error_flags, timeout, C
+                )
         elif program == PUTTING:
             acknowledge(sources, seq_no - 1, C)
             keep_for_replays(source, replay_metadata, C)
         else:
-            number, part = (program - PUTTING - 1) // C.num_parts, (program - PUTTING - 1) % C.num_parts
-            wait_unroll(
-                *(source, plan_table, tensor_table, sources + number * SOURCE_WORDS, number, part),
-                *(seq_no, memory, error_flags, timeout, C),
-            )
+            number = (program - PUTTING - 1) // C.num_shares
+            share = (program - PUTTING - 1) % C.num_shares
+            for part in range(share, C.num_parts, C.num_shares):
+                wait_unroll(
+                    *(source, plan_table, tensor_table, sources + number * SOURCE_WORDS, number, part),
+                    *(seq_no, memory, error_flags, timeout, C),
+                )
         tl.store(seq_nos + program, seq_no)
 
 
 def num_counting(constants: ExchangeConstants) -> int:
     """How many programs count exchanges: those that put, acknowledge or wait."""
-    return (constants.num_destinations + constants.num_sources) * constants.num_parts + 1
+    return (constants.num_destinations + constants.num_sources) * constants.num_shares + 1
 
 
 def put_unroll(

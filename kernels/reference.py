@@ -1,4 +1,4 @@
-"""The four kernels in plain torch, on any device. The Triton kernels must give the same rolls, bit for bit.
+"""The kernels of tokens in plain torch, on any device. The Triton kernels must give the same rolls, bit for bit.
 
 `pack` and `unroll` also serve exchanges between CPU ranks.
 """

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-MAX_WAITING = tl.constexpr(128)  # threads of a program that waits
+THREADS = tl.constexpr(128)  # of a program that waits
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def signal(flags, seq_no, known=None):
 @triton.jit
 def is_any(condition):
     """Whether any thread says so. Each reads clock and memory for itself, but they must leave a loop together."""
-    return tl.max(condition.to(tl.int32) + tl.zeros((MAX_WAITING,), tl.int32), axis=0) > 0
+    return tl.max(condition.to(tl.int32) + tl.zeros((THREADS,), tl.int32), axis=0) > 0
 
 
 @triton.jit

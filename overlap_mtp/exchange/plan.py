@@ -33,7 +33,7 @@ HEADER = -1  # in place of a row's sequence: the row carries the fingerprint
 NO_DOCUMENT = np.iinfo(np.int32).max  # the bound of an unused document
 
 # The words of the metadata: these, then `cu_seqlens` [max_documents + 1] and `valid_ends` [max_documents].
-FINGERPRINT, NUM_DOCUMENTS, SEQ_LEN, SEQ_NO, CU_SEQLENS = range(5)
+FINGERPRINT, NUM_DOCUMENTS, SEQ_LEN, CU_SEQLENS = range(4)
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     Args:
         layout: the layout of the batch.
         plan: the plan of this kind of layout.
-        metadata: int64, at least `plan.metadata_len` words. They are overwritten, except SEQ_NO.
+        metadata: int64, at least `plan.metadata_len` words. They are overwritten.
         mark: of the exchange (`overlap_mtp.exchange.transport.Transport.start`).
 
     Returns:

@@ -11,7 +11,7 @@ from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table
 from overlap_mtp.kernels import reference
-from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
+from overlap_mtp.kernels.common import FLAG_WORDS, MAX_WAITING, ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put_unroll import num_counting, put_unroll
 from overlap_mtp.layout import SequenceLayout
@@ -47,9 +47,7 @@ class Rank:
         self.memory = memories[rank]
         addresses = [memory.data_ptr() for memory in memories]
         self.peers = torch.tensor(peer_table(plans, rank, addresses))
-        self.putting = (
-            len(self.plan.destinations) * self.places.num_parts + 1
-        )  # programs that put or acknowledge
+        self.putting = len(self.plan.destinations) * self.constants.num_shares + 1  # that put or acknowledge
         self.seq_nos = torch.zeros(num_counting(self.constants), dtype=torch.int64)
         self.error_flags = torch.zeros(4, dtype=torch.int32)
         self.timeout = torch.tensor([TIMEOUT])
@@ -186,6 +184,25 @@ def test_a_peer_that_never_puts_is_named_and_its_tokens_are_filled():
     assert batch.rolled[0]["input_ids"][0, 3] == 0  # the chunk's last token, whose next one rank 1 holds
 
 
+def test_a_part_that_is_late_is_filled_and_the_others_are_not():
+    layout = SequenceLayout.packed([0, 24, 48, 72, 96], 2)
+    full = random_batch(layout, 1, 3, ONE_TENSOR)
+    ranks = ranks_for(layout, full, num_depths=2, max_documents=8)
+    places, rolled = ranks[0].places, []
+    signals = ranks[0].memory[places.signals_at : places.acknowledgements_at : FLAG_WORDS]
+    signals = signals.view(NUM_BUFFERS, len(ranks), places.num_parts)
+    for seq_no, late in ((1, []), (2, [1]), (3, range(places.num_parts))):
+        batch, _ = [rank.put(layout, full) for rank in ranks]
+        signals[seq_no % NUM_BUFFERS, 1, late] = 0
+        ranks[0].wait(batch)
+        rolled.append(torch.stack([tokens["input_ids"] for tokens in batch.rolled]))
+        assert ranks[0].error_flags.tolist() == [0, 2 * bool(late), 0, 0]
+    right, one_late, all_late = rolled
+    assert (one_late[one_late != right] == 0).all()
+    assert 0 < (one_late != right).sum() < (all_late != right).sum()
+    assert torch.equal(one_late == right, (one_late == right) | (all_late == right))
+
+
 def test_another_plan_is_noticed():
     layouts_ = [SequenceLayout.packed(bounds, 2) for bounds in ([0, 8, 24], [0, 12, 24])]
     full = random_batch(layouts_[0], 1, dtypes=ONE_TENSOR)
@@ -206,3 +223,34 @@ def test_a_message_has_parts_for_all_its_rows(documents):
         longest = max(plans[0].recv_rows) - 1
         assert places.part_rows * (places.num_parts - 1) < longest <= places.part_rows * places.num_parts
         assert places.part_rows * spec.num_columns * 2 <= max(part_words, spec.num_columns * 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_programs_wait_for_peers(kind):
+    for cp_size, num_depths in ((2, 2), (4, 2), (8, 8)):
+        layout = SequenceLayout.packed([0, 64 * cp_size], cp_size, kind)
+        plans = make_plans(layout, num_depths, 128)
+        spec = spec_of(random_batch(layout), layout, num_depths, 128)
+        places = MemoryLayout.of(plans, spec)
+        for plan in plans:
+            constants = ExchangeConstants.of(spec, plan, False, places.constants)
+            assert constants.num_sources * constants.num_shares <= MAX_WAITING
+            assert constants.num_destinations * constants.num_shares <= MAX_WAITING
+            assert 1 <= constants.num_shares <= constants.num_parts
+
+
+def test_replays_find_on_the_device_what_the_first_of_them_found_on_the_host():
+    layout = SequenceLayout.packed([0, 24, 48], 2)
+    full = random_batch(layout, 1, dtypes=ONE_TENSOR)
+    ranks = ranks_for(layout, full, max_documents=4)
+    batches = []
+    for rank in ranks:
+        rank.constants = rank.constants._replace(is_replayable=True)
+        batches.append(rank.put(layout, full))
+    wait_for_all(ranks, batches)
+    for batch in batches:
+        assert torch.equal(batch.replay_metadata, batch.host_metadata)
+        batch.host_metadata.fill_(-1)
+    for rank, batch in zip(ranks, batches, strict=True):
+        rank.bind(batch)((rank.putting, 1, 1))
+    wait_for_all(ranks, batches)
