@@ -127,7 +127,11 @@ def _stalls(stalls: list[list[dict[str, float]]], of_tokens: bool) -> str:
     if {len(one) for one in stalls} not in ({1}, {2}):  # not measured
         return ""
     first, second, third = (f"{sum(part['value'] for part in one):,.0f} µs" for one in stalls)
-    copies = "" if of_tokens else ", the copies of the rolls included"
+    copies = (
+        ""
+        if of_tokens
+        else ": the first two with the copies of the rolls, which the last one makes beside the compute"
+    )
     return f" The three hold up the compute stream for {first}, {second} and {third}{copies}."
 
 

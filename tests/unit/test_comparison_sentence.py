@@ -170,7 +170,8 @@ def test_stalls_say_more_than_steps_where_they_were_measured():
         record["rows"][mode]["stall_us"] = {"value": forward}
         record["rows"][mode]["backward_stall_us"] = {"value": backward}
     assert str(worth_of(record)).endswith(
-        "for 10,000 µs, 170 µs and 21 µs, the copies of the rolls included."
+        "for 10,000 µs, 170 µs and 21 µs: the first two with the copies of the rolls, which the last one makes beside "
+        "the compute."
     )
     record["rows"]["merged"] |= {"stall_us": None, "backward_stall_us": None}
     assert str(worth_of(record)).endswith("In brackets: 95 % intervals.")

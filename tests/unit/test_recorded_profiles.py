@@ -84,7 +84,7 @@ def test_rows_of_hidden_states_travel_under_compute():
     assert steps == [("merged", 8), ("overlap", 8), ("none", 8)]
     assert found.schedules[0].exchange_hidden == 0
     sends = [row for row in found.rows if (row.schedule, row.kind) == ("overlap", "exchange")]
-    for is_backward, stated in ((False, [0.953, 0.923]), (True, [0.935, 0.925])):
+    for is_backward, stated in ((False, [0.952, 0.923]), (True, [0.935, 0.925])):
         by_rank: dict[str, list[float]] = {}
         for row in sends:
             if row.range.endswith("in backward") is is_backward:
