@@ -170,37 +170,41 @@ class CudaTransport(Transport):
     ) -> PendingExchange:
         compute = torch.cuda.current_stream(self.device)
         is_capturing = torch.cuda.is_current_stream_capturing()
-        if is_capturing:
-            outputs, is_new = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0], True
-            buffers = self._take_for_capture()
-        else:
-            buffers = self._take()
-            outputs, is_new = self._outputs.take(tensors, compute)
-        buffers.load(tensors, column_addresses(tensors, self._parts), layout, mark, outputs)
-        exchange = PendingExchange(
-            self, self.num_started, tensors[0].shape[-1], outputs.depths, buffers, compute
-        )
+        buffers = self._take_for_capture() if is_capturing else self._take()
+        number = self.num_started
         self.num_started += 1
         try:
+            if is_capturing:
+                outputs, is_new = allocate_outputs(self.spec, tensors, self.plan.num_depths)[0], True
+            else:
+                outputs, is_new = self._outputs.take(tensors, compute)
+            buffers.load(tensors, column_addresses(tensors, self._parts), layout, mark, outputs)
             buffers.forked.record(compute)
             if self._is_overlapped:
                 # What used new memory before may run later than `ready`.
-                self._send_aside(exchange, ready, is_capturing, self.writes_early and is_new)
+                self._send_aside(buffers, number, compute, ready, is_capturing, self.writes_early and is_new)
             else:
-                self._send(buffers, exchange.number)
+                self._send(buffers, number)
+                buffers.sent.record(compute)
         except Exception:
-            exchange.is_done = True
+            self._outputs.clear()  # the side stream may not have waited for their memory
             self._release(buffers)
             raise
         if self.has_peers:
             self._count(layout)
-        return exchange
+        return PendingExchange(self, number, tensors[0].shape[-1], outputs.depths, buffers, compute)
 
     def _send_aside(
-        self, exchange: PendingExchange, ready: torch.cuda.Event | None, is_capturing: bool, after_both: bool
+        self,
+        buffers: ExchangeBuffers,
+        number: int,
+        compute: torch.cuda.Stream,
+        ready: torch.cuda.Event | None,
+        is_capturing: bool,
+        after_both: bool,
     ) -> None:
         """Send on the side stream, after `ready` or after the work queued on the compute stream, or after both."""
-        side, compute, buffers = self._side, exchange.stream, exchange.buffers
+        side = self._side
         # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
         # was captured, it waits for the compute stream, and the compute stream waits for it and its peers' tokens.
         waits = not ready or after_both or (self.has_captures and not is_capturing)
@@ -213,7 +217,7 @@ class CudaTransport(Transport):
                 raise RuntimeError("`ready` must be recorded in the capture that the exchange is part of")
             if waits:
                 side.wait_event(buffers.forked)
-            self._send(buffers, exchange.number)
+            self._send(buffers, number)
         finally:
             torch.cuda.set_stream(compute)
         buffers.sent.record(side)
@@ -228,8 +232,9 @@ class CudaTransport(Transport):
                 "a CUDA graph or both outside of any"
             )
         if exchange.stream != compute:
-            # What used the memory before is ordered on the other stream only.
+            # What used the memory before is ordered on the other stream only, and so is a send that is not overlapped.
             compute.wait_event(buffers.forked)
+            compute.wait_event(buffers.sent)
             for tensor in [*buffers.tensors, *(one for rolled in exchange.depths for one in rolled.values())]:
                 tensor.record_stream(compute)
         with self._join_span:

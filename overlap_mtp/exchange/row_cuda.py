@@ -67,6 +67,7 @@ class NcclRowTransport(RowTransport):
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
         if rows.stream is not None and rows.stream != current:  # all of it belongs to other streams
+            current.wait_event(rows.arrived)  # another one may have waited
             for tensor in (rows.buffer, rows.maps.packed, *_own_tensors(rows)):
                 tensor.record_stream(current)
         return super().finish(exchange)
@@ -91,8 +92,6 @@ class NcclRowTransport(RowTransport):
             yield
             return
         compute = torch.cuda.current_stream(self.device)
-        if not exchange.is_backward:
-            exchange.stream = compute
         self._side.wait_event(ready or compute.record_event())
         torch.cuda.set_stream(self._side)
         try:
@@ -107,6 +106,8 @@ class NcclRowTransport(RowTransport):
         for tensor in (exchange.buffer, exchange.maps.packed):  # all maps are parts of one tensor
             tensor.record_stream(compute)
         exchange.posted = self._side.record_event()
+        if not exchange.is_backward:
+            exchange.stream, exchange.arrived = compute, exchange.posted
 
     def _leave(self, exchange: RowExchange) -> None:
         rounds = self._rounds(exchange)

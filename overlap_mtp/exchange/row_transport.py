@@ -44,6 +44,7 @@ class RowExchange:
     is_backward: bool = False
     posted: Any = None  # what is under way, as the transport keeps it
     stream: Any = None  # the CUDA stream that it was started from, if it was sent on another one
+    arrived: Any = None  # then, the event after which its rows are here in forward
 
 
 class RowTransport(Transport):
@@ -51,7 +52,9 @@ class RowTransport(Transport):
 
     carries = "activations"
     kernels: Any  # overlap_mtp.kernels.row_reference, or a module with the same functions
-    _writes_ahead = False  # own rows of rolls are written at the start, beside the compute
+    _writes_ahead = (
+        False  # own rows of rolls are written at the start if there is no `ready`, beside the compute
+    )
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)

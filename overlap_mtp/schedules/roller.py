@@ -132,7 +132,9 @@ class Roller(ABC):
             layout: of the batch. Only schedules that pack, on GPUs, use a DeviceLayout as it is.
             ready: a CUDA event after which the batch, and the bounds of a DeviceLayout, may be read. Default: after all
                 work queued on the current stream. An earlier event lets an overlapped exchange begin in the middle of a
-                long kernel.
+                long kernel, but not once a graph holds an exchange, nor over symmetric memory when memory for rolls is
+                new. If the batch belongs to another stream, keep it alive, or record this stream and the end of the
+                exchange on it, until the rolls are joined.
 
         Returns:
             The rolls.
