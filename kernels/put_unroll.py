@@ -6,8 +6,8 @@
     all others                          write what this rank holds to the rolls
 
 So the rolls are complete when the launch ends, and no join has to copy. A message travels in parts, each with a signal
-of its own, and programs share them. At most MAX_WAITING programs put, and as many wait for peers: a program that waits
-keeps its place on the device. Nothing in the launch waits for those.
+of its own, and programs share them. At most MAX_WAITING programs put, and as many wait for peers (one for each peer if
+there are more): a program that waits keeps its place on the device. Nothing in the launch waits for those.
 """
 
 from __future__ import annotations

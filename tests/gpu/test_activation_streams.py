@@ -10,7 +10,6 @@ from overlap_mtp import SequenceLayout
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.schedules.activations import make_activation_roller
 
-from activations import rolls_of
 from exact_activations import Activations
 from rank_pool import RankPool, device_of
 
@@ -32,16 +31,21 @@ def delay_side_stream(group: dist.ProcessGroup) -> None:
 
 
 def from_an_earlier_event(group: dist.ProcessGroup) -> list[str]:
+    """The side stream is late with the maps; or the rolls get memory that the compute stream has yet to write."""
     roller = make_activation_roller("overlap", group, NUM_DEPTHS)
     wrong = []
-    for turn in range(4):
+    for turn in range(6):
         batch, ready = batch_of(group, turn), torch.cuda.Event()
         tensors = batch.shards()
         ready.record()
         if turn % 2:
             delay_side_stream(group)
         else:
+            used = [torch.empty_like(tensors["a"]) for _ in range(8)]
             torch.cuda._sleep(LONG)
+            for one in used:
+                one.fill_(1)
+            del one, used
         rolls = roller.start(tensors, batch.layout, ready)
         wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
     roller.close()
@@ -53,11 +57,14 @@ def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
     other, wrong = torch.cuda.Stream(), []
     for turn in range(4):
         batch, ready = batch_of(group, turn), torch.cuda.Event()
+        made = batch.shards()["a"]
+        late = torch.zeros_like(made)
+        torch.cuda.synchronize()
         with torch.cuda.stream(other):
             torch.cuda._sleep(LONG)
-            tensors = batch.shards()
+            late.copy_(made)
             ready.record()
-        rolls = roller.start(tensors, batch.layout, ready)
+        rolls = roller.start({"a": late}, batch.layout, ready)
         rolled = [rolls.at(depth) for depth in (1, 2)]
         torch.cuda.synchronize()
         wrong += batch.wrong_rolls(rolled)
@@ -66,14 +73,25 @@ def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
 
 
 def waited_for_on_another_stream(group: dist.ProcessGroup) -> list[str]:
+    """What the exchange leaves is used again on the stream that it was started from, before the other one reads it."""
     roller = make_activation_roller("overlap", group, NUM_DEPTHS)
     other, wrong = torch.cuda.Stream(), []
     for turn in range(4):
         batch = batch_of(group, turn)
+        tensors = batch.shards()
+        like = torch.empty_like(tensors["a"])
+        torch.cuda.synchronize()
         torch.cuda._sleep(LONG)
-        rolls = roller.start(batch.shards(), batch.layout)
+        rolls = roller.start(tensors, batch.layout)
+        del tensors
         with torch.cuda.stream(other):
-            wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
+            torch.cuda._sleep(2 * LONG)
+            rolled = [rolls.at(depth) for depth in (1, 2)]
+        del rolls
+        fills = [torch.full_like(like, -5) for _ in range(12)]
+        torch.cuda.synchronize()
+        wrong += batch.wrong_rolls(rolled)
+        del fills
     roller.close()
     return wrong
 
@@ -108,14 +126,13 @@ def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
     for turn in range(4):
         batch = batch_of(group, turn)
         leaf = batch.shards()["a"].requires_grad_()
-        other = leaf.detach().clone().requires_grad_() * 1
-        later = other * 2
-        rolled = rolls_of(roller, {"a": leaf * 1}, batch.layout)
-        ends = [
-            ((one["a"] + other) * 1, batch.weight("a", depth)) for depth, one in enumerate(rolled, start=1)
-        ]
+        others = [leaf.detach().clone().requires_grad_() * 1 for _ in range(NUM_DEPTHS)]
+        rolls = roller.start({"a": leaf * 1}, batch.layout)
+        later = [one * 2 for one in others]  # their gradients come between backward of `at` and of `start`
+        sums = [(rolls.at(depth)["a"] + one) * 1 for depth, one in enumerate(others, start=1)]
+        weights = [batch.weight("a", depth) for depth in range(1, NUM_DEPTHS + 1)]
         delay_side_stream(group)
-        torch.autograd.backward(*zip(*ends, (later, torch.ones_like(later)), strict=True))
+        torch.autograd.backward([*sums, *later], [*weights, *map(torch.ones_like, later)])
         wrong += batch.wrong_gradients({"a": leaf.grad}, lambda rank, name, depth: int(depth > 0))
     roller.close()
     return wrong

@@ -94,7 +94,13 @@ def into_memory_that_is_still_used(group: dist.ProcessGroup, transport: str) -> 
 
 
 def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
-    """One rank drops its rolls and batch while its side stream has yet to read them, and uses the memory again."""
+    """One rank drops its rolls and batch while its side stream has yet to use them, and uses the memory again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(outputs, "MICROBATCHES", 1)  # the rolls of a microbatch have memory of their own
+        return drop_in_turn(group, transport)
+
+
+def drop_in_turn(group: dist.ProcessGroup, transport: str) -> list[str]:
     roller = make_roller("prefetch", group, NUM_DEPTHS, transport)
     Microbatch.of(group, 1).start(roller).at(1)
     torch.cuda.synchronize()
@@ -110,9 +116,7 @@ def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
         ]
         with torch.cuda.stream(side):
             torch.cuda._sleep(30_000_000)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(outputs, "MICROBATCHES", 1)
-            rolls = roller.start(tensors, batch.layout)
+        rolls = roller.start(tensors, batch.layout)
         del tensors
         fills = []
         if group.rank() == turn % group.size():
@@ -218,11 +222,15 @@ def early_events_after_a_capture(group: dist.ProcessGroup, transport: str) -> li
     other, wrong = torch.cuda.Stream(), []
     for turn in range(3):
         batch, ready = Microbatch.of(group, 0, turn), torch.cuda.Event()
+        made = batch.shards()
+        late = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
+        torch.cuda.synchronize()
         with torch.cuda.stream(other):
             torch.cuda._sleep(20_000_000)
-            made = batch.shards()
+            for name, tensor in made.items():
+                late[name].copy_(tensor)
             ready.record()
-        rolls = roller.start(made, layout, ready)
+        rolls = roller.start(late, layout, ready)
         rolled = [rolls.at(1), rolls.at(2)]
         torch.cuda.synchronize()
         wrong += batch.differences(rolled)

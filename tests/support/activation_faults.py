@@ -326,13 +326,11 @@ def gradients_that_change(group: dist.ProcessGroup) -> list[str]:
     changed: list[int] = []
     with mock.patch.multiple(RowTransport, begin_backward=begin_backward, end_backward=end_backward):
         leaves = leaves_of(batch)
-        other = {name: leaf * 3 for name, leaf in leaves.items()}
-        later = [one * 2 for one in other.values()]  # its gradient comes after that of the sum
+        others = [(depth, name, leaf * 3) for depth in (1, 2) for name, leaf in leaves.items()]
         rolls = roller.start({name: leaf * 1 for name, leaf in leaves.items()}, batch.layout)
-        ends = [
-            *later,
-            *((rolls.at(depth)[name] + one) * 2 for depth in (1, 2) for name, one in other.items()),
-        ]
+        # Their gradients come between backward of `at` and of `start`.
+        ends = [one * 2 for _, _, one in others]
+        ends += [(rolls.at(depth)[name] + one) * 2 for depth, name, one in others]
         torch.autograd.backward(ends, [torch.ones_like(one) for one in ends])
     roller.close()
     assert len(read) == 2 * NUM_DEPTHS

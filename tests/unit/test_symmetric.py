@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table
-from overlap_mtp.kernels import reference
+from overlap_mtp.kernels import common, reference
 from overlap_mtp.kernels.common import FLAG_WORDS, MAX_WAITING, ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put_unroll import num_counting, put_unroll
@@ -119,12 +121,16 @@ def wait_for_all(ranks: list[Rank], batches: list[RankBatch]) -> None:
     spare=st.integers(0, 3),
     kinds=st.sampled_from([(Rank,), (Rank, PlainRank), (PlainRank, Rank)]),
     dtypes=dtype_choices,
+    most=st.sampled_from([1, 16]),
     seed=st.integers(0, 999),
 )
-def test_kernels_and_their_references_give_the_rolls(layout, num_depths, rows, spare, kinds, dtypes, seed):
-    """Ranks that run the kernels exchange with ranks that run the references."""
+def test_kernels_and_their_references_give_the_rolls(
+    layout, num_depths, rows, spare, kinds, dtypes, most, seed
+):
+    """Ranks that run the kernels exchange with ranks that run the references, with few programs and with many."""
     full = random_batch(layout, rows, seed, dtypes)
-    ranks = ranks_for(layout, full, num_depths, layout.num_documents + spare, kinds)
+    with mock.patch.object(common, "MAX_WAITING", most):
+        ranks = ranks_for(layout, full, num_depths, layout.num_documents + spare, kinds)
     wait_for_all(ranks, [rank.put(layout, full) for rank in ranks])
 
 
