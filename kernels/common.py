@@ -146,11 +146,20 @@ def metadata_of(host_metadata, replay_metadata, C: tl.constexpr):
 
 
 @triton.jit
-def copy_metadata(source, target, C: tl.constexpr, words=None):
-    """Copy the metadata, or so many words of it."""
+def copy_metadata(source, target, C: tl.constexpr, FIRST: tl.constexpr = 0):
+    """Copy the metadata from word FIRST to its end."""
     at = tl.arange(0, C.metadata_block)
-    inside = at < (C.addresses_end if words is None else words)
+    inside = (at >= FIRST) & (at < C.addresses_end)
     tl.store(target + at, tl.load(source + at, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def rows_in_use(metadata, stride, C: tl.constexpr):
+    """Rows of a message that the batch uses, without the header, if each of its sequences has `stride`."""
+    sequences = 1
+    if C.by_document:
+        sequences = tl.load(metadata + NUM_DOCUMENTS_AT).to(tl.int32)
+    return sequences * stride.to(tl.int32)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from overlap_mtp.kernels.common import FINGERPRINT_AT, NUM_DOCUMENTS_AT, as_pointer
+from overlap_mtp.kernels.common import FINGERPRINT_AT, as_pointer, rows_in_use
 from overlap_mtp.kernels.pack import gather_rows, store_rows
 from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 
@@ -35,11 +35,8 @@ def put_pack(
     """
     rank = tl.load(peer + 1)
     first = tl.load(peer + 3) + 1  # after the header
-    sequences = 1
-    if C.by_document:
-        sequences = tl.load(metadata + NUM_DOCUMENTS_AT).to(tl.int32)
     row = part * C.part_rows + tl.arange(0, C.part_rows)
-    inside = row < sequences * tl.load(peer + 4).to(tl.int32)
+    inside = row < rows_in_use(metadata, tl.load(peer + 4), C)
     words = gather_rows(metadata, plan_table, tensor_table, first + row, inside, 0, C)
     free = flag_of(memory + C.acknowledgements_at, seq_no, rank, 0, 1, C)
     if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.on_gpu):

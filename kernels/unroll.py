@@ -131,7 +131,7 @@ def keep_for_replays(metadata, replay_metadata, C: tl.constexpr):
         is_empty = tl.load(replay_metadata + FINGERPRINT_AT) < 0
         tl.debug_barrier()  # the copy overwrites what other warps have yet to read
         if is_empty:
-            copy_metadata(metadata + 1, replay_metadata + 1, C, C.addresses_end - 1)
+            copy_metadata(metadata, replay_metadata, C, FINGERPRINT_AT + 1)
             tl.debug_barrier()
             fingerprint = tl.load(metadata + FINGERPRINT_AT)
             tl.atomic_xchg(replay_metadata + FINGERPRINT_AT, fingerprint, sem="release", scope="gpu")

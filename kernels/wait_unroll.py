@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from overlap_mtp.kernels.common import FINGERPRINT_AT, NUM_DOCUMENTS_AT, as_pointer, local_len_of
+from overlap_mtp.kernels.common import FINGERPRINT_AT, as_pointer, local_len_of, rows_in_use
 from overlap_mtp.kernels.signals import flag_of, wait_signal
 from overlap_mtp.kernels.unroll import find_users_of_received
 
@@ -43,10 +43,7 @@ def wait_unroll(
     """Write a part of what the source with this number puts to the rolls, or the fill if it is late."""
     first = tl.load(source + 2).to(tl.int32)
     begin = part * C.part_rows
-    sequences = 1
-    if C.by_document:
-        sequences = tl.load(metadata + NUM_DOCUMENTS_AT).to(tl.int32)
-    rows = sequences * tl.load(source + 3).to(tl.int32)  # they follow the header
+    rows = rows_in_use(metadata, tl.load(source + 3), C)
     if (begin < rows) | (part == 0):
         row = begin + tl.arange(0, C.part_rows)
         depth = tl.arange(0, C.padded_depths)

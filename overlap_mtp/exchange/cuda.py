@@ -83,7 +83,7 @@ class ExchangeBuffers:
         self.host_metadata = HostMetadata(plan, spec.num_columns * (1 + plan.num_depths))
         self.metadata = torch.zeros_like(self.host_metadata.tensor, device=spec.device)
         self.replay_metadata = torch.full_like(self.metadata, -1)
-        # What `pack` reads.
+        # What is written before anything is sent: by the host, or by `write_bounds`.
         self.source = self.metadata if spec.bounds_on_device else self.host_metadata.tensor
         self.forked, self.sent, self.unrolled = (torch.cuda.Event() for _ in range(3))  # type: ignore[no-untyped-call]
         self.last_use = self.unrolled  # or `sent`
@@ -182,7 +182,7 @@ class CudaTransport(Transport):
             buffers.forked.record(compute)
             if self._is_overlapped:
                 # What used new memory before may run later than `ready`.
-                self._send_aside(buffers, number, compute, ready, is_capturing, self.writes_early and is_new)
+                self._send_aside(buffers, number, compute, ready, self.writes_early and is_new)
             else:
                 self._send(buffers, number)
                 buffers.sent.record(compute)
@@ -200,11 +200,10 @@ class CudaTransport(Transport):
         number: int,
         compute: torch.cuda.Stream,
         ready: torch.cuda.Event | None,
-        is_capturing: bool,
         after_both: bool,
     ) -> None:
         """Send on the side stream, after `ready` or after the work queued on the compute stream, or after both."""
-        side = self._side
+        side, is_capturing = self._side, buffers.is_captured
         # The kernels count exchanges on the device, in replays, too. So an exchange must not overtake a replay: if any
         # was captured, it waits for the compute stream, and the compute stream waits for it and its peers' tokens.
         waits = not ready or after_both or (self.has_captures and not is_capturing)
@@ -231,14 +230,14 @@ class CudaTransport(Transport):
                 f"exchange {exchange.number} must be joined (`at`) where it was started: both in the same capture of "
                 "a CUDA graph or both outside of any"
             )
-        if exchange.stream != compute:
-            # What used the memory before is ordered on the other stream only, and so is a send that is not overlapped.
+        is_elsewhere = exchange.stream != compute
+        if is_elsewhere:
+            # What used the memory before is ordered on the other stream only.
             compute.wait_event(buffers.forked)
-            compute.wait_event(buffers.sent)
             for tensor in [*buffers.tensors, *(one for rolled in exchange.depths for one in rolled.values())]:
                 tensor.record_stream(compute)
         with self._join_span:
-            if self._is_overlapped:
+            if self._is_overlapped or is_elsewhere:
                 compute.wait_event(buffers.sent)
             if buffers.unroll is not None:
                 with self._unroll_span:

@@ -34,9 +34,7 @@ class RowExchange:
     mark: int
     layout: SequenceLayout
     tensors: Tensors  # empty after the rolls were written
-    depths: list[Tensors] = field(
-        default_factory=list
-    )  # the rolls, from when their own rows are written to the join
+    depths: list[Tensors] = field(default_factory=list)  # the rolls, after their own rows, until the join
     gradients: list[Tensors] = field(default_factory=list)  # those of the rolls, while they may be read
     maps: RowMaps = field(init=False)
     buffer: torch.Tensor = field(init=False)  # [rows of the plan, elements of a row], of what is under way
@@ -52,9 +50,7 @@ class RowTransport(Transport):
 
     carries = "activations"
     kernels: Any  # overlap_mtp.kernels.row_reference, or a module with the same functions
-    _writes_ahead = (
-        False  # own rows of rolls are written at the start if there is no `ready`, beside the compute
-    )
+    _writes_ahead = False  # own rows of rolls are written at the start, unless it has a `ready`
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)
@@ -82,9 +78,8 @@ class RowTransport(Transport):
         self.group.num_exchanges += 1
         # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
         allocate = torch.zeros if self.tp_group is not None or self.schedule == "none" else torch.empty
-        writes_ahead = (
-            self._writes_ahead and ready is None
-        )  # what used their memory before may run after `ready`
+        # What used the memory of the rolls before may run after `ready`.
+        writes_ahead = self._writes_ahead and ready is None
         if writes_ahead:
             exchange.depths = self._allocate_depths(tensors)
         with self._aside(exchange, [], ready):

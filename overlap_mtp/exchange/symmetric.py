@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
+from triton import next_power_of_2
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
@@ -57,8 +58,8 @@ class MemoryLayout:
         """For ranks with these plans, in rank order."""
         words = max(plan.num_recv_rows for plan in plans) * spec.words_per_token
         longest = max(max(plan.recv_rows) for plan in plans) - 1  # without the header
-        part_rows = part_words // (power_of_two(spec.num_columns) * power_of_two(plans[0].num_depths))
-        part_rows = max(1, min(part_rows, power_of_two(longest)))
+        row_words = next_power_of_2(spec.num_columns) * next_power_of_2(plans[0].num_depths)
+        part_rows = max(1, min(part_words // row_words, next_power_of_2(longest)))
         num_parts = max(1, -(-longest // part_rows))
         return cls(len(plans), -(-words // FLAG_WORDS) * FLAG_WORDS, num_buffers, part_rows, num_parts)
 
@@ -79,11 +80,6 @@ class MemoryLayout:
         """What ExchangeConstants holds of it."""
         places = self.signals_at, self.acknowledgements_at
         return self.num_buffers, self.buffer_words, *places, self.part_rows, self.num_parts
-
-
-def power_of_two(count: int) -> int:
-    """The first power of two that is not below a count."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 def peer_table(plans: list[ExchangePlan], cp_rank: int, addresses: list[int]) -> list[int]:
@@ -153,14 +149,11 @@ class SymmetricTransport(CudaTransport):
 
     def _bind(self, buffers: ExchangeBuffers, first: Launch | None) -> None:
         buffers.shared = self._mapping
-        constants, on_host = buffers.constants, buffers.host_metadata.tensor
-        metadata = buffers.metadata
-        if (
-            first is None and constants.is_replayable
-        ):  # the first replay keeps on the device what it finds there
-            metadata = on_host
-        elif first is None:
-            first = upload(on_host, metadata, constants)
+        constants, metadata = buffers.constants, buffers.source
+        # The first replay of a graph keeps on the device what it finds on the host.
+        if first is None and not constants.is_replayable:
+            metadata = buffers.metadata
+            first = upload(buffers.source, metadata, constants)
         shared = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
         own = (metadata, buffers.replay_metadata, *self._tables, *shared)
         buffers.send = put_unroll(own, constants, self._local_len)
