@@ -10,6 +10,7 @@ from overlap_mtp import SequenceLayout
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.schedules.activations import make_activation_roller
 
+from cases import copy_late
 from exact_activations import Activations
 from rank_pool import RankPool, device_of
 
@@ -57,14 +58,10 @@ def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
     other, wrong = torch.cuda.Stream(), []
     for turn in range(4):
         batch, ready = batch_of(group, turn), torch.cuda.Event()
-        made = batch.shards()["a"]
-        late = torch.zeros_like(made)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(other):
-            torch.cuda._sleep(LONG)
-            late.copy_(made)
-            ready.record()
-        rolls = roller.start({"a": late}, batch.layout, ready)
+        made = batch.shards()
+        late = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
+        copy_late(made, late, other, ready)
+        rolls = roller.start(late, batch.layout, ready)
         rolled = [rolls.at(depth) for depth in (1, 2)]
         torch.cuda.synchronize()
         wrong += batch.wrong_rolls(rolled)

@@ -11,7 +11,7 @@ from overlap_mtp.exchange import outputs
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.kernels.launch import Launch
 
-from cases import EXCHANGING, NUM_DEPTHS, TRANSPORTS, Microbatch, error_of
+from cases import EXCHANGING, NUM_DEPTHS, TRANSPORTS, Microbatch, copy_late, error_of
 from rank_pool import RankPool, device_of
 
 pytestmark = pytest.mark.multi_gpu
@@ -224,12 +224,7 @@ def early_events_after_a_capture(group: dist.ProcessGroup, transport: str) -> li
         batch, ready = Microbatch.of(group, 0, turn), torch.cuda.Event()
         made = batch.shards()
         late = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
-        torch.cuda.synchronize()
-        with torch.cuda.stream(other):
-            torch.cuda._sleep(20_000_000)
-            for name, tensor in made.items():
-                late[name].copy_(tensor)
-            ready.record()
+        copy_late(made, late, other, ready)
         rolls = roller.start(late, layout, ready)
         rolled = [rolls.at(1), rolls.at(2)]
         torch.cuda.synchronize()
@@ -289,12 +284,7 @@ def made_on_another_stream(group: dist.ProcessGroup, schedule: str, transposed: 
         tensors = {name: torch.zeros_like(t) for name, t in made.items()}
         if transposed:
             tensors = {name: t.T.contiguous().T for name, t in tensors.items()}
-        torch.cuda.synchronize()
-        with torch.cuda.stream(other):
-            torch.cuda._sleep(20_000_000)
-            for name, tensor in made.items():
-                tensors[name].copy_(tensor)
-            ready.record()
+        copy_late(made, tensors, other, ready)
         wrong += batch.wrong(roller.start(tensors, batch.layout, ready))
     roller.close()
     return wrong

@@ -143,3 +143,18 @@ ILLEGAL: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
     "names of other types": (lambda b: {**b, 7: b["labels"]}, ["names", "7", "int"]),
     "no batch": (lambda b: object(), ["dict", "object"]),
 }
+
+
+def copy_late(
+    made: dict[str, torch.Tensor],
+    late: dict[str, torch.Tensor],
+    stream: torch.cuda.Stream,
+    ready: torch.cuda.Event,
+) -> None:
+    """Let a stream copy tensors after some 10 ms, and record an event of it. Nothing else is under way then."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for name, tensor in made.items():
+            late[name].copy_(tensor)
+        ready.record()
