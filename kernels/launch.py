@@ -1,11 +1,8 @@
-"""Launches that cost the host less than Triton's own.
-
-`Launch` binds a kernel to its buffers and replays it as a CUDA graph. `Dispatch` takes other arguments each time.
-"""
+"""Launches that cost the host less than Triton's own: kernels are bound to buffers and replayed as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,35 +67,10 @@ class Launch:
         self._kernel.warmup(*self._tensors, grid=grid, **self._constants)[grid]
 
 
-class Dispatch:
-    """Launches one kernel with arguments that change, on the current stream.
-
-    Triton looks at every argument of every launch. Here it does so at the first launch with the same constants, dtype
-    and device. All else that it compiles for must follow from these: which arguments are None, and the dtypes of the
-    others. Integers must be in `do_not_specialize`. The tensors must be on the current device.
-    """
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiled: dict[Any, Any] = {}
-
-    def __call__(
-        self, grid: Grid, tensors: Sequence[torch.Tensor], *arguments: object, **constants: object
-    ) -> None:
-        """Launch the kernel.
-
-        Args:
-            grid: of the launch.
-            tensors: of one device, those of the arguments to which alignment matters; the first one's dtype counts.
-                Triton launches if one of them does not begin at a multiple of 16 bytes.
-            *arguments: all that are no constants.
-            **constants: all constants, in the order of the kernel.
-        """
-        first, is_aligned = tensors[0], not any(tensor.data_ptr() % 16 for tensor in tensors)
-        key = first.dtype, first.device, *constants.values()
-        if is_aligned and (compiled := self._compiled.get(key)) is not None:
-            compiled[grid](*arguments, *constants.values())
-            return
-        compiled = self._kernel[grid](*arguments, **constants)  # None under the interpreter
-        if is_aligned:
-            self._compiled[key] = compiled
+def in_turn(*launches: Launch) -> Launch:
+    """Make one launch of several, which run in this order."""
+    for before, launch in pairwise(launches):
+        while launch.first is not None:
+            launch = launch.first
+        launch.first = before
+    return launches[-1]

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.kernels.common import ExchangeConstants, copy_metadata, local_len_of, metadata_of
+from overlap_mtp.kernels.common import ExchangeConstants, local_len_of, metadata_of
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put_pack import PEER_WORDS, SOURCE_WORDS, acknowledge, put_pack
 from overlap_mtp.kernels.unroll import keep_for_replays, store_rolls
@@ -107,22 +107,3 @@ def put_unroll(
     programs = num_counting(constants) + triton.cdiv(local_len, block) * tensor_rows
     grid = (programs - first, 1, 1)
     return Launch(put_unroll_kernel, buffers, grid, C=constants, FIRST=first, BLOCK=block)
-
-
-@triton.jit
-def upload_kernel(host_metadata, metadata, C: tl.constexpr):
-    copy_metadata(host_metadata, metadata, C)
-
-
-def upload(host_metadata: torch.Tensor, metadata: torch.Tensor, constants: ExchangeConstants) -> Launch:
-    """Bind the kernel that copies metadata to the device, where many programs read it.
-
-    Args:
-        host_metadata: int64 [addresses_end], pinned.
-        metadata: the same, on the device.
-        constants: of the exchange.
-
-    Returns:
-        The launch.
-    """
-    return Launch(upload_kernel, (host_metadata, metadata), (1, 1, 1), C=constants)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan
+from overlap_mtp.exchange.rows import HEADER, NOTHING, RowPlan
 from overlap_mtp.kernels.common import (
     CU_AT,
     bounds_of,
@@ -27,7 +27,7 @@ from overlap_mtp.kernels.common import (
     held_chunk,
     local_len_of,
 )
-from overlap_mtp.kernels.launch import Dispatch
+from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.pack import token_of_row
 from overlap_mtp.kernels.unroll import find_sources, find_users_of_received
 from overlap_mtp.layout import IntArray
@@ -183,15 +183,16 @@ def row_maps_kernel(
     metadata,  # int64 [metadata_len]
     plan_table,
     row_table,
-    maps,  # int32: packed, source, own_back, in_back, returned_to, returned
+    packed,
+    source,
+    own_back,
+    in_back,
+    returned_to,
+    returned,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     length = local_len_of(metadata, C) // C.tp_size
-    source = maps + (C.num_sent + C.num_heads)
-    own_back = source + C.num_depths * length
-    in_back = own_back + C.num_depths * length
-    returned_to = in_back + C.num_depths * (C.num_heads + C.num_received)
     blocks = tl.cdiv(length, BLOCK)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) < blocks:
@@ -200,12 +201,23 @@ def row_maps_kernel(
         row -= blocks * BLOCK
         map_in_rows(metadata, row_table, in_back, row, length, C)
         if tl.program_id(1) == 0:
-            map_out_rows(metadata, plan_table, row_table, maps, row, length, C)
-            returned = returned_to + C.num_slots
+            map_out_rows(metadata, plan_table, row_table, packed, row, length, C)
             map_slots(metadata, plan_table, row_table, returned_to, returned, row, length, C)
 
 
-_launch_row_maps = Dispatch(row_maps_kernel)
+class DeviceMaps(NamedTuple):
+    """The maps of a batch of up to some length, int32. They differ from `RowMaps` in these things:
+
+    - `source` and `own_back` are flat, and have room behind their [num_depths, S];
+    - `returned_to` has a slot for each token that may leave. It holds NOTHING if the batch does not use the slot.
+    """
+
+    packed: torch.Tensor
+    source: torch.Tensor
+    own_back: torch.Tensor
+    in_back: torch.Tensor
+    returned_to: torch.Tensor
+    returned: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -231,32 +243,32 @@ class RowMapper:
         tables = (torch.from_numpy(table).to(device) for table in (plan.tokens.table, row_table))
         return cls(constants, *tables)
 
-    def __call__(self, metadata: torch.Tensor, length: int, checksum: int, block: int = 128) -> RowMaps:
-        """Make the maps of a batch. Nothing waits for the device.
+    def allocate(self, length: int) -> DeviceMaps:
+        """Allocate the maps of batches of which this rank holds up to `length` rows."""
+        c = self.constants
+        num_in, uses = c.num_heads + c.num_received, c.num_uses + (c.tp_size > 1)
+        mapped = (c.num_depths * length,)
+        shapes = [(c.num_sent + c.num_heads,), mapped, mapped, (c.num_depths, num_in)]
+        shapes += [(c.num_slots,), (uses, c.num_slots)]
+        device = self.row_table.device
+        return DeviceMaps(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+    def bind(self, metadata: torch.Tensor, maps: DeviceMaps, block: int = 128) -> Launch:
+        """Bind the kernel that makes the maps of a batch.
 
         Args:
-            metadata: of the batch, int64 (overlap_mtp.exchange.plan). The kernel reads it on the current stream.
-            length: rows that this rank holds.
-            checksum: of the documents' bounds, as `write_metadata` returns it.
+            metadata: of the batch, int64 (overlap_mtp.exchange.plan), on the device.
+            maps: from `allocate`.
             block: rows of one program.
 
         Returns:
-            The maps, int32 on the device. They differ from those of `RowMaps.of` in one thing: `returned_to` has a slot
-            for each token that may leave. It holds NOTHING if the batch does not use the slot.
+            The launch.
         """
         c = self.constants
-        num_out, num_in = c.num_sent + c.num_heads, c.num_heads + c.num_received
-        uses = c.num_uses + (c.tp_size > 1)
-        num_mapped = c.num_depths * length
-        sizes = [num_out, num_mapped, num_mapped, c.num_depths * num_in, c.num_slots, uses * c.num_slots]
-        maps = torch.empty(sum(sizes), dtype=torch.int32, device=self.row_table.device)
-        blocks = triton.cdiv(length, block) + triton.cdiv(max(num_out, num_in, c.num_slots), block)
-        tensors = (metadata, self.plan_table, self.row_table, maps)
-        _launch_row_maps((blocks, c.num_depths, 1), tensors, *tensors, C=c, BLOCK=block)
-        packed, source, own_back, in_back, returned_to, returned = maps.split(sizes)
-        source, own_back, in_back = (part.view(c.num_depths, -1) for part in (source, own_back, in_back))
-        returned = returned.view(uses, c.num_slots)
-        return RowMaps(checksum, packed, source, own_back, in_back, returned_to, returned)
+        blocks = triton.cdiv(maps.source.numel() // c.num_depths, block)
+        blocks += triton.cdiv(max(len(maps.packed), maps.in_back.shape[1], c.num_slots), block)
+        tensors = (metadata, self.plan_table, self.row_table, *maps)
+        return Launch(row_maps_kernel, tensors, (blocks, c.num_depths, 1), C=c, BLOCK=block)
 
 
 def _make_table(plan: RowPlan) -> tuple[RowMapConstants, IntArray]:

@@ -7,6 +7,7 @@ import logging
 import weakref
 from abc import abstractmethod
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -46,18 +47,20 @@ class HostMetadata:
         self._plan = plan
         self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
         words: IntArray = self.tensor.numpy()
-        self._words, self._addresses = words[: plan.metadata_len], words[plan.metadata_len :]
-        self._checksum: int | None = None
+        self._words, self.addresses = words[: plan.metadata_len], words[plan.metadata_len :]
+        self._is_written = False
         self._mark = 0
 
     def write(self, layout: Layout, addresses: list[int], mark: int) -> None:
+        """Write the metadata, and the first addresses."""
         if isinstance(layout, DeviceLayout):
             write_references(layout, self._words, mark)
-        elif layout.is_packed or self._checksum is None:  # all dense layouts of one plan are the same
-            self._checksum = write_metadata(layout, self._plan, self._words, mark)
+        elif layout.is_packed or not self._is_written:  # all dense layouts of one plan are the same
+            write_metadata(layout, self._plan, self._words, mark)
+            self._is_written = True
         else:
-            self._words[FINGERPRINT] = fingerprint_of(self._checksum, layout.batch, mark)
-        self._addresses[:] = addresses
+            self._words[FINGERPRINT] = fingerprint_of(layout.checksum, layout.batch, mark)
+        self.addresses[: len(addresses)] = addresses
         self._mark = mark
 
     def words_for(self, layout: SequenceLayout) -> IntArray:
@@ -132,7 +135,7 @@ class CudaTransport(Transport):
         self._wants_more = False
         self._pack_span, self._send_span = span("pack"), span("send-recv", num_bytes=self._message_bytes)
         self._join_span, self._unroll_span = span("join"), span("unroll")
-        self._closer = weakref.finalize(self, _orphan, self._all)
+        self._closer = weakref.finalize(self, orphan, self._all)
         self._closer.atexit = False
         plan_table, tensor_table = map(torch.from_numpy, (self.plan.table, self.spec.table))
         self._tables = plan_table.to(self.device), tensor_table.to(self.device)
@@ -284,7 +287,7 @@ class CudaTransport(Transport):
         self._recover_dropped()
         if len(self._free) == len(self._all):
             self.close()
-        # Otherwise the exchanges under way keep it alive, and `_orphan` takes its buffers after the last one.
+        # Otherwise the exchanges under way keep it alive, and `orphan` takes its buffers after the last one.
 
     def close(self) -> None:
         self._closer()
@@ -356,7 +359,7 @@ class CudaTransport(Transport):
         )
 
 
-def _orphan(buffers: list[ExchangeBuffers]) -> None:
+def orphan(buffers: list[Any]) -> None:
     """Hand the buffers of a transport that is gone to the next `free_orphans`.
 
     The garbage collector calls this in any thread, perhaps in the middle of a capture. A wait would break the capture,
@@ -373,7 +376,7 @@ def free_orphans() -> None:
     """
     if torch.cuda.is_current_stream_capturing():
         return
-    going: list[ExchangeBuffers] = []
+    going: list[Any] = []
     with contextlib.suppress(IndexError):  # another thread may take them, too
         while True:
             going.append(_orphans.popleft())
@@ -387,4 +390,4 @@ def free_orphans() -> None:
         buffers.free()
 
 
-_orphans: deque[ExchangeBuffers] = deque()
+_orphans: deque[Any] = deque()

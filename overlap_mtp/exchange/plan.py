@@ -245,7 +245,7 @@ def _fill_routes(plan: ExchangePlan, segments: list[list[Segment]]) -> None:
             row += one.width
 
 
-def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: int = 0) -> int:
+def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArray, mark: int = 0) -> None:
     """Write a batch's part of the plan. It takes a few microseconds and allocates nothing.
 
     Empty documents at the end are left out. They hold no token, and take no part of `max_documents`.
@@ -255,9 +255,6 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
         plan: the plan of this kind of layout.
         metadata: int64, at least `plan.metadata_len` words. They are overwritten.
         mark: of the exchange (`overlap_mtp.exchange.transport.Transport.start`).
-
-    Returns:
-        The layout's checksum. With the mark and the batch's name it makes the fingerprint (`fingerprint_of`).
 
     Raises:
         ValueError: if the layout has more documents than the plan.
@@ -274,7 +271,6 @@ def write_metadata(layout: SequenceLayout, plan: ExchangePlan, metadata: IntArra
     metadata[CU_SEQLENS + documents + 1 : ends_at] = NO_DOCUMENT
     metadata[ends_at : ends_at + documents] = layout.valid_ends[:documents]
     metadata[FINGERPRINT] = fingerprint_of(layout.checksum, layout.batch, mark)
-    return layout.checksum
 
 
 def write_references(layout: DeviceLayout, metadata: IntArray, mark: int) -> None:

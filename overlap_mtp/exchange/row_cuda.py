@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.exchange.cuda import free_orphans, orphan
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import write_metadata
-from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
-from overlap_mtp.exchange.rows import Message, Round, RowMaps, RowPlan
+from overlap_mtp.exchange.row_buffers import Fixed, Lease, RowBuffers
+from overlap_mtp.exchange.row_transport import RowExchange, RowTransport
+from overlap_mtp.exchange.rows import Message, Round, RowPlan
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, TransportConfig
-from overlap_mtp.kernels import rows
 from overlap_mtp.kernels.row_maps import RowMapper
-from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.kernels.rows import RowConstants
 from overlap_mtp.tracing import span
-
-_kept: list[torch.Tensor] = []  # error flags of transports that nobody closed: a kernel may still write them
 
 
 class NcclRowTransport(RowTransport):
@@ -30,84 +28,172 @@ class NcclRowTransport(RowTransport):
     the plans of two ranks differ, a kernel finds it on the device, and `raise_if_failed` may raise a step later. If a
     peer never comes, NCCL's watchdog ends the process after the group's timeout.
 
-    The buffer of an overlapped exchange belongs to the side stream. The compute stream uses it after the event in
-    `RowExchange.posted`. Rolls and sums belong to the compute stream, but their own rows are written on the side stream
-    (those of rolls only without `ready`, which may come before their memory is free). These copies of whole tensors
-    take longer than all else, and no peer is needed for them. What comes from peers is written at the join. Behind the
-    receive on the side stream it could hold up other work until a late peer comes: with one hardware queue, kernels run
-    in the order in which they were launched.
+    Rows travel in buffers that are used again, and kernels find the tensors' addresses there. So all launches are
+    replays of graphs. An exchange gives its buffers back when nothing refers to it any more; they are free after the
+    event of their last use.
+
+    Rolls and sums belong to the compute stream, but their own rows are written on the side stream (those of rolls only
+    without `ready`, which may come before their memory is free). These copies of whole tensors take longer than all
+    else, and no peer is needed for them. What comes from peers is written at the join. Behind the receive on the side
+    stream it could hold up other work until a late peer comes: with one hardware queue, kernels run in the order in
+    which they were launched.
     """
 
     name = "process_group"
-    kernels = rows
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config, plans, tp_group)
         self._side = self.group.side_stream(self.device)
-        self._writes_ahead = self.is_overlapped
         self._send_span = span("send-recv", num_bytes=self._message_bytes)
-        self._mapper = RowMapper.of(self.rows, self.device)
-        self._maps_of = lru_cache(maxsize=8)(self._make_maps)
-        _kept.append(self.error_flags)
-        self._headers = [self._find_headers(self._fixed_rounds, is_backward) for is_backward in (False, True)]
+        self._fixed = Fixed(
+            self.rows,
+            self.spec,
+            RowMapper.of(self.rows, self.device),
+            RowConstants.of(self.spec, self.rows),
+            (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
+            self.error_flags,
+        )
+        self._all: list[RowBuffers] = []
+        self._free: deque[RowBuffers] = deque()  # in the order in which they became free
+        weakref.finalize(self, orphan, self._all).atexit = False
+        free_orphans()  # here, because a wait delays no step
+        self._make_buffers(config.local_len // self.rows.tp_size, self.is_overlapped)
         if self.has_peers and self._fixed_rounds:
             # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
-            buffer = torch.zeros(self.rows.num_rows, 1, device=self.device)
             with self.group.named_errors("connecting to its neighbours"):
-                self._exchange(buffer, self._fixed_rounds[0])
+                self._exchange(self._free[0].rows, self._fixed_rounds[0])
                 torch.cuda.current_stream(self.device).synchronize()
 
-    def _make_maps(self, layout: SequenceLayout) -> RowMaps:
-        """The maps of a batch, made on the device, on the current stream."""
-        words = torch.zeros(self.plan.metadata_len, dtype=torch.int64, pin_memory=True)
-        checksum = write_metadata(layout, self.plan, words.numpy())
-        metadata = words.to(self.device, non_blocking=True)
-        return self._mapper(metadata, layout.local_len // self.rows.tp_size, checksum)
+    def _take(self, length: int, writes_ahead: bool) -> RowBuffers:
+        """Take the buffers that have been free for longest, or make some."""
+        while self._free and self._free[0].length < length:
+            short = self._free.popleft()
+            self._all.remove(short)
+            orphan([short])
+        if not self._free or not self._free[0].last_use.query():  # type: ignore[no-untyped-call]
+            self._make_buffers(length, writes_ahead)
+        return self._free.popleft()
+
+    @torch.inference_mode(False)
+    def _make_buffers(self, length: int, writes_ahead: bool) -> None:
+        # Their memory belongs to the stream that writes it first, which may not wait for the other.
+        with torch.cuda.stream(self._side if self.is_overlapped else None):
+            buffers = RowBuffers(self._fixed, length)
+        buffers.capture(writes_ahead)
+        self._all.append(buffers)
+        self._free.appendleft(buffers)
+
+    def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
+        length = exchange.layout.local_len // self.rows.tp_size
+        writes_ahead = writes_ahead and self.is_overlapped
+        exchange.held = lease = Lease(self._take(length, writes_ahead), self._free, writes_ahead)
+        exchange.maps, exchange.buffer = lease.buffers.maps, lease.buffers.rows
+        tensors = [*exchange.tensors, *(one for depth in exchange.depths for one in depth)]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        lease.buffers.host.write(exchange.layout, addresses, exchange.mark)
+
+    def _open_backward(self, exchange: RowExchange) -> None:
+        lease: Lease = exchange.held
+        if lease.has_written:  # a second pass: the device may not have read yet what the first one wrote
+            lease.buffers.last_use.synchronize()
+        lease.has_written, exchange.buffer = True, lease.buffers.gradient_rows
+        tensors = [*(one for depth in exchange.gradients for one in depth), *exchange.sums]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        lease.buffers.write_backward(addresses, self._fingerprint(exchange))
+
+    def _pack(self, exchange: RowExchange) -> None:
+        lease: Lease = exchange.held
+        buffers = lease.buffers
+        if lease.writes_ahead:
+            # First the long copies: then the others run in the middle of the compute, not where a kernel begins.
+            with self._unroll_span:
+                buffers.maps_own.replay()
+        with self._pack_span:
+            if not lease.writes_ahead:
+                buffers.maps_only.replay()
+            if self.tp_group is not None:
+                exchange.buffer.zero_()
+            buffers.pack.replay()
+
+    def _unroll(self, exchange: RowExchange) -> None:
+        lease: Lease = exchange.held
+        with self._unroll_span:
+            (lease.buffers.unroll if lease.writes_ahead else lease.buffers.unroll_all).replay()
+        self._note_use(lease.buffers)
+
+    def _pack_gradients(self, exchange: RowExchange) -> None:
+        buffers: RowBuffers = exchange.held.buffers
+        with self._unroll_span:  # first, as in `_pack`
+            buffers.sums.replay()
+        with self._pack_span:
+            if not self._has_headers:  # peers send back only what was sent
+                exchange.buffer[: self.rows.sent.num_rows] = 0
+            buffers.pack_sums.replay()
+
+    def _add(self, exchange: RowExchange) -> None:
+        buffers: RowBuffers = exchange.held.buffers
+        with self._unroll_span:
+            buffers.add.replay()
+        self._note_use(buffers)
+
+    def _note_use(self, buffers: RowBuffers) -> None:
+        buffers.joined.record(torch.cuda.current_stream(self.device))
+        buffers.last_use = buffers.joined
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
-        if rows.stream is not None and rows.stream != current:  # all of it belongs to other streams
-            current.wait_event(rows.arrived)  # another one may have waited
-            for tensor in (rows.buffer, rows.maps.packed, *_own_tensors(rows)):
+        lease: Lease = rows.held
+        if self.is_overlapped and lease.stream != current:
+            current.wait_event(lease.buffers.arrived)  # another one may have waited
+            for tensor in _own_tensors(rows):
                 tensor.record_stream(current)
         return super().finish(exchange)
 
     def take_back(self, exchange: PendingExchange) -> None:
         rows: RowExchange = exchange.buffers
-        for tensor in _own_tensors(rows):
-            tensor.record_stream(self._side)  # it may still use them
+        if self.is_overlapped:
+            for tensor in _own_tensors(rows):
+                tensor.record_stream(self._side)  # it may still use them
         rows.depths = []
         exchange.buffers = None
 
     def close(self) -> None:
+        """Free the buffers, except those of exchanges whose backward is still to come."""
         torch.cuda.synchronize(self.device)
-        _kept[:] = [flags for flags in _kept if flags is not self.error_flags]
+        while self._free:
+            buffers = self._free.popleft()
+            self._all.remove(buffers)
+            buffers.free()
         self.raise_if_failed()
 
     @contextmanager
-    def _aside(
-        self, exchange: RowExchange, uses: Tensors, ready: torch.cuda.Event | None = None
-    ) -> Iterator[None]:
+    def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
+        lease: Lease = exchange.held
+        buffers, compute = lease.buffers, torch.cuda.current_stream(self.device)
         if not self.is_overlapped:
-            yield
+            try:
+                yield
+            finally:
+                self._note_use(buffers)
             return
-        compute = torch.cuda.current_stream(self.device)
-        self._side.wait_event(ready or compute.record_event())
+        sent = buffers.returned if exchange.is_backward else buffers.arrived
+        if not exchange.is_backward:
+            lease.stream = compute
+        if ready is None:
+            buffers.forked.record(compute)
+        self._side.wait_event(ready or buffers.forked)
         torch.cuda.set_stream(self._side)
         try:
             yield
         except BaseException:
-            uses = [*uses, *_own_tensors(exchange)]  # nobody will join it
+            for tensor in (*_own_tensors(exchange), *exchange.sums):  # nobody will join it
+                tensor.record_stream(self._side)
             raise
         finally:
             torch.cuda.set_stream(compute)
-            for tensor in uses:
-                tensor.record_stream(self._side)
-        for tensor in (exchange.buffer, exchange.maps.packed):  # all maps are parts of one tensor
-            tensor.record_stream(compute)
-        exchange.posted = self._side.record_event()
-        if not exchange.is_backward:
-            exchange.stream, exchange.arrived = compute, exchange.posted
+            sent.record(self._side)
+            buffers.last_use = sent
+        exchange.posted = sent
 
     def _leave(self, exchange: RowExchange) -> None:
         rounds = self._rounds(exchange)
@@ -148,21 +234,15 @@ class NcclRowTransport(RowTransport):
         for work in dist.batch_isend_irecv(calls):
             work.wait()
 
-    def _find_headers(self, rounds: list[Round], is_backward: bool) -> dict[str, Any]:
-        """Where the headers of peers arrive, for the kernels that check them."""
+    def _find_headers(self, is_backward: bool) -> torch.Tensor:
+        """Where the headers of peers arrive, as the kernels that check them take it."""
         first = 0 if is_backward else self.rows.in_rows.start
-        messages = [m for one in rounds for m in (one.sent if is_backward else one.received)]
+        messages = [m for one in self._fixed_rounds for m in (one.sent if is_backward else one.received)]
         rows, peers = [m.begin - first for m in messages], [m.peer for m in messages]
-        tables = torch.tensor([rows, peers], dtype=torch.int32, device=self.device)
-        return {"header_rows": tables[0], "header_peers": tables[1], "error_flags": self.error_flags}
-
-    def _checks(self, exchange: RowExchange, is_backward: bool) -> dict[str, Any]:
-        if not self._has_headers:
-            return {}
-        fingerprint = self._fingerprint(exchange, is_backward)
-        return {**self._headers[is_backward], "fingerprint": fingerprint}
+        return torch.tensor([rows, peers], dtype=torch.int32, device=self.device)
 
 
 def _own_tensors(exchange: RowExchange) -> list[torch.Tensor]:
-    """The tensors of an exchange that is not joined, and its rolls, if they exist."""
-    return [one for tensors in (exchange.tensors, *exchange.depths) for one in tensors]
+    """The tensors of an exchange, and its rolls and their gradients, while it has them."""
+    groups = (exchange.tensors, *exchange.depths, *exchange.gradients)
+    return [one for tensors in groups for one in tensors]

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
-from overlap_mtp.exchange.rows import Round
-from overlap_mtp.exchange.transport import IN_STEP, PendingExchange
+from overlap_mtp.exchange.rows import Round, RowMaps, RowPlan
+from overlap_mtp.exchange.transport import IN_STEP, PendingExchange, TransportConfig
 from overlap_mtp.kernels import row_reference
 
 
@@ -35,7 +35,12 @@ class GlooRowTransport(RowTransport):
     """Sends and receives over gloo, one for each peer: so a peer that never comes is named. Waiting blocks the host."""
 
     name = "process_group"
-    kernels = row_reference
+
+    def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
+        super().__init__(config, plans, tp_group)
+        self._maps_of = lru_cache(maxsize=8)(partial(RowMaps.of, plan=self.rows))
+        # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
+        self._allocate = torch.zeros if tp_group is not None or self.schedule == "none" else torch.empty
 
     def take_back(self, exchange: PendingExchange) -> None:
         """Let the exchange go. What is under way stays in `group.unfinished`; the next `start` waits for it."""
@@ -44,10 +49,47 @@ class GlooRowTransport(RowTransport):
     def close(self) -> None:
         self.raise_if_failed()
 
+    def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
+        exchange.maps = self._maps_of(exchange.layout)
+        exchange.buffer = self._allocate(
+            (self.rows.num_rows, self.spec.elements), dtype=self.spec.dtype, device=self.device
+        )
+        exchange.held = exchange.buffer[self.rows.in_rows]  # what is received in forward
+
+    def _open_backward(self, exchange: RowExchange) -> None:
+        if exchange.tensors:  # the rolls may yet be written, from what arrived
+            exchange.buffer = torch.zeros_like(exchange.buffer)
+        if not self._has_headers:  # peers send back only what was sent
+            exchange.buffer[: self.rows.sent.num_rows] = 0
+
+    def _pack(self, exchange: RowExchange) -> None:
+        with self._pack_span:
+            rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
+            row_reference.pack_rows(
+                self._by_sequence(exchange.tensors), exchange.maps.packed, rows, fingerprint
+            )
+
+    def _unroll(self, exchange: RowExchange) -> None:
+        with self._unroll_span:
+            rolls, maps = [self._by_sequence(depth) for depth in exchange.depths], exchange.maps
+            row_reference.unroll_own_rows(self._by_sequence(exchange.tensors), maps.source, rolls)
+            row_reference.unroll_received_rows(exchange.held, maps.in_back, rolls)
+
+    def _pack_gradients(self, exchange: RowExchange) -> None:
+        by_depth, maps = [self._by_sequence(depth) for depth in exchange.gradients], exchange.maps
+        with self._unroll_span:
+            row_reference.sum_rows(by_depth, maps.own_back, self._by_sequence(exchange.sums))
+        with self._pack_span:
+            rows, fingerprint = exchange.buffer[self.rows.in_rows], self._fingerprint(exchange)
+            row_reference.pack_sums(by_depth, maps.in_back, rows, fingerprint)
+
+    def _add(self, exchange: RowExchange) -> None:
+        rows, maps = exchange.buffer[self.rows.out_rows], exchange.maps
+        with self._unroll_span:
+            row_reference.add_rows(rows, maps.returned_to, maps.returned, self._by_sequence(exchange.sums))
+
     @contextmanager
-    def _aside(
-        self, exchange: RowExchange, reads: Tensors, ready: torch.cuda.Event | None = None
-    ) -> Iterator[None]:
+    def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
         """gloo sends in threads of its own. But first, what nobody waits for any more has to arrive."""
         if not self.failure:  # peers that are in step have sent it
             for posted in [one for one in self.group.unfinished if one.owner() is None]:
@@ -140,7 +182,7 @@ class GlooRowTransport(RowTransport):
         mark = exchange.mark % 2**23  # without the roller's number among those of its cp group
         words = torch.zeros(tp_group.cp_size, dtype=torch.int64)
         words[tp_group.cp_rank] = fingerprint_of(
-            exchange.maps.checksum ^ self._kind, exchange.layout.batch, mark
+            exchange.layout.checksum ^ self._kind, exchange.layout.batch, mark
         )
         with tp_group.named_errors("the sum of boundary rows over the tp ranks"):
             dist.all_reduce(words, group=tp_group.process_group)
@@ -157,3 +199,7 @@ class GlooRowTransport(RowTransport):
                 self.error_flags[0] = 1 + message.peer
                 return True
         return False
+
+    def _by_sequence(self, tensors: Tensors) -> Tensors:
+        """Views whose first dimension is the sequence."""
+        return [tensor.transpose(self.spec.seq_dim, 0) for tensor in tensors]

@@ -108,6 +108,16 @@ class RowSpec(NamedTuple):
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether kernels can read a tensor from its address on, 16 bytes at a time."""
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy for kernels to read."""
+    return tensor if is_plain(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def check_activations(batch: Batch, layout: Layout, group: ExchangeGroup, seq_dim: int, tp_size: int) -> None:
     """Raise ValueError unless `batch` holds activations that can be rolled together over this group."""
     check_tensors(batch, layout, group)

@@ -15,7 +15,7 @@ from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec
-from overlap_mtp.exchange.rows import HEADER, Round, RowMaps, RowPlan, document_rounds, message_rounds
+from overlap_mtp.exchange.rows import HEADER, Round, RowPlan, document_rounds, message_rounds
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.tracing import span
@@ -34,23 +34,20 @@ class RowExchange:
     mark: int
     layout: SequenceLayout
     tensors: Tensors  # empty after the rolls were written
-    depths: list[Tensors] = field(default_factory=list)  # the rolls, after their own rows, until the join
+    depths: list[Tensors]  # the rolls, until the join
     gradients: list[Tensors] = field(default_factory=list)  # those of the rolls, while they may be read
-    maps: RowMaps = field(init=False)
+    sums: Tensors = field(default_factory=list)  # of the gradients, from the begin of backward to its end
+    maps: Any = field(init=False)  # RowMaps, or the same on a device
     buffer: torch.Tensor = field(init=False)  # [rows of the plan, elements of a row], of what is under way
-    received: torch.Tensor = field(init=False)  # its `in` rows in forward
     is_backward: bool = False
     posted: Any = None  # what is under way, as the transport keeps it
-    stream: Any = None  # the CUDA stream that it was started from, if it was sent on another one
-    arrived: Any = None  # then, the event after which its rows are here in forward
+    held: Any = None  # what else the transport keeps for it
 
 
 class RowTransport(Transport):
     """Moves rows of activations between the ranks of a group, forward and backward. It knows no autograd."""
 
     carries = "activations"
-    kernels: Any  # overlap_mtp.kernels.row_reference, or a module with the same functions
-    _writes_ahead = False  # own rows of rolls are written at the start, unless it has a `ready`
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)
@@ -61,9 +58,7 @@ class RowTransport(Transport):
         self._flagged = range(self.plan.cp_size)
         self._fixed_rounds = message_rounds(self.rows) if self.schedule in ("merged", "overlap") else []
         self._has_headers = bool(self._fixed_rounds)
-        self._buffer_shape = self.rows.num_rows, self.spec.elements
         self._pack_span, self._join_span, self._unroll_span = span("pack"), span("join"), span("unroll")
-        self._maps_of = lru_cache(maxsize=8)(partial(RowMaps.of, plan=self.rows))
         self._document_rounds = lru_cache(maxsize=64)(
             partial(document_rounds, plans=plans, cp_rank=cp_rank, sizes=self.spec.sizes)
         )
@@ -73,26 +68,15 @@ class RowTransport(Transport):
         self, tensors: Tensors, layout: Layout, mark: int, ready: torch.cuda.Event | None = None
     ) -> PendingExchange:
         assert isinstance(layout, SequenceLayout)  # a roller reads a DeviceLayout
-        exchange = RowExchange(self.num_started, self.group.num_exchanges, mark, layout, tensors)
+        depths = [self._empty_like(tensors) for _ in range(self.plan.num_depths)]
+        exchange = RowExchange(self.num_started, self.group.num_exchanges, mark, layout, tensors, depths)
         self.num_started += 1
         self.group.num_exchanges += 1
-        # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
-        allocate = torch.zeros if self.tp_group is not None or self.schedule == "none" else torch.empty
-        # What used the memory of the rolls before may run after `ready`.
-        writes_ahead = self._writes_ahead and ready is None
-        if writes_ahead:
-            exchange.depths = self._allocate_depths(tensors)
-        with self._aside(exchange, [], ready):
-            with self._pack_span:
-                exchange.maps = self._maps_of(layout)
-                # First the long copies: then the others run in the middle of the compute, not where a kernel begins.
-                if writes_ahead:
-                    self._unroll_own(exchange, exchange.depths)
-                exchange.buffer = allocate(self._buffer_shape, dtype=self.spec.dtype, device=self.device)
-                exchange.received = exchange.buffer[self.rows.in_rows]
-                rows, fingerprint = exchange.buffer[self.rows.out_rows], self._fingerprint(exchange)
-                self.kernels.pack_rows(self._by_sequence(tensors), exchange.maps.packed, rows, fingerprint)
+        self._open(exchange, ready is None)
+        with self._aside(exchange, ready):
+            self._pack(exchange)
             # The other tp ranks hold zeros, so that a sum of bits is exact.
+            rows = exchange.buffer[self.rows.out_rows]
             self._sum_over_tp(exchange, rows, rows.view(torch.int32))
             self._leave(exchange)
         return PendingExchange(self, exchange.number, layout.local_len, [], exchange)
@@ -101,14 +85,7 @@ class RowTransport(Transport):
         rows: RowExchange = exchange.buffers
         with self._join_span:
             self._arrive(rows)
-            if not rows.depths:
-                depths = self._allocate_depths(rows.tensors)
-                self._unroll_own(rows, depths)
-                rows.depths = depths
-            with self._unroll_span:
-                by_sequence = [self._by_sequence(depth) for depth in rows.depths]
-                checks = self._checks(rows, is_backward=False)
-                self.kernels.unroll_received_rows(rows.received, rows.maps.in_back, by_sequence, **checks)
+            self._unroll(rows)
         depths, rows.depths, rows.tensors = rows.depths, [], []
         return [dict(zip(self.spec.names, depth, strict=True)) for depth in depths]
 
@@ -120,65 +97,72 @@ class RowTransport(Transport):
             gradients: for each depth, one for each tensor, of its shape.
 
         Returns:
-            For each tensor the sum over the depths, without what peers send: to be read after `end_backward`.
+            For each tensor the sum over the depths: to be read after `end_backward`, which adds what peers send.
         """
         self._arrive(exchange)  # if nobody has waited for it
         self.raise_if_failed()
+        # Autograd adds other gradients to one in place if nobody else has it.
+        exchange.gradients, exchange.sums = gradients, self._empty_like(gradients[0])
         exchange.is_backward = True
-        if self.is_overlapped:  # autograd adds other gradients to one in place if nobody else has it
-            exchange.gradients = gradients
-        by_depth = [self._by_sequence(depth) for depth in gradients]
-        sums = self._empty_like(gradients[0])
-        with self._aside(exchange, [*sums, *(one for depth in gradients for one in depth)]):
-            with self._unroll_span:  # first, as in `start`
-                self.kernels.sum_rows(by_depth, exchange.maps.own_back, self._by_sequence(sums))
-            with self._pack_span:
-                if exchange.tensors:  # the rolls may yet be written, from what arrived
-                    exchange.buffer = torch.zeros_like(exchange.buffer)
-                if not self._has_headers:  # peers send back only what was sent
-                    exchange.buffer[: self.rows.sent.num_rows] = 0
-                rows, fingerprint = exchange.buffer[self.rows.in_rows], self._fingerprint(exchange)
-                self.kernels.pack_sums(by_depth, exchange.maps.in_back, rows, fingerprint)
+        self._open_backward(exchange)
+        with self._aside(exchange):
+            self._pack_gradients(exchange)
+            rows = exchange.buffer[self.rows.in_rows]
             self._sum_over_tp(exchange, rows, rows)
             self._leave(exchange)
         if not self.is_overlapped or torch.is_anomaly_enabled():  # autograd then looks for nan in the sums
             self._arrive(exchange)
-        return sums
+            exchange.gradients = []
+        return exchange.sums
 
-    def end_backward(self, exchange: RowExchange, sums: Tensors) -> None:
-        """Wait for the gradients that peers send, and add them to `sums`, in place."""
-        rows, maps, by_sequence = exchange.buffer[self.rows.out_rows], exchange.maps, self._by_sequence(sums)
+    def end_backward(self, exchange: RowExchange) -> Tensors:
+        """Wait for the gradients that peers send, and return the sums with them."""
         with self._join_span:
             self._arrive(exchange)
-            exchange.gradients = []
-            with self._unroll_span:
-                self.kernels.add_rows(
-                    rows, maps.returned_to, maps.returned, by_sequence, **self._checks(exchange, True)
-                )
+            self._add(exchange)
+        sums, exchange.sums, exchange.gradients = exchange.sums, [], []
+        return sums
 
     def retire(self) -> None:
-        """Do nothing: buffers belong to their exchange."""
+        """Do nothing: what exchanges use goes with the last of them."""
 
-    def _allocate_depths(self, tensors: Tensors) -> list[Tensors]:
-        return [self._empty_like(tensors) for _ in range(self.plan.num_depths)]
+    @abstractmethod
+    def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
+        """Give an exchange its maps and its buffer.
 
-    def _unroll_own(self, exchange: RowExchange, depths: list[Tensors]) -> None:
-        """Write the own rows of the rolls."""
-        with self._unroll_span:
-            by_sequence = [self._by_sequence(depth) for depth in depths]
-            self.kernels.unroll_own_rows(
-                self._by_sequence(exchange.tensors), exchange.maps.source, by_sequence
-            )
+        Args:
+            exchange: that begins.
+            writes_ahead: the rolls may be written before the join. What used their memory before may run after `ready`.
+        """
+
+    @abstractmethod
+    def _open_backward(self, exchange: RowExchange) -> None:
+        """Give an exchange a buffer for its backward."""
+
+    @abstractmethod
+    def _pack(self, exchange: RowExchange) -> None:
+        """Pack the rows that leave."""
+
+    @abstractmethod
+    def _unroll(self, exchange: RowExchange) -> None:
+        """Write the rolls, from own rows and those that have arrived."""
+
+    @abstractmethod
+    def _pack_gradients(self, exchange: RowExchange) -> None:
+        """Write the sums of the own rows' gradients, and pack those that leave."""
+
+    @abstractmethod
+    def _add(self, exchange: RowExchange) -> None:
+        """Add the gradients that have arrived to the sums."""
 
     @abstractmethod
     def _aside(
-        self, exchange: RowExchange, uses: Tensors, ready: torch.cuda.Event | None = None
+        self, exchange: RowExchange, ready: torch.cuda.Event | None = None
     ) -> AbstractContextManager[None]:
         """Where rows are packed and sent: beside the compute that follows, if the exchange is overlapped.
 
         Args:
             exchange: whose rows.
-            uses: what is read or written there and may be freed before the rows arrive.
             ready: as in `Roller.start`.
         """
 
@@ -189,13 +173,6 @@ class RowTransport(Transport):
     @abstractmethod
     def _arrive(self, exchange: RowExchange) -> None:
         """Wait for the rows of peers, if they are under way."""
-
-    def _checks(self, exchange: RowExchange, is_backward: bool) -> dict[str, Any]:
-        """What a kernel needs to check headers, if the transport does not do it before.
-
-        Rolls may be written after a backward pass, from what arrived before it.
-        """
-        return {}
 
     def _count(self, buffer: torch.Tensor, one: Round) -> None:
         parts = [message.of(buffer) for message in one.sent]
@@ -228,14 +205,10 @@ class RowTransport(Transport):
             f"the backward of {described}, which every rank must run," if exchange.is_backward else described
         )
 
-    def _fingerprint(self, exchange: RowExchange, is_backward: bool | None = None) -> int:
-        """What headers hold; by default, of the direction that is under way."""
-        mark = exchange.mark + BACKWARD * (exchange.is_backward if is_backward is None else is_backward)
-        return fingerprint_of(exchange.maps.checksum, exchange.layout.batch, mark)
-
-    def _by_sequence(self, tensors: Tensors) -> Tensors:
-        """Views whose first dimension is the sequence."""
-        return [tensor.transpose(self.spec.seq_dim, 0) for tensor in tensors]
+    def _fingerprint(self, exchange: RowExchange) -> int:
+        """What headers hold, in the direction that is under way."""
+        mark = exchange.mark + BACKWARD * exchange.is_backward
+        return fingerprint_of(exchange.layout.checksum, exchange.layout.batch, mark)
 
     def _empty_like(self, tensors: Tensors) -> Tensors:
         return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]

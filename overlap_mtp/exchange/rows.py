@@ -29,9 +29,9 @@ import torch
 from overlap_mtp.exchange.plan import (
     ExchangePlan,
     Segment,
+    make_metadata,
     make_plans,
     segments_of,
-    write_metadata,
 )
 from overlap_mtp.kernels import reference
 from overlap_mtp.layout import IntArray, SequenceLayout
@@ -256,7 +256,6 @@ class RowMaps:
     `RowPlan.out_rows` and `RowPlan.in_rows`.
     """
 
-    checksum: int  # of the documents' bounds
     packed: torch.Tensor  # [out rows]: the own row that goes there
     source: torch.Tensor  # [num_depths, S]: where each rolled row comes from: an own row, or S + an `in` row
     own_back: torch.Tensor  # [num_depths, S]: the rolled row that each own row went to
@@ -276,9 +275,7 @@ class RowMaps:
             The maps, on the CPU.
         """
         tokens, num_depths = plan.tokens, plan.tokens.num_depths
-        words = np.zeros(tokens.metadata_len, np.int64)
-        checksum = write_metadata(layout, tokens, words)
-        metadata = torch.from_numpy(words)
+        metadata = torch.from_numpy(make_metadata(layout, tokens))
         local_len = layout.local_len
         held = local_len // plan.tp_size  # S
         first = plan.tp_rank * held
@@ -308,7 +305,7 @@ class RowMaps:
         back[0, held + plan.num_heads + np.array(plan.received.all_headers, np.int64)] = HEADER
         maps = (packed, came, back[:, :held], back[:, held:], *_uses(packed, plan))
         tensors = [torch.from_numpy(np.ascontiguousarray(one)) for one in maps]
-        return cls(checksum, *tensors)
+        return cls(*tensors)
 
 
 def _uses(packed: IntArray, plan: RowPlan) -> tuple[IntArray, IntArray]:

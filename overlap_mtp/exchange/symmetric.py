@@ -30,7 +30,8 @@ from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.transport import WORD_BYTES, TransportConfig
 from overlap_mtp.kernels.common import FLAG_WORDS, ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
-from overlap_mtp.kernels.put_unroll import num_counting, put_unroll, upload
+from overlap_mtp.kernels.put_unroll import num_counting, put_unroll
+from overlap_mtp.kernels.upload import upload
 
 NUM_BUFFERS = 8  # a rank that is further ahead of a peer waits on its side stream; 2 are needed
 PART_WORDS = 512  # of a part of a message, for all depths: what the registers of a program hold
@@ -153,7 +154,7 @@ class SymmetricTransport(CudaTransport):
         # The first replay of a graph keeps on the device what it finds on the host.
         if first is None and not constants.is_replayable:
             metadata = buffers.metadata
-            first = upload(buffers.source, metadata, constants)
+            first = upload(buffers.source, metadata)
         shared = (self._peers, self._memory, self._seq_nos, self.error_flags, self._timeout)
         own = (metadata, buffers.replay_metadata, *self._tables, *shared)
         buffers.send = put_unroll(own, constants, self._local_len)

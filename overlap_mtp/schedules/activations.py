@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.row_gloo import GlooRowTransport
-from overlap_mtp.exchange.row_spec import RowSpec
+from overlap_mtp.exchange.row_spec import RowSpec, is_plain, plain
 from overlap_mtp.exchange.row_transport import EXPECTS_GRADIENTS, RowExchange, RowTransport
 from overlap_mtp.exchange.rows import make_row_plans
 from overlap_mtp.exchange.spec import Batch, roll_options
@@ -192,10 +192,10 @@ class ActivationRolls(Rolls):
 
     def _start_exchange(self, ready: torch.cuda.Event | None = None) -> None:
         detached = [tensor.detach() for tensor in self._tensors]
-        if ready is not None and not all(map(torch.Tensor.is_contiguous, detached)):
+        if ready is not None and not all(map(is_plain, detached)):
             torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
             ready = None
-        detached = [tensor.contiguous() for tensor in detached]
+        detached = [plain(tensor) for tensor in detached]
         self._pending = self._transport.start(detached, self._layout, self._mark, ready)
         if self._backward is not None:
             self._backward.exchange = self._pending.buffers
@@ -230,13 +230,14 @@ class Backward:
         self._transport.raise_if_failed()
         return sums
 
-    def end(self, sums: list[torch.Tensor]) -> None:
+    def end(self) -> list[torch.Tensor]:
         """As RowTransport.end_backward."""
         assert self.exchange is not None
         with self._stopwatch:
-            self._transport.end_backward(self.exchange, sums)
+            sums = self._transport.end_backward(self.exchange)
         self._transport.raise_if_failed()
         self._ended_in = _current_pass()
+        return sums
 
     def watch(self, tensors: list[torch.Tensor]) -> None:
         """Take part in the peers' backward when the gradient of one of the tensors is complete, if not before."""
@@ -255,8 +256,8 @@ class Backward:
             return None
         if self._ended_in != _current_pass():
             depth = self._transport.spec.zeros(self.exchange.layout.local_len)
-            sums = self.begin([depth] * self._transport.plan.num_depths)
-            self.end(sums)
+            self.begin([depth] * self._transport.plan.num_depths)
+            sums = self.end()
             self._late = {one: sums[one] for one in self._watched}
             torch.autograd.Variable._execution_engine.queue_callback(self._check_late)
         late = self._late.pop(number, None)
@@ -296,8 +297,9 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.exchange_backward.end(list(sums))
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # What comes are the sums of `_Join.backward`: nothing else uses the tensors between the two.
+        sums = ctx.exchange_backward.end()
         wanted = zip(sums, ctx.needs_input_grad[1:], strict=True)
         return None, *(one if is_wanted else None for one, is_wanted in wanted)
 
@@ -320,5 +322,5 @@ class _Join(torch.autograd.Function):
         return (
             None,
             None,
-            *ctx.exchange_backward.begin([[one.contiguous() for one in depth] for depth in depths]),
+            *ctx.exchange_backward.begin([[plain(one) for one in depth] for depth in depths]),
         )

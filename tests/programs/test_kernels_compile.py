@@ -13,26 +13,25 @@ from triton.compiler import ASTSource
 from not_interpreted import run_compiling
 
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}  # all others are of int64
-# Of the kernels of activations. All others are of int32.
-ROWS = dict.fromkeys(("tensor", "rows", "sums"), "*bf16") | dict.fromkeys(("length", "count", "uses"), "i32")
-ROWS |= {"fingerprint": "i64", "metadata": "*i64"} | dict.fromkeys(("rolls", "gradients"), ("*bf16", "*bf16"))
+# All other pointers are of int64.
+POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}
+# Of the kernels of activations, those in bfloat16 and of int64. All others are of int32.
+ROWS = {"rows": "*bf16", "words": "*i64", "metadata": "*i64"}
 
 
 def compiled(
     kernel, types: dict[str, object], others: str, constants: dict[str, object]
 ) -> dict[str, object]:
-    """What a kernel becomes, by stage. Tensors of activations begin at multiples of 16 bytes."""
+    """What a kernel becomes, by stage. Buffers of activations begin at multiples of 16 bytes."""
     names = kernel.arg_names
     assert len(names) <= 12
     options = {name: value for name, value in constants.items() if name not in names}
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: types.get(name, others) for name in names} | dict.fromkeys(constants, "constexpr")
     by_position = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {}
-    for at, one in enumerate(signature.values()):
-        paths = [(at, n) for n in range(len(one))] if isinstance(one, tuple) else [(at,)]
-        aligned |= {path: [["tt.divisibility", 16]] for path in paths if "*bf16" in one}
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, one in enumerate(signature.values()) if one == "*bf16"
+    }
     source = ASTSource(kernel, signature, by_position, aligned)
     return triton.compile(source, target=TARGET, options=options).asm
 
@@ -49,8 +48,9 @@ def launches(kind: str) -> list[object]:
     from overlap_mtp.exchange.symmetric import MemoryLayout
     from overlap_mtp.kernels.common import ExchangeConstants
     from overlap_mtp.kernels.pack import pack
-    from overlap_mtp.kernels.put_unroll import put_unroll, upload
+    from overlap_mtp.kernels.put_unroll import put_unroll
     from overlap_mtp.kernels.unroll import unroll
+    from overlap_mtp.kernels.upload import upload
 
     from simulated import spec_of
     from strategies import random_batch
@@ -64,32 +64,41 @@ def launches(kind: str) -> list[object]:
     return [
         pack((word,) * 6, constants),
         unroll((word,) * 6, constants),
-        upload(word, word, constants),
+        upload(word, word),
         put_unroll((word,) * 9, constants, layout.local_len),
     ]
 
 
 def row_kernels() -> list[dict[str, object]]:
     """What the kernels of activations become, for two depths and rows of 4096 elements in bfloat16."""
-    from overlap_mtp.kernels import rows
+    from overlap_mtp import SequenceLayout
+    from overlap_mtp.exchange.row_spec import RowSpec
+    from overlap_mtp.exchange.rows import make_row_plans
+    from overlap_mtp.kernels.rows import BoundRows, RowConstants
 
-    constants = {
-        "C": rows.RowConstants.of((1, 4096), 2, column=0, elements=4096, num_depths=2, num_headers=2)
-    }
-    kernels = [rows.pack_rows_kernel, rows.unroll_own_rows_kernel, rows.unroll_received_rows_kernel]
-    kernels += [rows.sum_rows_kernel, rows.pack_sums_kernel, rows.add_rows_kernel]
-    return [compiled(one, ROWS, "*i32", constants) for one in kernels]
+    layout = SequenceLayout.packed([0, 24, 48], 3)
+    plan = make_row_plans(layout, 2, 100, False)[1]
+    asked = ("overlap", 2, 100, layout.kind, True, 0)
+    shapes = (torch.Size([1, 4096]),)
+    spec = RowSpec(*asked, ("hidden",), torch.bfloat16, shapes, 1, 1, torch.device("cpu"))
+    index, table, rows = torch.zeros(2, 8), torch.zeros(2, 2), torch.zeros(8, 4096)
+    bound = BoundRows(RowConstants.of(spec, plan), torch.zeros(1), layout.local_len)
+    launches = [bound.pack_rows(index[0], rows), bound.unroll_own_rows(index)]
+    launches += [bound.unroll_received_rows(index, rows, table, table), bound.sum_rows(index)]
+    launches += [bound.pack_sums(index, rows), bound.add_rows(index[0], index, rows, table, table)]
+    return [compiled(one._kernel, ROWS, "*i32", one._constants) for one in launches]
 
 
 def row_maps(kind: str, tp: tuple[int, int]) -> dict[str, object]:
     """What the kernel of the maps of activations becomes."""
     from overlap_mtp import SequenceLayout
     from overlap_mtp.exchange.rows import make_row_plans
-    from overlap_mtp.kernels.row_maps import RowMapper, row_maps_kernel
+    from overlap_mtp.kernels.row_maps import RowMapper
 
     plan = make_row_plans(SequenceLayout.packed([0, 24, 48], 3, kind), 2, 100, True, tp)[1]
-    constants = {"C": RowMapper.of(plan, torch.device("cpu")).constants, "BLOCK": 128}
-    return compiled(row_maps_kernel, ROWS, "*i32", constants)
+    mapper = RowMapper.of(plan, torch.device("cpu"))
+    launch = mapper.bind(torch.zeros(1), mapper.allocate(8))
+    return compiled(launch._kernel, ROWS, "*i32", launch._constants)
 
 
 def test_kernels_compile_for_a_gpu():

@@ -319,9 +319,9 @@ def gradients_that_change(group: dist.ProcessGroup) -> list[str]:
             read[one.data_ptr()] = memory(one.data_ptr(), one.nbytes)
         return begin(self, exchange, gradients)
 
-    def end_backward(self: RowTransport, *args: Any) -> None:
+    def end_backward(self: RowTransport, exchange: Any) -> list[torch.Tensor]:
         changed.extend(at for at, before in read.items() if memory(at, len(before)) != before)
-        end(self, *args)
+        return end(self, exchange)
 
     changed: list[int] = []
     with mock.patch.multiple(RowTransport, begin_backward=begin_backward, end_backward=end_backward):

@@ -1,0 +1,104 @@
+"""What exchanges of activations between GPUs use again and again, so that CUDA graphs can hold it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from overlap_mtp.exchange.cuda import HostMetadata
+from overlap_mtp.exchange.row_spec import RowSpec
+from overlap_mtp.exchange.rows import RowPlan
+from overlap_mtp.kernels.launch import Launch, in_turn
+from overlap_mtp.kernels.row_maps import RowMapper
+from overlap_mtp.kernels.rows import BoundRows, RowConstants
+from overlap_mtp.kernels.upload import upload
+
+
+class Fixed(NamedTuple):
+    """What all buffers of a transport are bound to."""
+
+    plan: RowPlan
+    spec: RowSpec
+    mapper: RowMapper
+    constants: list[RowConstants]
+    headers: tuple[
+        torch.Tensor, torch.Tensor
+    ]  # that arrive in forward and in backward, as the kernels take them
+    error_flags: torch.Tensor
+
+
+class RowBuffers:
+    """The buffers of one exchange, forward and backward, and the kernels that are bound to them.
+
+    Each launch is a CUDA graph. They run in this order: `maps`, `pack`, `unroll`, then `sums`, `pack_sums`, `add`.
+    `own` is part of `maps` if rolls are written ahead (`maps_own`), else of `unroll` (`unroll_all`).
+    """
+
+    def __init__(self, fixed: Fixed, length: int) -> None:
+        """Make the buffers for batches of which this rank holds up to `length` rows."""
+        plan, mapper, constants = fixed.plan, fixed.mapper, fixed.constants
+        first = constants[0]
+        addresses = first.num_words - first.tensors_at
+        self.length = length
+        self.host = HostMetadata(plan.tokens, addresses)
+        self.metadata = torch.zeros_like(self.host.tensor, device=fixed.spec.device)
+        self.maps = mapper.allocate(length)
+        shape = plan.num_rows, fixed.spec.elements
+        self.rows, self.gradient_rows = (
+            torch.zeros(shape, dtype=fixed.spec.dtype, device=fixed.spec.device) for _ in range(2)
+        )
+        self.forked, self.arrived, self.returned, self.joined = (torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
+        self.last_use = self.joined
+        self._backward_at = first.gradients_at - first.tensors_at
+
+        bound = BoundRows(constants, self.metadata, length)
+        out_rows, in_rows = plan.out_rows, plan.in_rows
+        forward, backward = ((one, fixed.error_flags) for one in fixed.headers)
+        maps, words = self.maps, (self.host.tensor, self.metadata)
+
+        def make_maps() -> tuple[Launch, Launch]:
+            return upload(*words, 0, first.gradients_at), mapper.bind(self.metadata, maps)
+
+        def unroll() -> Launch:
+            return bound.unroll_received_rows(maps.in_back, self.rows[in_rows], *forward)
+
+        self.maps_only = in_turn(*make_maps())
+        self.maps_own = in_turn(*make_maps(), bound.unroll_own_rows(maps.source))
+        self.pack = bound.pack_rows(maps.packed, self.rows[out_rows])
+        self.unroll = unroll()
+        self.unroll_all = in_turn(bound.unroll_own_rows(maps.source), unroll())
+        self.sums = in_turn(upload(*words, first.gradients_at), bound.sum_rows(maps.own_back))
+        self.pack_sums = bound.pack_sums(maps.in_back, self.gradient_rows[in_rows])
+        self.add = bound.add_rows(maps.returned_to, maps.returned, self.gradient_rows[out_rows], *backward)
+
+    def capture(self, writes_ahead: bool) -> None:
+        """Capture the graphs of the launches that are used if rolls are written ahead, or if not."""
+        forward = (self.maps_own, self.unroll) if writes_ahead else (self.maps_only, self.unroll_all)
+        for launch in (*forward, self.pack, self.sums, self.pack_sums, self.add):
+            launch.capture()
+
+    def write_backward(self, addresses: list[int], fingerprint: int) -> None:
+        """Say what the backward of the exchange carries."""
+        self.host.addresses[self._backward_at :] = [*addresses, fingerprint]
+
+    def free(self) -> None:
+        """Free the graphs. It must not run during a capture."""
+        del self.maps_only, self.maps_own, self.pack, self.unroll, self.unroll_all
+        del self.sums, self.pack_sums, self.add
+
+
+class Lease:
+    """Buffers that an exchange uses. They go back with it, in any thread: it launches nothing."""
+
+    def __init__(self, buffers: RowBuffers, free: deque[RowBuffers], writes_ahead: bool) -> None:
+        self.buffers, self._free = buffers, free
+        self.writes_ahead = writes_ahead  # own rows of rolls, before the join
+        self.stream: torch.cuda.Stream | None = (
+            None  # that the exchange was started from, if it is overlapped
+        )
+        self.has_written = False  # what its backward carries
+
+    def __del__(self) -> None:
+        self._free.append(self.buffers)
