@@ -9,7 +9,7 @@ import torch
 
 from overlap_mtp.exchange.cuda import HostMetadata
 from overlap_mtp.exchange.row_spec import RowSpec
-from overlap_mtp.exchange.rows import RowPlan
+from overlap_mtp.exchange.rows import Message, Round, RowPlan
 from overlap_mtp.kernels.launch import Launch, in_turn
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import BoundRows, RowConstants
@@ -27,6 +27,34 @@ class Fixed(NamedTuple):
         torch.Tensor, torch.Tensor
     ]  # that arrive in forward and in backward, as the kernels take them
     error_flags: torch.Tensor
+    rounds: tuple[
+        list[Round], list[Round]
+    ]  # of forward and of backward, if they are the same for all batches
+
+
+class Part(NamedTuple):
+    """The messages of a round, as `all_to_all_single` takes them."""
+
+    received: torch.Tensor
+    sent: torch.Tensor
+    recv_rows: list[int]  # from each peer
+    send_rows: list[int]
+    num_messages: int  # that are sent
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor, one: Round, cp_size: int) -> Part:
+        """The parts of a buffer that travel."""
+
+        def part(messages: list[Message]) -> tuple[torch.Tensor, list[int]]:
+            """(their rows, which lie one after the other; how many there are for each peer)."""
+            rows = [0] * cp_size
+            for message in messages:
+                rows[message.peer] = message.rows
+            begin = messages[0].begin if messages else 0
+            return buffer[begin : begin + sum(rows)], rows
+
+        (received, recv_rows), (sent, send_rows) = part(one.received), part(one.sent)
+        return cls(received, sent, recv_rows, send_rows, len(one.sent))
 
 
 class RowBuffers:
@@ -48,6 +76,10 @@ class RowBuffers:
         shape = plan.num_rows, fixed.spec.elements
         self.rows, self.gradient_rows = (
             torch.zeros(shape, dtype=fixed.spec.dtype, device=fixed.spec.device) for _ in range(2)
+        )
+        self.parts = tuple(
+            [Part.of(buffer, one, plan.tokens.cp_size) for one in rounds]
+            for buffer, rounds in zip((self.rows, self.gradient_rows), fixed.rounds, strict=True)
         )
         self.forked, self.arrived, self.returned, self.joined = (torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
         self.last_use = self.joined

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from overlap_mtp.exchange.cuda import free_orphans, orphan
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.row_buffers import Fixed, Lease, RowBuffers
+from overlap_mtp.exchange.row_buffers import Fixed, Lease, Part, RowBuffers
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport
-from overlap_mtp.exchange.rows import Message, Round, RowPlan
+from overlap_mtp.exchange.rows import Round, RowPlan, reversed_rounds
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import RowConstants
@@ -52,6 +52,7 @@ class NcclRowTransport(RowTransport):
             RowConstants.of(self.spec, self.rows),
             (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
             self.error_flags,
+            (self._fixed_rounds, reversed_rounds(self._fixed_rounds)),
         )
         self._all: list[RowBuffers] = []
         self._free: deque[RowBuffers] = deque()  # in the order in which they became free
@@ -61,7 +62,7 @@ class NcclRowTransport(RowTransport):
         if self.has_peers and self._fixed_rounds:
             # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
             with self.group.named_errors("connecting to its neighbours"):
-                self._exchange(self._free[0].rows, self._fixed_rounds[0])
+                self._exchange(self._free[0].parts[0][0])
                 torch.cuda.current_stream(self.device).synchronize()
 
     def _take(self, length: int, writes_ahead: bool) -> RowBuffers:
@@ -196,33 +197,27 @@ class NcclRowTransport(RowTransport):
         exchange.posted = sent
 
     def _leave(self, exchange: RowExchange) -> None:
-        rounds = self._rounds(exchange)
-        what = self._describe(exchange)
-        with self._send_span, self.group.named_errors(what):
-            for one in rounds:
-                if self._has_headers:
-                    self._exchange(exchange.buffer, one)
-                else:
-                    self._send_and_wait(exchange.buffer, one)
-                self._count(exchange.buffer, one)
+        buffers: RowBuffers = exchange.held.buffers
+        try:
+            with self._send_span:
+                for part in buffers.parts[exchange.is_backward]:
+                    self._exchange(part)
+                    self.traffic.add(part.num_messages, part.sent.nbytes)
+                if self.schedule == "sync":
+                    for one in self._rounds(exchange):
+                        self._send_and_wait(exchange.buffer, one)
+                        self._count(exchange.buffer, one)
+        except RuntimeError as error:
+            raise self.group.named(error, self._describe(exchange)) from error
 
     def _arrive(self, exchange: RowExchange) -> None:
         if exchange.posted is not None:
             torch.cuda.current_stream(self.device).wait_event(exchange.posted)
             exchange.posted = None
 
-    def _exchange(self, buffer: torch.Tensor, one: Round) -> None:
-        received, recv_rows = self._part(buffer, one.received)
-        sent, send_rows = self._part(buffer, one.sent)
-        dist.all_to_all_single(received, sent, recv_rows, send_rows, group=self.group.process_group)
-
-    def _part(self, buffer: torch.Tensor, messages: list[Message]) -> tuple[torch.Tensor, list[int]]:
-        """(the rows of some messages, which lie one after the other; how many there are for each peer)."""
-        rows = [0] * self.plan.cp_size
-        for message in messages:
-            rows[message.peer] = message.rows
-        begin = messages[0].begin if messages else 0
-        return buffer[begin : begin + sum(rows)], rows
+    def _exchange(self, part: Part) -> None:
+        group = self.group.process_group
+        dist.all_to_all_single(part.received, part.sent, part.recv_rows, part.send_rows, group=group)
 
     def _send_and_wait(self, buffer: torch.Tensor, one: Round) -> None:
         group = self.group.process_group

@@ -159,7 +159,7 @@ class GlooRowTransport(RowTransport):
                 work.wait()
         self.group.unfinished.remove(posted)
 
-    def _sum_over_tp(self, exchange: RowExchange, rows: torch.Tensor, summed_as: torch.Tensor) -> None:
+    def _sum_over_tp(self, exchange: RowExchange) -> None:
         """Only if all tp ranks mean the same exchange: other sizes would end the process."""
         if self.tp_group is not None and self.schedule != "none":
             words = self._words_of_tp(exchange, self.tp_group)
@@ -170,7 +170,7 @@ class GlooRowTransport(RowTransport):
                     f"{self.tp_group.cp_rank}: {IN_STEP}"
                 )
                 raise RuntimeError(self.failure)
-        super()._sum_over_tp(exchange, rows, summed_as)
+        super()._sum_over_tp(exchange)
 
     @cached_property
     def _kind(self) -> int:

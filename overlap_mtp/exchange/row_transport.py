@@ -15,7 +15,7 @@ from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec
-from overlap_mtp.exchange.rows import HEADER, Round, RowPlan, document_rounds, message_rounds
+from overlap_mtp.exchange.rows import HEADER, Round, RowPlan, document_rounds, message_rounds, reversed_rounds
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.tracing import span
@@ -75,9 +75,7 @@ class RowTransport(Transport):
         self._open(exchange, ready is None)
         with self._aside(exchange, ready):
             self._pack(exchange)
-            # The other tp ranks hold zeros, so that a sum of bits is exact.
-            rows = exchange.buffer[self.rows.out_rows]
-            self._sum_over_tp(exchange, rows, rows.view(torch.int32))
+            self._sum_over_tp(exchange)
             self._leave(exchange)
         return PendingExchange(self, exchange.number, layout.local_len, [], exchange)
 
@@ -107,8 +105,7 @@ class RowTransport(Transport):
         self._open_backward(exchange)
         with self._aside(exchange):
             self._pack_gradients(exchange)
-            rows = exchange.buffer[self.rows.in_rows]
-            self._sum_over_tp(exchange, rows, rows)
+            self._sum_over_tp(exchange)
             self._leave(exchange)
         if not self.is_overlapped or torch.is_anomaly_enabled():  # autograd then looks for nan in the sums
             self._arrive(exchange)
@@ -178,25 +175,24 @@ class RowTransport(Transport):
         parts = [message.of(buffer) for message in one.sent]
         self.traffic.add(len(parts), sum(part.nbytes for part in parts))
 
-    def _sum_over_tp(self, exchange: RowExchange, rows: torch.Tensor, summed_as: torch.Tensor) -> None:
-        """Add up the rows that the tp ranks have packed, and write the headers again, which are no numbers.
-
-        Args:
-            exchange: whose rows.
-            rows: the part of its buffer.
-            summed_as: the same memory, in the dtype of the sum.
-        """
+    def _sum_over_tp(self, exchange: RowExchange) -> None:
+        """Add up the rows that the tp ranks have packed, and write the headers again, which are no numbers."""
         if self.tp_group is None or self.schedule == "none":
             return
+        if exchange.is_backward:
+            rows, index = exchange.buffer[self.rows.in_rows], exchange.maps.in_back[0]
+            summed = rows
+        else:  # the other tp ranks hold zeros, so that a sum of bits is exact
+            rows, index = exchange.buffer[self.rows.out_rows], exchange.maps.packed
+            summed = rows.view(torch.int32)
         with self.tp_group.named_errors("the sum of boundary rows over the tp ranks"):
-            dist.all_reduce(summed_as, group=self.tp_group.process_group)
-        index = exchange.maps.in_back[0] if exchange.is_backward else exchange.maps.packed
+            dist.all_reduce(summed, group=self.tp_group.process_group)
         rows.view(torch.int64)[:, 0].masked_fill_(index == HEADER, self._fingerprint(exchange))
 
     def _rounds(self, exchange: RowExchange) -> list[Round]:
-        """What travels, in this order. In backward the last depth comes first."""
+        """What travels, in this order."""
         rounds = self._document_rounds(exchange.layout) if self.schedule == "sync" else self._fixed_rounds
-        return [one.reversed() for one in reversed(rounds)] if exchange.is_backward else rounds
+        return reversed_rounds(rounds) if exchange.is_backward else rounds
 
     def _describe(self, exchange: RowExchange) -> str:
         """What is under way, for error messages."""

@@ -165,6 +165,11 @@ class Round(NamedTuple):
         return Round(self.received, self.sent)
 
 
+def reversed_rounds(rounds: list[Round]) -> list[Round]:
+    """The rounds of backward: the last depth comes first."""
+    return [one.reversed() for one in reversed(rounds)]
+
+
 def message_rounds(plan: RowPlan) -> list[Round]:
     """The rounds of a plan: one message for each peer in each; none without peers. All batches have the same."""
     first = plan.in_rows.start + plan.num_heads

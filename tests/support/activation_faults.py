@@ -237,15 +237,17 @@ def num_tensors() -> int:
 
 
 @few_objects()
-def leaks(group: dist.ProcessGroup) -> list[str]:
+def leaks(
+    group: dist.ProcessGroup, schedules: tuple[str, ...] = ACTIVATION_SCHEDULES, steps: int = 6
+) -> list[str]:
     """What unfinished steps leave behind, and what is wrong with the steps after them."""
     wrong = []
-    for schedule in ACTIVATION_SCHEDULES:
+    for schedule in schedules:
         roller = make_activation_roller(schedule, group, NUM_DEPTHS)
         batch, others = batch_of(group, documents=1), [batch_of(group, seed, 1) for seed in range(2)]
         leaves = leaves_of(batch)
         held: list[int] = []
-        for step in range(6 if schedule == "overlap" else 3):
+        for step in range(steps if schedule == "overlap" else 3):
             for unfinished in UNFINISHED:
                 with contextlib.suppress(InterruptedError):
                     unfinished(batch, roller, leaves)

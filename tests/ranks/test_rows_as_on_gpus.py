@@ -1,0 +1,50 @@
+"""Rolls of activations by the transport of GPUs: its maps, kernels, buffers and messages, on CPU ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import activation_faults
+from activations import bits_differ, rows_differ, shared_rows_differ
+from exact_activations import SEQ_DIM
+from pretended_gpus import on_pretended_gpus
+from rank_bodies import LAYOUTS
+from rank_pool import RankPool
+from strategies import KINDS
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them on GPUs")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", LAYOUTS)
+def test_every_row_and_its_gradient_are_those_of_the_definition(ranks: RankPool, documents, kind):
+    forms = list(SEQ_DIM)
+    for n, (size, num_depths) in enumerate(((2, 2), (4, 3))):
+        layout = LAYOUTS[documents](16 * size, size, kind)
+        how = layout, num_depths, forms[(n + len(documents)) % len(forms)], "ab", torch.float64, n
+        ranks.check(on_pretended_gpus, size, rows_differ, *how)
+
+
+def test_schedules_and_runs_give_the_same_bits(ranks: RankPool):
+    ranks.check(on_pretended_gpus, 2, bits_differ, LAYOUTS["packed"](32, 2, "zigzag"), torch.float32)
+
+
+def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
+    ranks.check(on_pretended_gpus, 4, shared_rows_differ, [(2, 2)])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        activation_faults.wrong_after_passes,
+        activation_faults.recompute,
+        activation_faults.roll_among_others,
+    ],
+)
+def test_buffers_are_used_again_after_any_pass_of_autograd(ranks: RankPool, body):
+    ranks.check(on_pretended_gpus, 2, body)
+
+
+def test_buffers_are_used_again_after_unfinished_steps(ranks: RankPool):
+    ranks.check(on_pretended_gpus, 2, activation_faults.leaks, ("overlap",), 3)
