@@ -1,0 +1,177 @@
+"""Which stream waits for what when activations are exchanged between GPUs: the order of calls, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules.activations import ActivationRoller, make_activation_roller
+
+from pretended_gpus import pretended_gpus
+
+pytest.importorskip("triton")
+LAYOUT = SequenceLayout.packed([0, 6, 16], 1, "contiguous")
+FORK = ["forked on compute", "side waits for forked", "upload on side"]
+START = [*FORK, *("row_maps on side", "unroll_own_rows on side", "pack_rows on side", "arrived on side")]
+JOIN = ["compute waits for arrived", "unroll_received_rows on compute", "joined on compute"]
+BACKWARD = [
+    *(*FORK, "sum_rows on side", "pack_sums on side", "returned on side"),
+    *("compute waits for returned", "add_rows on compute", "joined on compute"),
+]
+
+
+@dataclass
+class Calls:
+    """What is called, in order."""
+
+    log: list[str] = field(default_factory=list)
+    current: Any = None
+    is_reached: bool = True  # every event
+    names: Any = field(default_factory=lambda: cycle(("forked", "arrived", "returned", "joined")))
+
+    def stream(self, name: str) -> Any:
+        return mock.Mock(
+            wait_event=lambda event: self.log.append(f"{name} waits for {event.called}"), called=name
+        )
+
+    def event(self, name: str = "") -> Any:
+        called = name or next(self.names)
+        return mock.Mock(
+            record=lambda stream: self.log.append(f"{called} on {stream.called}"),
+            query=lambda: self.is_reached,
+            synchronize=lambda: self.log.append(f"the host waits for {called}"),
+            called=called,
+        )
+
+    def replay(self, launch: Any) -> None:
+        if launch.first is not None:
+            self.replay(launch.first)
+        name = launch._kernel.__name__.removesuffix("_kernel")
+        self.log.append(f"{name} on {self.current.called}")
+
+    def take(self) -> list[str]:
+        """The calls since the last time."""
+        found, self.log = self.log, []
+        return found
+
+
+@pytest.fixture
+def calls() -> Iterator[Calls]:
+    from overlap_mtp.kernels.launch import Launch
+
+    made = Calls()
+    made.current = made.stream("compute")
+    with (
+        pretended_gpus(),
+        mock.patch.object(Launch, "replay", lambda launch: made.replay(launch)),
+        mock.patch.multiple(
+            torch.cuda,
+            Stream=lambda *_, **__: made.stream("side"),
+            Event=made.event,
+            current_stream=lambda device=None: made.current,
+            set_stream=lambda stream: setattr(made, "current", stream),
+        ),
+    ):
+        yield made
+
+
+@pytest.fixture
+def roller(calls: Calls) -> ActivationRoller:
+    made = make_activation_roller("overlap", None, num_depths=2)
+    assert isinstance(made, ActivationRoller)
+    made.start({"a": torch.ones(1, 16, 4)}, LAYOUT)  # the first makes buffers
+    calls.log.clear()
+    return made
+
+
+def free(roller: ActivationRoller) -> list[str]:
+    """The last use of each of the buffers that are free."""
+    assert roller._transport is not None
+    return [buffers.last_use.called for buffers in roller._transport._free]  # type: ignore[attr-defined]
+
+
+def started(roller: ActivationRoller, ready: Any = None, needs_gradient: bool = False) -> Any:
+    return roller.start({"a": torch.ones(1, 16, 4, requires_grad=needs_gradient) * 1}, LAYOUT, ready)
+
+
+def test_own_rows_are_written_and_sent_aside_and_the_join_waits_for_the_rest(
+    calls: Calls, roller: ActivationRoller
+):
+    rolls = started(roller)
+    assert calls.take() == START
+    assert free(roller) == []
+    rolls.at(1)
+    assert calls.take() == JOIN
+    rolls.at(2)
+    assert calls.take() == []
+    del rolls
+    assert free(roller) == ["joined"]
+
+
+def test_an_early_event_leaves_the_rolls_to_the_join(calls: Calls, roller: ActivationRoller):
+    rolls = started(roller, calls.event("ready"))
+    begun = ["upload on side", "row_maps on side", "pack_rows on side"]
+    assert calls.take() == ["side waits for ready", *begun, "arrived on side"]
+    rolls.at(1)
+    assert calls.take() == [JOIN[0], "unroll_own_rows on compute", *JOIN[1:]]
+
+
+def test_gradients_leave_before_they_are_added(calls: Calls, roller: ActivationRoller):
+    rolls = started(roller, needs_gradient=True)
+    rolled = rolls.at(1)["a"]
+    del rolls
+    calls.take()
+    rolled.sum().backward()
+    assert calls.take() == BACKWARD
+    del rolled
+    assert free(roller) == ["joined"]
+
+
+def test_a_second_pass_waits_until_the_device_has_read_what_the_first_one_wrote(
+    calls: Calls, roller: ActivationRoller
+):
+    rolled = started(roller, needs_gradient=True).at(1)["a"].sum()
+    rolled.backward(retain_graph=True)
+    calls.take()
+    rolled.backward()
+    assert calls.take() == ["the host waits for joined", *BACKWARD]
+
+
+def test_buffers_are_used_again_only_after_their_last_use(calls: Calls, roller: ActivationRoller):
+    rolls = started(roller)
+    del rolls  # it is dropped
+    assert free(roller) == ["arrived"]
+    calls.is_reached = False
+    rolls = started(roller)
+    assert free(roller) == ["arrived"]
+    calls.is_reached = True
+    others = started(roller)
+    assert free(roller) == []
+    del rolls, others
+
+
+def test_another_stream_waits_for_the_rows_too(calls: Calls, roller: ActivationRoller):
+    rolls = started(roller)
+    calls.take()
+    calls.current = calls.stream("other")
+    rolls.at(1)
+    assert calls.take()[:1] == ["other waits for arrived"]
+
+
+def test_longer_batches_get_longer_buffers(calls: Calls, roller: ActivationRoller):
+    longer = SequenceLayout.packed([0, 6, 32], 1, "contiguous")
+    assert free(roller) == ["arrived"]
+    rolls = roller.start({"a": torch.ones(1, 32, 4)}, longer)
+    assert free(roller) == []
+    del rolls
+    rolls = started(roller)  # a short one fits into them
+    assert free(roller) == []
+    del rolls
+    assert free(roller) == ["arrived"]
