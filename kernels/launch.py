@@ -68,7 +68,7 @@ class Launch:
 
 
 def in_turn(*launches: Launch) -> Launch:
-    """Make one launch of several, which run in this order."""
+    """Make one launch of several, which run in this order. None of them may be part of another."""
     for before, launch in pairwise(launches):
         while launch.first is not None:
             launch = launch.first

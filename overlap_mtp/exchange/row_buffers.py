@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,8 +61,8 @@ class Part(NamedTuple):
 class RowBuffers:
     """The buffers of one exchange, forward and backward, and the kernels that are bound to them.
 
-    Each launch is a CUDA graph. They run in this order: `maps`, `pack`, `unroll`, then `sums`, `pack_sums`, `add`.
-    `own` is part of `maps` if rolls are written ahead (`maps_own`), else of `unroll` (`unroll_all`).
+    The launches run in this order: the maps, `pack`, `unroll`, then `sums`, `pack_sums`, `add`. Own rows of rolls are
+    written behind the maps (`maps_own`, then `unroll`), or at the join (`maps_only`, then `unroll_all`).
     """
 
     def __init__(self, fixed: Fixed, length: int) -> None:
@@ -106,7 +107,7 @@ class RowBuffers:
         self.add = bound.add_rows(maps.returned_to, maps.returned, self.gradient_rows[out_rows], *backward)
 
     def capture(self, writes_ahead: bool) -> None:
-        """Capture the graphs of the launches that are used if rolls are written ahead, or if not."""
+        """Capture the graphs that are needed if rolls are written ahead, or if not. The others follow when they are."""
         forward = (self.maps_own, self.unroll) if writes_ahead else (self.maps_only, self.unroll_all)
         for launch in (*forward, self.pack, self.sums, self.pack_sums, self.add):
             launch.capture()
@@ -124,13 +125,32 @@ class RowBuffers:
 class Lease:
     """Buffers that an exchange uses. They go back with it, in any thread: it launches nothing."""
 
-    def __init__(self, buffers: RowBuffers, free: deque[RowBuffers], writes_ahead: bool) -> None:
+    def __init__(
+        self, buffers: RowBuffers, free: deque[RowBuffers], writes_ahead: bool, stream: torch.cuda.Stream
+    ) -> None:
         self.buffers, self._free = buffers, free
         self.writes_ahead = writes_ahead  # own rows of rolls, before the join
-        self.stream: torch.cuda.Stream | None = (
-            None  # that the exchange was started from, if it is overlapped
-        )
+        self.stream = stream  # that the exchange was started from
+        self.backward_stream: torch.cuda.Stream | None = None  # the same of the last backward
         self.has_written = False  # what its backward carries
+        self._in_use: tuple[Sequence[torch.Tensor], torch.cuda.Stream] | None = None
+
+    def keep(self, tensors: Sequence[torch.Tensor], side: torch.cuda.Stream) -> None:
+        """Keep tensors that the side stream uses, until `joined`: only the words refer to them."""
+        self.let_go()  # rolls that nobody has joined before backward
+        self._in_use = tensors, side
+
+    def joined(self) -> None:
+        """Say that the stream which they belong to has waited for the side stream."""
+        self._in_use = None
+
+    def let_go(self) -> None:
+        """Free them when the side stream has used them: nobody will wait for it."""
+        if self._in_use is not None:
+            (tensors, side), self._in_use = self._in_use, None
+            for tensor in tensors:
+                tensor.record_stream(side)
 
     def __del__(self) -> None:
+        self.let_go()
         self._free.append(self.buffers)

@@ -13,24 +13,26 @@ import torch.distributed as dist
 from overlap_mtp.exchange.cuda import free_orphans, orphan
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.row_buffers import Fixed, Lease, Part, RowBuffers
-from overlap_mtp.exchange.row_transport import RowExchange, RowTransport
+from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
 from overlap_mtp.exchange.rows import Round, RowPlan, reversed_rounds
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import RowConstants
 from overlap_mtp.tracing import span
 
+BUFFERS = 2  # sets that are made at first: the host may be a step ahead
+
 
 class NcclRowTransport(RowTransport):
-    """Neither direction waits on the host.
+    """Neither direction waits on the host, but for a second backward pass over a retained graph.
 
     `all_to_all_single` sends a round: grouped sends and receives. `sync` sends each message by itself, as peers do. If
     the plans of two ranks differ, a kernel finds it on the device, and `raise_if_failed` may raise a step later. If a
     peer never comes, NCCL's watchdog ends the process after the group's timeout.
 
-    Rows travel in buffers that are used again, and kernels find the tensors' addresses there. So all launches are
-    replays of graphs. An exchange gives its buffers back when nothing refers to it any more; they are free after the
-    event of their last use.
+    Rows travel in buffers that are used again, and kernels find the tensors' addresses there. So launches are replays
+    of graphs. An exchange gives its buffers back when nothing refers to it any more; they are free after the event of
+    their last use.
 
     Rolls and sums belong to the compute stream, but their own rows are written on the side stream (those of rolls only
     without `ready`, which may come before their memory is free). These copies of whole tensors take longer than all
@@ -55,10 +57,11 @@ class NcclRowTransport(RowTransport):
             (self._fixed_rounds, reversed_rounds(self._fixed_rounds)),
         )
         self._all: list[RowBuffers] = []
-        self._free: deque[RowBuffers] = deque()  # in the order in which they became free
+        self._free: deque[RowBuffers] = deque()  # in the order in which they became free; new ones first
         weakref.finalize(self, orphan, self._all).atexit = False
         free_orphans()  # here, because a wait delays no step
-        self._make_buffers(config.local_len // self.rows.tp_size, self.is_overlapped)
+        for _ in range(BUFFERS):
+            self._make_buffers(config.local_len // self.rows.tp_size, self.is_overlapped)
         if self.has_peers and self._fixed_rounds:
             # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
             with self.group.named_errors("connecting to its neighbours"):
@@ -68,15 +71,20 @@ class NcclRowTransport(RowTransport):
     def _take(self, length: int, writes_ahead: bool) -> RowBuffers:
         """Take the buffers that have been free for longest, or make some."""
         while self._free and self._free[0].length < length:
-            short = self._free.popleft()
-            self._all.remove(short)
-            orphan([short])
+            orphan([self._discard()])
         if not self._free or not self._free[0].last_use.query():  # type: ignore[no-untyped-call]
             self._make_buffers(length, writes_ahead)
         return self._free.popleft()
 
+    def _discard(self) -> RowBuffers:
+        buffers = self._free.popleft()
+        self._all.remove(buffers)
+        return buffers
+
     @torch.inference_mode(False)
     def _make_buffers(self, length: int, writes_ahead: bool) -> None:
+        part = 1 << max(0, length.bit_length() - 3)
+        length = -(-length // part) * part  # batches that get longer and longer seldom need others
         # Their memory belongs to the stream that writes it first, which may not wait for the other.
         with torch.cuda.stream(self._side if self.is_overlapped else None):
             buffers = RowBuffers(self._fixed, length)
@@ -85,12 +93,17 @@ class NcclRowTransport(RowTransport):
         self._free.appendleft(buffers)
 
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
-        length = exchange.layout.local_len // self.rows.tp_size
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("rolls of activations cannot be captured in a CUDA graph")
+        length, stream = (
+            exchange.layout.local_len // self.rows.tp_size,
+            torch.cuda.current_stream(self.device),
+        )
         writes_ahead = writes_ahead and self.is_overlapped
-        exchange.held = lease = Lease(self._take(length, writes_ahead), self._free, writes_ahead)
-        exchange.maps, exchange.buffer = lease.buffers.maps, lease.buffers.rows
-        tensors = [*exchange.tensors, *(one for depth in exchange.depths for one in depth)]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        buffers = self._take(length, writes_ahead)
+        exchange.held = lease = Lease(buffers, self._free, writes_ahead, stream)
+        exchange.maps, exchange.buffer = buffers.maps, buffers.rows
+        addresses = [tensor.data_ptr() for tensor in _own_tensors(exchange)]
         lease.buffers.host.write(exchange.layout, addresses, exchange.mark)
 
     def _open_backward(self, exchange: RowExchange) -> None:
@@ -98,8 +111,8 @@ class NcclRowTransport(RowTransport):
         if lease.has_written:  # a second pass: the device may not have read yet what the first one wrote
             lease.buffers.last_use.synchronize()
         lease.has_written, exchange.buffer = True, lease.buffers.gradient_rows
-        tensors = [*(one for depth in exchange.gradients for one in depth), *exchange.sums]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        lease.backward_stream = torch.cuda.current_stream(self.device)
+        addresses = [tensor.data_ptr() for tensor in _own_gradients(exchange)]
         lease.buffers.write_backward(addresses, self._fingerprint(exchange))
 
     def _pack(self, exchange: RowExchange) -> None:
@@ -121,6 +134,7 @@ class NcclRowTransport(RowTransport):
         with self._unroll_span:
             (lease.buffers.unroll if lease.writes_ahead else lease.buffers.unroll_all).replay()
         self._note_use(lease.buffers)
+        lease.joined()
 
     def _pack_gradients(self, exchange: RowExchange) -> None:
         buffers: RowBuffers = exchange.held.buffers
@@ -132,10 +146,14 @@ class NcclRowTransport(RowTransport):
             buffers.pack_sums.replay()
 
     def _add(self, exchange: RowExchange) -> None:
-        buffers: RowBuffers = exchange.held.buffers
+        lease: Lease = exchange.held
         with self._unroll_span:
-            buffers.add.replay()
-        self._note_use(buffers)
+            lease.buffers.add.replay()
+        self._note_use(lease.buffers)
+        if lease.backward_stream == torch.cuda.current_stream(self.device):
+            lease.joined()
+        else:  # the one that the gradients belong to has not waited
+            lease.let_go()
 
     def _note_use(self, buffers: RowBuffers) -> None:
         buffers.joined.record(torch.cuda.current_stream(self.device))
@@ -144,52 +162,50 @@ class NcclRowTransport(RowTransport):
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
         lease: Lease = rows.held
-        if self.is_overlapped and lease.stream != current:
-            current.wait_event(lease.buffers.arrived)  # another one may have waited
+        is_elsewhere = lease.stream != current
+        if is_elsewhere:  # all of it, and what used the memory before, belongs to other streams
+            current.wait_event(lease.buffers.forked)
             for tensor in _own_tensors(rows):
                 tensor.record_stream(current)
+        if self.is_overlapped or is_elsewhere:
+            current.wait_event(lease.buffers.last_use)  # of a backward, if one came before
+            rows.posted = None
         return super().finish(exchange)
 
     def take_back(self, exchange: PendingExchange) -> None:
         rows: RowExchange = exchange.buffers
-        if self.is_overlapped:
-            for tensor in _own_tensors(rows):
-                tensor.record_stream(self._side)  # it may still use them
+        rows.held.let_go()
         rows.depths = []
         exchange.buffers = None
 
     def close(self) -> None:
-        """Free the buffers, except those of exchanges whose backward is still to come."""
+        """Free the buffers. Those of exchanges whose backward is still to come follow when the transport is gone."""
         torch.cuda.synchronize(self.device)
         while self._free:
-            buffers = self._free.popleft()
-            self._all.remove(buffers)
-            buffers.free()
+            orphan([self._discard()])
+        free_orphans()
         self.raise_if_failed()
 
     @contextmanager
     def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
         lease: Lease = exchange.held
         buffers, compute = lease.buffers, torch.cuda.current_stream(self.device)
+        buffers.forked.record(compute)
         if not self.is_overlapped:
             try:
                 yield
             finally:
                 self._note_use(buffers)
             return
-        sent = buffers.returned if exchange.is_backward else buffers.arrived
-        if not exchange.is_backward:
-            lease.stream = compute
-        if ready is None:
-            buffers.forked.record(compute)
+        if exchange.is_backward:
+            sent, tensors = buffers.returned, _own_gradients(exchange)
+        else:
+            sent, tensors = buffers.arrived, _own_tensors(exchange)
+        lease.keep(tensors, self._side)
         self._side.wait_event(ready or buffers.forked)
         torch.cuda.set_stream(self._side)
         try:
             yield
-        except BaseException:
-            for tensor in (*_own_tensors(exchange), *exchange.sums):  # nobody will join it
-                tensor.record_stream(self._side)
-            raise
         finally:
             torch.cuda.set_stream(compute)
             sent.record(self._side)
@@ -237,7 +253,11 @@ class NcclRowTransport(RowTransport):
         return torch.tensor([rows, peers], dtype=torch.int32, device=self.device)
 
 
-def _own_tensors(exchange: RowExchange) -> list[torch.Tensor]:
-    """The tensors of an exchange, and its rolls and their gradients, while it has them."""
-    groups = (exchange.tensors, *exchange.depths, *exchange.gradients)
-    return [one for tensors in groups for one in tensors]
+def _own_tensors(exchange: RowExchange) -> Tensors:
+    """The tensors of an exchange that is not joined, and its rolls."""
+    return [one for tensors in (exchange.tensors, *exchange.depths) for one in tensors]
+
+
+def _own_gradients(exchange: RowExchange) -> Tensors:
+    """The gradients of its rolls, and their sums."""
+    return [one for tensors in (*exchange.gradients, exchange.sums) for one in tensors]

@@ -44,6 +44,7 @@ class GlooRowTransport(RowTransport):
 
     def take_back(self, exchange: PendingExchange) -> None:
         """Let the exchange go. What is under way stays in `group.unfinished`; the next `start` waits for it."""
+        exchange.buffers.depths = []
         exchange.buffers = None
 
     def close(self) -> None:

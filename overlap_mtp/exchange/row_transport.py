@@ -99,7 +99,7 @@ class RowTransport(Transport):
         """
         self._arrive(exchange)  # if nobody has waited for it
         self.raise_if_failed()
-        # Autograd adds other gradients to one in place if nobody else has it.
+        # As long as it is kept, autograd does not add other gradients to one in place.
         exchange.gradients, exchange.sums = gradients, self._empty_like(gradients[0])
         exchange.is_backward = True
         self._open_backward(exchange)
@@ -121,7 +121,7 @@ class RowTransport(Transport):
         return sums
 
     def retire(self) -> None:
-        """Do nothing: what exchanges use goes with the last of them."""
+        """Do nothing: what exchanges use is freed after the last of them."""
 
     @abstractmethod
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:

@@ -298,7 +298,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # What comes are the sums of `_Join.backward`: nothing else uses the tensors between the two.
+        # What comes are the sums that `_Join.backward` returned: nothing else uses the tensors between the two.
         sums = ctx.exchange_backward.end()
         wanted = zip(sums, ctx.needs_input_grad[1:], strict=True)
         return None, *(one if is_wanted else None for one, is_wanted in wanted)

@@ -116,6 +116,38 @@ def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
+def given_up_in_backward(group: dist.ProcessGroup) -> list[str]:
+    """A backward ends between the two halves of an exchange, while the side stream has yet to write the sums."""
+
+    def give_up(_: torch.Tensor) -> None:
+        raise InterruptedError
+
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    wrong = []
+    for turn in range(4):
+        batch = batch_of(group, turn)
+        tensor = batch.shards()["a"].requires_grad_() * 1
+        shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+        rolls = roller.start({"a": tensor}, batch.layout)
+        between = tensor * 2
+        between.register_hook(give_up)
+        rolled = [rolls.at(depth)["a"] for depth in (1, 2)]
+        wrong += batch.wrong_rolls([{"a": one.detach()} for one in rolled])
+        del rolls, tensor
+        delay_side_stream(group)
+        try:
+            torch.autograd.backward([*rolled, between], [torch.ones_like(one) for one in (*rolled, between)])
+            wrong.append("nothing was raised")
+        except InterruptedError:
+            del rolled, between
+        fills = [torch.full(shape, -5, dtype=dtype, device=device) for _ in range(12)]
+        torch.cuda.synchronize()
+        wrong += [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
+        del fills
+    roller.close()
+    return wrong
+
+
 def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
     """Autograd gives the gradient of a sum to both parts, and adds to it what else belongs to the other one."""
     roller = make_activation_roller("overlap", group, NUM_DEPTHS)
@@ -142,6 +174,7 @@ def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
         made_on_another_stream,
         waited_for_on_another_stream,
         dropped_on_one_rank,
+        given_up_in_backward,
         added_to_another_tensor,
     ],
 )

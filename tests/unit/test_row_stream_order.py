@@ -34,6 +34,7 @@ class Calls:
     log: list[str] = field(default_factory=list)
     current: Any = None
     is_reached: bool = True  # every event
+    recorded: set[tuple[int, str]] = field(default_factory=set)  # addresses, and the streams that use them
     names: Any = field(default_factory=lambda: cycle(("forked", "arrived", "returned", "joined")))
 
     def stream(self, name: str) -> Any:
@@ -56,6 +57,11 @@ class Calls:
         name = launch._kernel.__name__.removesuffix("_kernel")
         self.log.append(f"{name} on {self.current.called}")
 
+    @property
+    def record(self) -> Any:
+        """In place of Tensor.record_stream."""
+        return lambda tensor, stream: self.recorded.add((tensor.data_ptr(), stream.called))
+
     def take(self) -> list[str]:
         """The calls since the last time."""
         found, self.log = self.log, []
@@ -64,13 +70,16 @@ class Calls:
 
 @pytest.fixture
 def calls() -> Iterator[Calls]:
+    from overlap_mtp.exchange import row_cuda
     from overlap_mtp.kernels.launch import Launch
 
     made = Calls()
     made.current = made.stream("compute")
     with (
         pretended_gpus(),
+        mock.patch.object(row_cuda, "BUFFERS", 1),
         mock.patch.object(Launch, "replay", lambda launch: made.replay(launch)),
+        mock.patch.object(torch.Tensor, "record_stream", made.record),
         mock.patch.multiple(
             torch.cuda,
             Stream=lambda *_, **__: made.stream("side"),
@@ -88,6 +97,7 @@ def roller(calls: Calls) -> ActivationRoller:
     assert isinstance(made, ActivationRoller)
     made.start({"a": torch.ones(1, 16, 4)}, LAYOUT)  # the first makes buffers
     calls.log.clear()
+    calls.recorded.clear()
     return made
 
 
@@ -118,7 +128,7 @@ def test_own_rows_are_written_and_sent_aside_and_the_join_waits_for_the_rest(
 def test_an_early_event_leaves_the_rolls_to_the_join(calls: Calls, roller: ActivationRoller):
     rolls = started(roller, calls.event("ready"))
     begun = ["upload on side", "row_maps on side", "pack_rows on side"]
-    assert calls.take() == ["side waits for ready", *begun, "arrived on side"]
+    assert calls.take() == [FORK[0], "side waits for ready", *begun, "arrived on side"]
     rolls.at(1)
     assert calls.take() == [JOIN[0], "unroll_own_rows on compute", *JOIN[1:]]
 
@@ -157,12 +167,64 @@ def test_buffers_are_used_again_only_after_their_last_use(calls: Calls, roller: 
     del rolls, others
 
 
-def test_another_stream_waits_for_the_rows_too(calls: Calls, roller: ActivationRoller):
-    rolls = started(roller)
+@pytest.mark.parametrize("event", [None, "ready"])
+def test_another_stream_waits_for_memory_and_rows(calls: Calls, roller: ActivationRoller, event: str | None):
+    rolls = started(roller, event and calls.event(event))
     calls.take()
     calls.current = calls.stream("other")
+    roll = rolls.at(1)["a"]
+    assert calls.take()[:2] == ["other waits for forked", "other waits for arrived"]
+    assert (roll.data_ptr(), "other") in calls.recorded
+
+
+def test_a_backward_that_is_given_up_leaves_its_memory_to_the_side_stream(
+    calls: Calls, roller: ActivationRoller
+):
+    used = torch.ones(1, 16, 4)
+
+    def give_up(_: torch.Tensor) -> None:
+        raise InterruptedError
+
+    rolls = started(roller, needs_gradient=True)
+    inner = rolls._tensors[0]
+    inner.register_hook(give_up)  # between backward of the join and that of the start
+    rolled = rolls.at(1)["a"]
+    del rolls, inner
+    assert not calls.recorded
+    with pytest.raises(InterruptedError):
+        torch.autograd.backward(rolled, used)
+    del rolled
+    assert (used.data_ptr(), "side") in calls.recorded
+    assert free(roller) == ["returned"]
+
+
+def test_gradients_of_another_stream_are_left_to_the_side_stream(calls: Calls, roller: ActivationRoller):
+    transport, used = roller._transport, [torch.ones(1, 16, 4) for _ in range(2)]
+    rolls = started(roller, needs_gradient=True)
     rolls.at(1)
-    assert calls.take()[:1] == ["other waits for arrived"]
+    exchange = rolls._backward.exchange
+    compute, calls.current = calls.current, calls.stream("other")
+    transport.begin_backward(exchange, [[one] for one in used])  # type: ignore[union-attr]
+    calls.current = compute
+    transport.end_backward(exchange)  # type: ignore[union-attr]
+    assert {(one.data_ptr(), "side") for one in used} <= calls.recorded
+
+
+def test_a_join_after_backward_waits_for_it(calls: Calls, roller: ActivationRoller):
+    tensor = torch.ones(1, 16, 4, requires_grad=True) * 1
+    rolls = roller.start({"a": tensor}, LAYOUT)
+    tensor.sum().backward()
+    calls.take()
+    rolls.at(1)
+    assert calls.take() == ["compute waits for joined", *JOIN[1:]]
+
+
+def test_an_exchange_is_not_captured(calls: Calls, roller: ActivationRoller):
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+    ):
+        started(roller)
 
 
 def test_longer_batches_get_longer_buffers(calls: Calls, roller: ActivationRoller):
