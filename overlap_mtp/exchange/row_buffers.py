@@ -24,13 +24,10 @@ class Fixed(NamedTuple):
     spec: RowSpec
     mapper: RowMapper
     constants: list[RowConstants]
-    headers: tuple[
-        torch.Tensor, torch.Tensor
-    ]  # that arrive in forward and in backward, as the kernels take them
+    # Of forward and of backward: the headers that arrive, as kernels take them, and the rounds that all batches have.
+    headers: tuple[torch.Tensor, torch.Tensor]
+    rounds: tuple[list[Round], list[Round]]
     error_flags: torch.Tensor
-    rounds: tuple[
-        list[Round], list[Round]
-    ]  # of forward and of backward, if they are the same for all batches
 
 
 class Part(NamedTuple):

@@ -53,8 +53,8 @@ class NcclRowTransport(RowTransport):
             RowMapper.of(self.rows, self.device),
             RowConstants.of(self.spec, self.rows),
             (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
-            self.error_flags,
             (self._fixed_rounds, reversed_rounds(self._fixed_rounds)),
+            self.error_flags,
         )
         self._all: list[RowBuffers] = []
         self._free: deque[RowBuffers] = deque()  # in the order in which they became free; new ones first

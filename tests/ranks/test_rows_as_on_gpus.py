@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from overlap_mtp import SequenceLayout
+from overlap_mtp.exchange.group import Traffic
+from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 
 import activation_faults
-from activations import bits_differ, rows_differ, shared_rows_differ
-from exact_activations import SEQ_DIM
+from activations import bits_differ, rows_differ, shared_rows_differ, wrong_rows
+from exact_activations import SEQ_DIM, Activations
 from pretended_gpus import on_pretended_gpus
 from rank_bodies import LAYOUTS
 from rank_pool import RankPool
@@ -48,3 +53,19 @@ def test_buffers_are_used_again_after_any_pass_of_autograd(ranks: RankPool, body
 
 def test_buffers_are_used_again_after_unfinished_steps(ranks: RankPool):
     ranks.check(on_pretended_gpus, 2, activation_faults.leaks, ("overlap",), 3)
+
+
+def traffic_of(group: dist.ProcessGroup, layout: SequenceLayout) -> list[Traffic]:
+    """What each schedule sends, forward and backward."""
+    counted = []
+    for schedule in ACTIVATION_SCHEDULES:
+        roller = make_activation_roller(schedule, group, 2, layout.num_documents)
+        assert wrong_rows(Activations.of(group, layout, 2), roller) == []
+        counted.append(roller.traffic)
+        roller.close()
+    return counted
+
+
+def test_as_much_is_sent_as_between_cpu_ranks(ranks: RankPool):
+    layout = LAYOUTS["padded"](48, 3, "zigzag")
+    assert ranks.run(on_pretended_gpus, 3, traffic_of, layout) == ranks.run(traffic_of, 3, layout)
