@@ -130,7 +130,10 @@ class SymmetricTransport(CudaTransport):
         self._make_buffers()
 
     def _constants(self, is_replayable: bool) -> ExchangeConstants:
-        return ExchangeConstants.of(self.spec, self.plan, is_replayable, self._memory_layout.constants)
+        on_gpu = self.device.type == "cuda"  # tests run it on CPU ranks
+        return ExchangeConstants.of(
+            self.spec, self.plan, is_replayable, self._memory_layout.constants, on_gpu
+        )
 
     def close(self) -> None:
         try:

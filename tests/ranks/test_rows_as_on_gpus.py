@@ -28,15 +28,15 @@ def test_every_row_and_its_gradient_are_those_of_the_definition(ranks: RankPool,
     for n, (size, num_depths) in enumerate(((2, 2), (4, 3))):
         layout = LAYOUTS[documents](16 * size, size, kind)
         how = layout, num_depths, forms[(n + len(documents)) % len(forms)], "ab", torch.float64, n
-        ranks.check(on_pretended_gpus, size, rows_differ, *how)
+        ranks.check(on_pretended_gpus, size, False, rows_differ, *how)
 
 
 def test_schedules_and_runs_give_the_same_bits(ranks: RankPool):
-    ranks.check(on_pretended_gpus, 2, bits_differ, LAYOUTS["packed"](32, 2, "zigzag"), torch.float32)
+    ranks.check(on_pretended_gpus, 2, False, bits_differ, LAYOUTS["packed"](32, 2, "zigzag"), torch.float32)
 
 
 def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
-    ranks.check(on_pretended_gpus, 4, shared_rows_differ, [(2, 2)])
+    ranks.check(on_pretended_gpus, 4, False, shared_rows_differ, [(2, 2)])
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
     ],
 )
 def test_buffers_are_used_again_after_any_pass_of_autograd(ranks: RankPool, body):
-    ranks.check(on_pretended_gpus, 2, body)
+    ranks.check(on_pretended_gpus, 2, False, body)
 
 
 def test_buffers_are_used_again_after_unfinished_steps(ranks: RankPool):
-    ranks.check(on_pretended_gpus, 2, activation_faults.leaks, ("overlap",), 3)
+    ranks.check(on_pretended_gpus, 2, False, activation_faults.leaks, ("overlap",), 3)
 
 
 def traffic_of(group: dist.ProcessGroup, layout: SequenceLayout) -> list[Traffic]:
@@ -68,4 +68,4 @@ def traffic_of(group: dist.ProcessGroup, layout: SequenceLayout) -> list[Traffic
 
 def test_as_much_is_sent_as_between_cpu_ranks(ranks: RankPool):
     layout = LAYOUTS["padded"](48, 3, "zigzag")
-    assert ranks.run(on_pretended_gpus, 3, traffic_of, layout) == ranks.run(traffic_of, 3, layout)
+    assert ranks.run(on_pretended_gpus, 3, False, traffic_of, layout) == ranks.run(traffic_of, 3, layout)

@@ -1,12 +1,15 @@
-"""The transport of activations between GPUs, on CPU ranks: kernels are interpreted, and gloo carries the messages.
+"""The transports between GPUs, on CPU ranks: kernels are interpreted.
 
-There is one stream, on which everything runs at once. So this shows what is sent, written and kept, not its order.
+gloo carries the messages in place of NCCL. Symmetric memory is memory that ranks map from files. There is one stream,
+on which everything runs at once. So this shows what is sent, written and kept, not its order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from overlap_mtp.exchange import gloo
 from overlap_mtp.schedules import activations
 
 
@@ -49,11 +53,45 @@ class Event:
         assert self.is_recorded
 
 
+class SharedFiles:
+    """In place of torch's symmetric memory: each rank maps the files of all."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, str] = {}  # by address
+
+    def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        file, path = tempfile.mkstemp()
+        os.truncate(file, size * dtype.itemsize)
+        os.close(file)
+        memory = torch.from_file(path, shared=True, size=size, dtype=dtype)
+        self._paths[memory.data_ptr()] = path
+        return memory
+
+    def rendezvous(self, memory: torch.Tensor, group: dist.ProcessGroup) -> Any:
+        path = self._paths[memory.data_ptr()]
+        paths = [path] * group.size()
+        dist.all_gather_object(paths, path, group)
+        mapped = [
+            memory if one == path else torch.from_file(one, shared=True, size=len(memory), dtype=memory.dtype)
+            for one in paths
+        ]
+        dist.barrier(group)
+        os.remove(path)
+        return mock.Mock(mapped=mapped, buffer_ptrs=[one.data_ptr() for one in mapped], offset=0)
+
+
 @contextlib.contextmanager
-def pretended_gpus() -> Iterator[None]:
-    """Within it, rolls of activations of CPU ranks go by the transport of GPUs."""
-    from overlap_mtp.exchange.row_cuda import NcclRowTransport  # here: without Triton there is none
+def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
+    """Within it, exchanges of CPU ranks go by a transport of GPUs. Activations go by that of NCCL."""
+    from overlap_mtp.exchange import symmetric  # here: without Triton there is none
+    from overlap_mtp.exchange.nccl import NcclTransport
+    from overlap_mtp.exchange.row_cuda import NcclRowTransport
     from overlap_mtp.kernels.launch import Launch
+
+    def make(config: Any) -> Any:
+        if is_symmetric and config.group.cp_size > 1:
+            return symmetric.SymmetricTransport(config, symmetric.allocate(config))
+        return NcclTransport(config)
 
     zeros = torch.zeros
 
@@ -62,10 +100,14 @@ def pretended_gpus() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for patch in (
+            mock.patch.object(gloo, "GlooTransport", make),
             mock.patch.object(activations, "GlooRowTransport", NcclRowTransport),
+            mock.patch.object(symmetric, "symmetric_memory", SharedFiles()),
             mock.patch.object(torch, "zeros", unpinned),
             mock.patch.object(torch.Tensor, "record_stream"),
-            mock.patch.multiple(Launch, capture=lambda self: None, replay=lambda self: self()),
+            mock.patch.multiple(
+                Launch, capture=lambda self, grid=None: None, replay=lambda self, grid=None: self(grid)
+            ),
             mock.patch.multiple(
                 torch.cuda,
                 Stream=Stream,
@@ -73,7 +115,7 @@ def pretended_gpus() -> Iterator[None]:
                 current_stream=Stream,
                 set_stream=lambda stream: None,
                 stream=lambda stream: contextlib.nullcontext(),
-                synchronize=lambda device: None,
+                synchronize=lambda device=None: None,
                 is_current_stream_capturing=lambda: False,
             ),
         ):
@@ -81,7 +123,9 @@ def pretended_gpus() -> Iterator[None]:
         yield
 
 
-def on_pretended_gpus(group: dist.ProcessGroup, body: Callable[..., Any], *args: Any) -> Any:
+def on_pretended_gpus(
+    group: dist.ProcessGroup, is_symmetric: bool, body: Callable[..., Any], *args: Any
+) -> Any:
     """What a body of ranks returns within `pretended_gpus`."""
-    with pretended_gpus():
+    with pretended_gpus(is_symmetric):
         return body(group, *args)
