@@ -122,8 +122,8 @@ class ExchangeConstants(NamedTuple):
 
 
 @triton.jit
-def as_pointer(address, WIDTH: tl.constexpr):
-    """Addresses as pointers to integers of WIDTH bytes."""
+def as_pointer(address, WIDTH: tl.constexpr, ALIGNED: tl.constexpr = 1):
+    """Addresses as pointers to integers of WIDTH bytes. A single one may be said to be a multiple of ALIGNED bytes."""
     if WIDTH == 8:
         pointer = address.to(tl.pointer_type(tl.int64))
     elif WIDTH == 4:
@@ -132,6 +132,8 @@ def as_pointer(address, WIDTH: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.int16))
     else:
         pointer = address.to(tl.pointer_type(tl.uint8))
+    if ALIGNED > 1:  # here: it counts in the function that makes the pointer
+        pointer = tl.multiple_of(pointer, ALIGNED)
     return pointer
 
 
@@ -146,11 +148,17 @@ def metadata_of(host_metadata, replay_metadata, C: tl.constexpr):
 
 
 @triton.jit
+def copy_words(source, target, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy words [FIRST, END), at most BLOCK."""
+    at = FIRST + tl.arange(0, BLOCK)
+    inside = at < END
+    tl.store(target + at, tl.load(source + at, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
 def copy_metadata(source, target, C: tl.constexpr, FIRST: tl.constexpr = 0):
     """Copy the metadata from word FIRST to its end."""
-    at = tl.arange(0, C.metadata_block)
-    inside = (at >= FIRST) & (at < C.addresses_end)
-    tl.store(target + at, tl.load(source + at, mask=inside, other=0), mask=inside)
+    copy_words(source, target, FIRST, C.addresses_end, C.metadata_block)
 
 
 @triton.jit

@@ -244,7 +244,7 @@ class RowMapper:
         return cls(constants, *tables)
 
     def allocate(self, length: int) -> DeviceMaps:
-        """Allocate the maps of batches of which this rank holds up to `length` rows."""
+        """Allocate maps. They fit every batch of at most `length` rows on this rank."""
         c = self.constants
         num_in, uses = c.num_heads + c.num_received, c.num_uses + (c.tp_size > 1)
         mapped = (c.num_depths * length,)

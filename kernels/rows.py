@@ -103,18 +103,6 @@ def address_of(words, FIRST: tl.constexpr, depth, C: tl.constexpr):
 
 
 @triton.jit
-def bits_at(address, C: tl.constexpr):
-    """A tensor as integers. What `multiple_of` says counts in the function that makes the pointer."""
-    if C.itemsize == 8:
-        pointer = address.to(tl.pointer_type(tl.int64))
-    elif C.itemsize == 4:
-        pointer = address.to(tl.pointer_type(tl.int32))
-    else:
-        pointer = address.to(tl.pointer_type(tl.int16))
-    return tl.multiple_of(pointer, ALIGNED)
-
-
-@triton.jit
 def numbers_at(address, C: tl.constexpr):
     """A tensor in its dtype."""
     if C.itemsize == 8:
@@ -166,7 +154,7 @@ def pack_rows_kernel(words, packed, rows, C: tl.constexpr, COUNT: tl.constexpr):
     row, known, element, inside = tile_of(COUNT, C)
     token = tl.load(packed + row, mask=known, other=NOTHING_AT)
     inside = inside & (token >= 0)[:, None]
-    tensor = bits_at(address_of(words, C.tensors_at, 0, C), C)
+    tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
     bits = tl.load(tensor + in_tensor(token, length_of(words, C), C) + element, mask=inside, other=0)
     tl.store(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, bits, mask=inside)
     write_headers(rows, row, token == HEADER_AT, tl.load(words + FINGERPRINT_AT), C)
@@ -176,13 +164,13 @@ def pack_rows_kernel(words, packed, rows, C: tl.constexpr, COUNT: tl.constexpr):
 def unroll_own_rows_kernel(words, source, C: tl.constexpr):
     length = length_of(words, C)
     row, known, element, inside = tile_of(length, C)
-    tensor = bits_at(address_of(words, C.tensors_at, 0, C), C)
+    tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
     NUM_DEPTHS: tl.constexpr = C.num_depths
     for depth in tl.static_range(NUM_DEPTHS):
         at = tl.load(source + depth * length + row, mask=known, other=NOTHING_AT)
         is_own = inside & (at < length)[:, None]
         bits = tl.load(tensor + in_tensor(at, length, C) + element, mask=is_own & (at >= 0)[:, None], other=0)
-        roll = bits_at(address_of(words, C.rolls_at, depth, C), C)
+        roll = as_pointer(address_of(words, C.rolls_at, depth, C), C.itemsize, ALIGNED)
         tl.store(roll + in_tensor(row, length, C) + element, bits, mask=is_own)
 
 
@@ -203,7 +191,7 @@ def unroll_received_rows_kernel(
     NUM_DEPTHS: tl.constexpr = C.num_depths
     for depth in tl.static_range(NUM_DEPTHS):
         to = tl.load(in_back + depth * COUNT + row, mask=known, other=NOTHING_AT)
-        roll = bits_at(address_of(words, C.rolls_at, depth, C), C)
+        roll = as_pointer(address_of(words, C.rolls_at, depth, C), C.itemsize, ALIGNED)
         tl.store(roll + in_tensor(to, length, C) + element, bits, mask=inside & (to >= 0)[:, None])
     check_headers(rows, headers, tl.load(words + FINGERPRINT_AT), error_flags, C, NUM_HEADERS)
 

@@ -6,14 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from overlap_mtp.kernels.common import copy_words
 from overlap_mtp.kernels.launch import Launch
 
 
 @triton.jit
 def upload_kernel(host_words, words, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr):
-    at = FIRST + tl.arange(0, BLOCK)
-    inside = at < END
-    tl.store(words + at, tl.load(host_words + at, mask=inside, other=0), mask=inside)
+    copy_words(host_words, words, FIRST, END, BLOCK)
 
 
 def upload(host_words: torch.Tensor, words: torch.Tensor, first: int = 0, end: int | None = None) -> Launch:

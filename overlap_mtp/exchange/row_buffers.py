@@ -58,12 +58,13 @@ class Part(NamedTuple):
 class RowBuffers:
     """The buffers of one exchange, forward and backward, and the kernels that are bound to them.
 
-    The launches run in this order: the maps, `pack`, `unroll`, then `sums`, `pack_sums`, `add`. Own rows of rolls are
-    written behind the maps (`maps_own`, then `unroll`), or at the join (`maps_only`, then `unroll_all`).
+    The launches run in this order: `maps_own`, `pack`, `unroll`, then `sums`, `pack_sums`, `add`. `maps_own` makes the
+    maps and writes the own rows of the rolls. If the rolls must not be written before the join, `maps_only` makes the
+    maps alone, and `unroll_all` writes all rows.
     """
 
     def __init__(self, fixed: Fixed, length: int) -> None:
-        """Make the buffers for batches of which this rank holds up to `length` rows."""
+        """Make the buffers. They fit every batch of at most `length` rows on this rank."""
         plan, mapper, constants = fixed.plan, fixed.mapper, fixed.constants
         first = constants[0]
         addresses = first.num_words - first.tensors_at

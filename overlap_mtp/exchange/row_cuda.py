@@ -95,16 +95,14 @@ class NcclRowTransport(RowTransport):
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("rolls of activations cannot be captured in a CUDA graph")
-        length, stream = (
-            exchange.layout.local_len // self.rows.tp_size,
-            torch.cuda.current_stream(self.device),
-        )
+        length = exchange.layout.local_len // self.rows.tp_size
+        stream = torch.cuda.current_stream(self.device)
         writes_ahead = writes_ahead and self.is_overlapped
         buffers = self._take(length, writes_ahead)
-        exchange.held = lease = Lease(buffers, self._free, writes_ahead, stream)
+        exchange.held = Lease(buffers, self._free, writes_ahead, stream)
         exchange.maps, exchange.buffer = buffers.maps, buffers.rows
         addresses = [tensor.data_ptr() for tensor in _own_tensors(exchange)]
-        lease.buffers.host.write(exchange.layout, addresses, exchange.mark)
+        buffers.host.write(exchange.layout, addresses, exchange.mark)
 
     def _open_backward(self, exchange: RowExchange) -> None:
         lease: Lease = exchange.held
@@ -189,7 +187,7 @@ class NcclRowTransport(RowTransport):
     @contextmanager
     def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
         lease: Lease = exchange.held
-        buffers, compute = lease.buffers, torch.cuda.current_stream(self.device)
+        buffers, compute = lease.buffers, lease.backward_stream or lease.stream
         buffers.forked.record(compute)
         if not self.is_overlapped:
             try:
@@ -213,6 +211,7 @@ class NcclRowTransport(RowTransport):
         exchange.posted = sent
 
     def _leave(self, exchange: RowExchange) -> None:
+        """As `named_errors` does, but what is under way is described only if it fails."""
         buffers: RowBuffers = exchange.held.buffers
         try:
             with self._send_span:
