@@ -93,6 +93,13 @@ def waited_for_on_another_stream(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
+def written_to(shape: torch.Size, dtype: torch.dtype, device: torch.device, turn: int) -> list[str]:
+    """Use memory again that may have this shape. Say whether anything else still writes to it."""
+    fills = [torch.full(shape, -5, dtype=dtype, device=device) for _ in range(12)]
+    torch.cuda.synchronize()
+    return [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
+
+
 def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
     """One rank drops its rolls and batch while its side stream has yet to write them, and uses the memory again."""
     roller = make_activation_roller("overlap", group, NUM_DEPTHS)
@@ -107,9 +114,7 @@ def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
         del tensors, like
         if group.rank() == turn % group.size():
             del rolls
-            fills = [torch.full(shape, -5, dtype=dtype, device=device) for _ in range(12)]
-            torch.cuda.synchronize()
-            wrong += [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
+            wrong += written_to(shape, dtype, device, turn)
         else:
             wrong += batch.wrong_rolls([rolls.at(depth) for depth in (1, 2)])
     roller.close()
@@ -140,10 +145,7 @@ def given_up_in_backward(group: dist.ProcessGroup) -> list[str]:
             wrong.append("nothing was raised")
         except InterruptedError:
             del rolled, between
-        fills = [torch.full(shape, -5, dtype=dtype, device=device) for _ in range(12)]
-        torch.cuda.synchronize()
-        wrong += [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
-        del fills
+        wrong += written_to(shape, dtype, device, turn)
     roller.close()
     return wrong
 
