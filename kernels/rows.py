@@ -7,10 +7,10 @@ once.
 Tensors are new ones in each exchange. So kernels find their addresses, and the length of the batch, in memory: the
 `words`. Tensors are contiguous [S, H], [S, B, H] or [B, S, H], and begin at multiples of ALIGNMENT bytes.
 
-    words = [metadata | tensors | rolls of depth 1, 2, ... | gradients of depth 1, 2, ... | sums | fingerprint]
+    words = [S | tensors | rolls of depth 1, 2, ... || gradients of depth 1, 2, ... | sums | fingerprint of backward]
 
-The addresses of a group are those of each tensor of the exchange. The fingerprint is that of backward. That of forward
-is in the metadata.
+The addresses of a group are those of each tensor of the exchange. Forward writes what comes before ||, backward the
+rest. A kernel is compiled for a shape of rows, and never again for other plans, lengths or maps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.exchange.row_spec import ALIGNMENT, RowSpec
-from overlap_mtp.exchange.rows import HEADER, NOTHING, RowPlan
-from overlap_mtp.kernels.common import FINGERPRINT_AT, as_pointer, local_len_of
-from overlap_mtp.kernels.launch import Launch, in_turn
+from overlap_mtp.exchange.rows import HEADER, NOTHING
+from overlap_mtp.kernels.common import as_pointer
+from overlap_mtp.kernels.launch import Arguments, Launch, in_turn
 
 HEADER_AT = tl.constexpr(HEADER)
 NOTHING_AT = tl.constexpr(NOTHING)
@@ -47,8 +47,6 @@ class RowConstants(NamedTuple):
     column: int  # where the tensor begins in a row of the buffer
     elements: int  # of a row of the buffer
     num_depths: int
-    cp_size: int
-    tp_size: int
     block_rows: int
     block: int  # elements
     # Where groups begin in the words:
@@ -59,11 +57,11 @@ class RowConstants(NamedTuple):
     fingerprint_at: int
 
     @classmethod
-    def of(cls, spec: RowSpec, plan: RowPlan) -> list[RowConstants]:
+    def of(cls, spec: RowSpec) -> list[RowConstants]:
         """Collect the constants of each tensor of an exchange, and choose its tiles."""
-        count, num_depths = len(spec.names), plan.tokens.num_depths
+        count, num_depths = len(spec.names), spec.num_depths
         is_batch_first = spec.seq_dim == 1
-        groups = (plan.tokens.metadata_len, count, num_depths * count, num_depths * count, count)
+        groups = (1, count, num_depths * count, num_depths * count, count)
         made = []
         columns = accumulate(spec.sizes, initial=0)
         for number, (shape, column) in enumerate(zip(spec.shapes, columns, strict=False)):
@@ -72,7 +70,7 @@ class RowConstants(NamedTuple):
             block = min(triton.next_power_of_2(hidden), STRIP_BYTES // spec.dtype.itemsize)
             block_rows = TILE_BYTES // (block * spec.dtype.itemsize)
             order = number, count, batch_rows, hidden, spec.dtype.itemsize, spec.dtype == torch.bfloat16
-            sizes = column, spec.elements, num_depths, plan.tokens.cp_size, plan.tp_size
+            sizes = column, spec.elements, num_depths
             made.append(cls(*order, *sizes, block_rows, block, *accumulate(groups)))
         return made
 
@@ -88,12 +86,6 @@ def tile_of(count, C: tl.constexpr):
     element = (tl.program_id(1) * C.block + tl.arange(0, C.block))[None, :]
     known = row < count
     return row, known, element, known[:, None] & (element < C.hidden)
-
-
-@triton.jit
-def length_of(words, C: tl.constexpr):
-    """Rows that this rank holds of the batch, S."""
-    return local_len_of(words, C) // C.tp_size
 
 
 @triton.jit
@@ -149,20 +141,20 @@ def check_headers(rows, headers, fingerprint, error_flags, C: tl.constexpr, NUM_
                 tl.store(error_flags, wrong)
 
 
-@triton.jit
-def pack_rows_kernel(words, packed, rows, C: tl.constexpr, COUNT: tl.constexpr):
-    row, known, element, inside = tile_of(COUNT, C)
+@triton.jit(do_not_specialize=["count"])
+def pack_rows_kernel(words, fingerprint, packed, rows, count, C: tl.constexpr):
+    row, known, element, inside = tile_of(count, C)
     token = tl.load(packed + row, mask=known, other=NOTHING_AT)
     inside = inside & (token >= 0)[:, None]
     tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
-    bits = tl.load(tensor + in_tensor(token, length_of(words, C), C) + element, mask=inside, other=0)
+    bits = tl.load(tensor + in_tensor(token, tl.load(words).to(tl.int32), C) + element, mask=inside, other=0)
     tl.store(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, bits, mask=inside)
-    write_headers(rows, row, token == HEADER_AT, tl.load(words + FINGERPRINT_AT), C)
+    write_headers(rows, row, token == HEADER_AT, tl.load(fingerprint), C)
 
 
 @triton.jit
 def unroll_own_rows_kernel(words, source, C: tl.constexpr):
-    length = length_of(words, C)
+    length = tl.load(words).to(tl.int32)
     row, known, element, inside = tile_of(length, C)
     tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
     NUM_DEPTHS: tl.constexpr = C.num_depths
@@ -174,26 +166,27 @@ def unroll_own_rows_kernel(words, source, C: tl.constexpr):
         tl.store(roll + in_tensor(row, length, C) + element, bits, mask=is_own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def unroll_received_rows_kernel(
     words,
+    fingerprint,
     in_back,
     rows,
     headers,
     error_flags,
+    count,
     C: tl.constexpr,
-    COUNT: tl.constexpr,
     NUM_HEADERS: tl.constexpr,
 ):
-    length = length_of(words, C)
-    row, known, element, inside = tile_of(COUNT, C)
+    length = tl.load(words).to(tl.int32)
+    row, known, element, inside = tile_of(count, C)
     bits = tl.load(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, mask=inside, other=0)
     NUM_DEPTHS: tl.constexpr = C.num_depths
     for depth in tl.static_range(NUM_DEPTHS):
-        to = tl.load(in_back + depth * COUNT + row, mask=known, other=NOTHING_AT)
+        to = tl.load(in_back + depth * count + row, mask=known, other=NOTHING_AT)
         roll = as_pointer(address_of(words, C.rolls_at, depth, C), C.itemsize, ALIGNED)
         tl.store(roll + in_tensor(to, length, C) + element, bits, mask=inside & (to >= 0)[:, None])
-    check_headers(rows, headers, tl.load(words + FINGERPRINT_AT), error_flags, C, NUM_HEADERS)
+    check_headers(rows, headers, tl.load(fingerprint), error_flags, C, NUM_HEADERS)
 
 
 @triton.jit
@@ -214,25 +207,25 @@ def summed(words, back, length, row, known, element, inside, count, C: tl.conste
 
 @triton.jit
 def sum_rows_kernel(words, own_back, C: tl.constexpr):
-    length = length_of(words, C)
+    length = tl.load(words).to(tl.int32)
     row, known, element, inside = tile_of(length, C)
     total = summed(words, own_back, length, row, known, element, inside, length, C)
     sums = numbers_at(address_of(words, C.sums_at, 0, C), C)
     tl.store(sums + in_tensor(row, length, C) + element, total.to(sums.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def pack_sums_kernel(words, in_back, rows, C: tl.constexpr, COUNT: tl.constexpr):
-    row, known, element, inside = tile_of(COUNT, C)
-    length = length_of(words, C)
-    total = summed(words, in_back, length, row, known, element, inside, COUNT, C)
+@triton.jit(do_not_specialize=["count"])
+def pack_sums_kernel(words, in_back, rows, count, C: tl.constexpr):
+    row, known, element, inside = tile_of(count, C)
+    length = tl.load(words).to(tl.int32)
+    total = summed(words, in_back, length, row, known, element, inside, count, C)
     is_header = tl.load(in_back + row, mask=known, other=NOTHING_AT) == HEADER_AT
     to = rows + in_buffer(row, C) + element
     tl.store(to, total.to(rows.dtype.element_ty), mask=inside & ~is_header[:, None])
     write_headers(rows, row, is_header, tl.load(words + C.fingerprint_at), C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "uses"])
 def add_rows_kernel(
     words,
     returned_to,
@@ -240,20 +233,20 @@ def add_rows_kernel(
     rows,
     headers,
     error_flags,
+    count,
+    uses,
     C: tl.constexpr,
-    COUNT: tl.constexpr,
-    USES: tl.constexpr,
     NUM_HEADERS: tl.constexpr,
 ):
-    row, known, element, inside = tile_of(COUNT, C)
+    row, known, element, inside = tile_of(count, C)
     token = tl.load(returned_to + row, mask=known, other=NOTHING_AT)
     inside = inside & (token >= 0)[:, None]
     PRECISE: tl.constexpr = tl.float64 if C.itemsize == 8 else tl.float32
     sums = numbers_at(address_of(words, C.sums_at, 0, C), C)
-    target = sums + in_tensor(token, length_of(words, C), C) + element
+    target = sums + in_tensor(token, tl.load(words).to(tl.int32), C) + element
     total = tl.load(target, mask=inside, other=0).to(PRECISE)
-    for use in range(USES):
-        at = tl.load(returned + use * COUNT + row, mask=known, other=NOTHING_AT)
+    for use in range(uses):
+        at = tl.load(returned + use * count + row, mask=known, other=NOTHING_AT)
         gradient = rows + in_buffer(at, C) + element
         total += tl.load(gradient, mask=inside & (at >= 0)[:, None], other=0).to(PRECISE)
     tl.store(target, total.to(sums.dtype.element_ty), mask=inside)
@@ -265,6 +258,7 @@ class BoundRows(NamedTuple):
 
     constants: list[RowConstants]  # of each tensor
     words: torch.Tensor  # int64 [num_words]
+    fingerprint: torch.Tensor  # int64: the first is that of forward
     length: int  # the most rows that this rank holds of a batch
 
     def pack_rows(self, packed: torch.Tensor, rows: torch.Tensor) -> Launch:
@@ -278,7 +272,7 @@ class BoundRows(NamedTuple):
         Returns:
             The launch. A header gets 8 bytes. The rest of it stays as it is.
         """
-        return self._bind(pack_rows_kernel, (packed, rows), len(packed), COUNT=len(packed))
+        return self._bind(pack_rows_kernel, (self.fingerprint, packed, rows, len(packed)), len(packed))
 
     def unroll_own_rows(self, source: torch.Tensor) -> Launch:
         """Write those rows of the rolls that come from this rank's own tensors, and zeros where nothing follows.
@@ -307,10 +301,9 @@ class BoundRows(NamedTuple):
         Returns:
             The launch.
         """
-        count, tensors = in_back.shape[1], (in_back, rows, headers, error_flags)
-        return self._bind(
-            unroll_received_rows_kernel, tensors, count, COUNT=count, NUM_HEADERS=headers.shape[1]
-        )
+        count = in_back.shape[1]
+        arguments = (self.fingerprint, in_back, rows, headers, error_flags, count)
+        return self._bind(unroll_received_rows_kernel, arguments, count, NUM_HEADERS=headers.shape[1])
 
     def sum_rows(self, own_back: torch.Tensor) -> Launch:
         """Add up the gradients of the rolls of each own row, from the smallest depth to the largest. Write the sums.
@@ -333,7 +326,8 @@ class BoundRows(NamedTuple):
         Returns:
             The launch.
         """
-        return self._bind(pack_sums_kernel, (in_back, rows), in_back.shape[1], COUNT=in_back.shape[1])
+        count = in_back.shape[1]
+        return self._bind(pack_sums_kernel, (in_back, rows, count), count)
 
     def add_rows(
         self,
@@ -354,16 +348,15 @@ class BoundRows(NamedTuple):
         Returns:
             The launch.
         """
-        (uses, count), tensors = returned.shape, (returned_to, returned, rows, headers, error_flags)
-        return self._bind(
-            add_rows_kernel, tensors, count, COUNT=count, USES=uses, NUM_HEADERS=headers.shape[1]
-        )
+        uses, count = returned.shape
+        arguments = (returned_to, returned, rows, headers, error_flags, count, uses)
+        return self._bind(add_rows_kernel, arguments, count, NUM_HEADERS=headers.shape[1])
 
-    def _bind(self, kernel: Any, tensors: tuple[torch.Tensor, ...], count: int, **constants: int) -> Launch:
+    def _bind(self, kernel: Any, arguments: Arguments, count: int, **constants: int) -> Launch:
         """Bind a kernel for each tensor. There is one program at least: it may have headers to check."""
         launches = []
         for one in self.constants:
             blocks = triton.cdiv(max(1, count), one.block_rows)
             grid = blocks, triton.cdiv(one.hidden, one.block), one.batch_rows
-            launches.append(Launch(kernel, (self.words, *tensors), grid, C=one, **constants))
+            launches.append(Launch(kernel, (self.words, *arguments), grid, C=one, **constants))
         return in_turn(*launches)

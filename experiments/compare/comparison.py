@@ -59,11 +59,10 @@ class Contest(NamedTuple):
     transports: tuple[str, ...]  # that a mode can name
 
 
-TOKENS = Contest(
-    (*SCHEDULES, TIMING_ONLY), "prepared", "prepared", "batched", "prefetch", ("process_group", "symmetric")
-)
+OVER = ("process_group", "symmetric")
+TOKENS = Contest((*SCHEDULES, TIMING_ONLY), "prepared", "prepared", "batched", "prefetch", OVER)
 # Nobody can prepare activations. Tokens are prepared then.
-ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", "merged", "overlap", ())
+ACTIVATIONS = Contest((*ACTIVATION_SCHEDULES, TIMING_ONLY), TIMING_ONLY, "merged", "merged", "overlap", OVER)
 
 
 def contest_of(model: ModelConfig) -> Contest:
@@ -117,6 +116,10 @@ class Settings:
                 )
         if not {*modes} - {baseline}:
             raise ValueError(f"modes must name a schedule to compare with {baseline}, got {baseline!r} alone")
+        if problem.model.rolls_activations and any(
+            mode.endswith(":symmetric") and not mode.startswith(contest.overlapped) for mode in modes
+        ):
+            raise ValueError(f"of activations, only {contest.overlapped} runs over :symmetric")
         if self.captured and problem.model.rolls_activations:
             raise ValueError("--graph and rolls of activations do not go together")
         symmetric = any(one.endswith(":symmetric") for one in (*modes, f":{self.transport}"))
@@ -190,7 +193,8 @@ class Comparison:
         problem = self.problem
         schedule, _, transport = mode.partition(":")
         if problem.model.rolls_activations:
-            activations = TimedActivations(schedule, self.group, problem.max_documents)
+            transport = transport or self.settings.transport
+            activations = TimedActivations(schedule, self.group, problem.max_documents, transport)
             return ActivationStep(self.model, self._roller("prepared"), problem.forward_only, activations)
         kind = CapturedStep if self.settings.captured else EagerStep
         return kind(self.model, self._roller(schedule, transport), problem.forward_only)

@@ -115,8 +115,10 @@ class ActivationStep(EagerStep):
 class TimedActivations(ActivationRollers):
     """The rollers of a model's activations. They say what they cost."""
 
-    def __init__(self, schedule: str, cp_group: dist.ProcessGroup | None, max_documents: int) -> None:
-        super().__init__(schedule, cp_group, max_documents)
+    def __init__(
+        self, schedule: str, cp_group: dist.ProcessGroup | None, max_documents: int, transport: str
+    ) -> None:
+        super().__init__(schedule, cp_group, max_documents, transport)
         self.timed: dict[str, TimedRoller] = {}  # by use
 
     def start(self, use: str, rows: torch.Tensor, num_depths: int, layout: SequenceLayout) -> RolledRows:

@@ -50,7 +50,8 @@ class ExchangeGroup:
         self.num_rollers = 0  # that were made for it
         self.num_exchanges = 0  # of activations that were started: all ranks start them in the same order
         self.unfinished: list[Any] = []  # messages of transports that have to be waited for, and their memory
-        self.why_not_symmetric: str | None = None  # "" if symmetric memory works; None if nobody has tried
+        # By what is carried, why it is not over symmetric memory; "" if it is; nothing if nobody has tried.
+        self.why_not_symmetric: dict[str, str] = {}
         if cp_group is not None:
             self._cp_group = weakref.ref(cp_group)
             weakref.finalize(cp_group, self._retire).atexit = False

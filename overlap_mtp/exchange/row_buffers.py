@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from overlap_mtp.exchange.cuda import HostMetadata
+from overlap_mtp.exchange.plan import FINGERPRINT
 from overlap_mtp.exchange.row_spec import RowSpec
-from overlap_mtp.exchange.rows import Message, Round, RowPlan
+from overlap_mtp.exchange.rows import RowPlan
 from overlap_mtp.kernels.launch import Launch, in_turn
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import BoundRows, RowConstants
@@ -24,35 +25,9 @@ class Fixed(NamedTuple):
     spec: RowSpec
     mapper: RowMapper
     constants: list[RowConstants]
-    # Of forward and of backward: the headers that arrive, as kernels take them, and the rounds that all batches have.
+    # The headers that arrive in forward and in backward, as kernels take them.
     headers: tuple[torch.Tensor, torch.Tensor]
-    rounds: tuple[list[Round], list[Round]]
     error_flags: torch.Tensor
-
-
-class Part(NamedTuple):
-    """The messages of a round, as `all_to_all_single` takes them."""
-
-    received: torch.Tensor
-    sent: torch.Tensor
-    recv_rows: list[int]  # from each peer
-    send_rows: list[int]
-    num_messages: int  # that are sent
-
-    @classmethod
-    def of(cls, buffer: torch.Tensor, one: Round, cp_size: int) -> Part:
-        """The parts of a buffer that travel."""
-
-        def part(messages: list[Message]) -> tuple[torch.Tensor, list[int]]:
-            """(their rows, which lie one after the other; how many there are for each peer)."""
-            rows = [0] * cp_size
-            for message in messages:
-                rows[message.peer] = message.rows
-            begin = messages[0].begin if messages else 0
-            return buffer[begin : begin + sum(rows)], rows
-
-        (received, recv_rows), (sent, send_rows) = part(one.received), part(one.sent)
-        return cls(received, sent, recv_rows, send_rows, len(one.sent))
 
 
 class RowBuffers:
@@ -67,30 +42,30 @@ class RowBuffers:
         """Make the buffers. They fit every batch of at most `length` rows on this rank."""
         plan, mapper, constants = fixed.plan, fixed.mapper, fixed.constants
         first = constants[0]
-        addresses = first.num_words - first.tensors_at
         self.length = length
-        self.host = HostMetadata(plan.tokens, addresses)
-        self.metadata = torch.zeros_like(self.host.tensor, device=fixed.spec.device)
+        self.host = HostMetadata(plan.tokens, first.num_words)
+        metadata = torch.zeros_like(self.host.tensor, device=fixed.spec.device)
         self.maps = mapper.allocate(length)
         shape = plan.num_rows, fixed.spec.elements
         self.rows, self.gradient_rows = (
             torch.zeros(shape, dtype=fixed.spec.dtype, device=fixed.spec.device) for _ in range(2)
         )
-        self.parts = tuple(
-            [Part.of(buffer, one, plan.tokens.cp_size) for one in rounds]
-            for buffer, rounds in zip((self.rows, self.gradient_rows), fixed.rounds, strict=True)
-        )
+        self.sends: Any = None  # what the transport needs to send forward and backward
+        self.shared: object = None  # keeps the peers' memory mapped
         self.forked, self.arrived, self.returned, self.joined = (torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
         self.last_use = self.joined
-        self._backward_at = first.gradients_at - first.tensors_at
+        self._backward_at = first.gradients_at
+        backward_at = plan.tokens.metadata_len + first.gradients_at
 
-        bound = BoundRows(constants, self.metadata, length)
+        self.metadata = metadata
+        words = metadata[plan.tokens.metadata_len :]
+        bound = BoundRows(constants, words, metadata[FINGERPRINT:], length)
         out_rows, in_rows = plan.out_rows, plan.in_rows
         forward, backward = ((one, fixed.error_flags) for one in fixed.headers)
-        maps, words = self.maps, (self.host.tensor, self.metadata)
+        maps = self.maps
 
         def make_maps() -> tuple[Launch, Launch]:
-            return upload(*words, 0, first.gradients_at), mapper.bind(self.metadata, maps)
+            return upload(self.host.tensor, metadata, 0, backward_at), mapper.bind(metadata, maps)
 
         def unroll() -> Launch:
             return bound.unroll_received_rows(maps.in_back, self.rows[in_rows], *forward)
@@ -100,7 +75,7 @@ class RowBuffers:
         self.pack = bound.pack_rows(maps.packed, self.rows[out_rows])
         self.unroll = unroll()
         self.unroll_all = in_turn(bound.unroll_own_rows(maps.source), unroll())
-        self.sums = in_turn(upload(*words, first.gradients_at), bound.sum_rows(maps.own_back))
+        self.sums = in_turn(upload(self.host.tensor, metadata, backward_at), bound.sum_rows(maps.own_back))
         self.pack_sums = bound.pack_sums(maps.in_back, self.gradient_rows[in_rows])
         self.add = bound.add_rows(maps.returned_to, maps.returned, self.gradient_rows[out_rows], *backward)
 
@@ -117,7 +92,7 @@ class RowBuffers:
     def free(self) -> None:
         """Free the graphs. It must not run during a capture."""
         del self.maps_only, self.maps_own, self.pack, self.unroll, self.unroll_all
-        del self.sums, self.pack_sums, self.add
+        del self.sums, self.pack_sums, self.add, self.sends, self.shared
 
 
 class Lease:

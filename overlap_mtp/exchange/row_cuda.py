@@ -1,20 +1,20 @@
-"""Activations between GPUs by NCCL. An overlapped exchange is packed and sent on the side stream."""
+"""What the transports of activations between GPUs share: streams, events, and buffers that are used again."""
 
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from overlap_mtp.exchange.cuda import free_orphans, orphan
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.row_buffers import Fixed, Lease, Part, RowBuffers
+from overlap_mtp.exchange.row_buffers import Fixed, Lease, RowBuffers
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
-from overlap_mtp.exchange.rows import Round, RowPlan, reversed_rounds
+from overlap_mtp.exchange.rows import RowPlan
 from overlap_mtp.exchange.transport import PendingExchange, Rolled, TransportConfig
 from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import RowConstants
@@ -23,12 +23,10 @@ from overlap_mtp.tracing import span
 BUFFERS = 2  # sets that are made at first: the host may be a step ahead
 
 
-class NcclRowTransport(RowTransport):
+class CudaRowTransport(RowTransport):
     """Neither direction waits on the host, but for a second backward pass over a retained graph.
 
-    `all_to_all_single` sends a round: grouped sends and receives. `sync` sends each message by itself, as peers do. If
-    the plans of two ranks differ, a kernel finds it on the device, and `raise_if_failed` may raise a step later. If a
-    peer never comes, NCCL's watchdog ends the process after the group's timeout.
+    If the plans of two ranks differ, a kernel finds it on the device, and `raise_if_failed` may raise a step later.
 
     Rows travel in buffers that are used again, and kernels find the tensors' addresses there. So launches are replays
     of graphs. An exchange gives its buffers back when nothing refers to it any more; they are free after the event of
@@ -41,8 +39,6 @@ class NcclRowTransport(RowTransport):
     which they were launched.
     """
 
-    name = "process_group"
-
     def __init__(self, config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None) -> None:
         super().__init__(config, plans, tp_group)
         self._side = self.group.side_stream(self.device)
@@ -51,22 +47,22 @@ class NcclRowTransport(RowTransport):
             self.rows,
             self.spec,
             RowMapper.of(self.rows, self.device),
-            RowConstants.of(self.spec, self.rows),
+            RowConstants.of(self.spec),
             (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
-            (self._fixed_rounds, reversed_rounds(self._fixed_rounds)),
             self.error_flags,
         )
         self._all: list[RowBuffers] = []
         self._free: deque[RowBuffers] = deque()  # in the order in which they became free; new ones first
         weakref.finalize(self, orphan, self._all).atexit = False
-        free_orphans()  # here, because a wait delays no step
+        self._length = config.local_len // self.rows.tp_size
+
+    @abstractmethod
+    def _bind_sends(self, buffers: RowBuffers) -> None:
+        """Set `sends` of new buffers."""
+
+    def _make_first_buffers(self) -> None:
         for _ in range(BUFFERS):
-            self._make_buffers(config.local_len // self.rows.tp_size, self.is_overlapped)
-        if self.has_peers and self._fixed_rounds:
-            # NCCL connects two ranks when they first exchange, which blocks the host: better now than later.
-            with self.group.named_errors("connecting to its neighbours"):
-                self._exchange(self._free[0].parts[0][0])
-                torch.cuda.current_stream(self.device).synchronize()
+            self._make_buffers(self._length, self.is_overlapped)
 
     def _take(self, length: int, writes_ahead: bool) -> RowBuffers:
         """Take the buffers that have been free for longest, or make some."""
@@ -89,6 +85,7 @@ class NcclRowTransport(RowTransport):
         with torch.cuda.stream(self._side if self.is_overlapped else None):
             buffers = RowBuffers(self._fixed, length)
         buffers.capture(writes_ahead)
+        self._bind_sends(buffers)
         self._all.append(buffers)
         self._free.appendleft(buffers)
 
@@ -102,7 +99,7 @@ class NcclRowTransport(RowTransport):
         exchange.held = Lease(buffers, self._free, writes_ahead, stream)
         exchange.maps, exchange.buffer = buffers.maps, buffers.rows
         addresses = [tensor.data_ptr() for tensor in _own_tensors(exchange)]
-        buffers.host.write(exchange.layout, addresses, exchange.mark)
+        buffers.host.write(exchange.layout, [length, *addresses], exchange.mark)
 
     def _open_backward(self, exchange: RowExchange) -> None:
         lease: Lease = exchange.held
@@ -210,39 +207,10 @@ class NcclRowTransport(RowTransport):
             buffers.last_use = sent
         exchange.posted = sent
 
-    def _leave(self, exchange: RowExchange) -> None:
-        """As `named_errors` does, but what is under way is described only if it fails."""
-        buffers: RowBuffers = exchange.held.buffers
-        try:
-            with self._send_span:
-                for part in buffers.parts[exchange.is_backward]:
-                    self._exchange(part)
-                    self.traffic.add(part.num_messages, part.sent.nbytes)
-                if self.schedule == "sync":
-                    for one in self._rounds(exchange):
-                        self._send_and_wait(exchange.buffer, one)
-                        self._count(exchange.buffer, one)
-        except RuntimeError as error:
-            raise self.group.named(error, self._describe(exchange)) from error
-
     def _arrive(self, exchange: RowExchange) -> None:
         if exchange.posted is not None:
             torch.cuda.current_stream(self.device).wait_event(exchange.posted)
             exchange.posted = None
-
-    def _exchange(self, part: Part) -> None:
-        group = self.group.process_group
-        dist.all_to_all_single(part.received, part.sent, part.recv_rows, part.send_rows, group=group)
-
-    def _send_and_wait(self, buffer: torch.Tensor, one: Round) -> None:
-        group = self.group.process_group
-        calls = [
-            dist.P2POp(call, message.of(buffer), self.group.global_rank(message.peer), group)
-            for call, messages in ((dist.isend, one.sent), (dist.irecv, one.received))
-            for message in messages
-        ]
-        for work in dist.batch_isend_irecv(calls):
-            work.wait()
 
     def _find_headers(self, is_backward: bool) -> torch.Tensor:
         """Where the headers of peers arrive, as the kernels that check them take it."""

@@ -19,6 +19,7 @@ class RowSpec(NamedTuple):
     """Everything that fixes the exchanges of a kind of activations, except the documents' bounds."""
 
     schedule: str
+    transport: str
     num_depths: int
     max_documents: int
     layout_kind: str
@@ -38,6 +39,7 @@ class RowSpec(NamedTuple):
         layout: Layout,
         group: ExchangeGroup,
         schedule: str,
+        transport: str,
         options: RollOptions,
         seq_dim: int,
         tp_size: int,
@@ -48,7 +50,7 @@ class RowSpec(NamedTuple):
             batch: this rank's activations by name.
             layout: of the batch.
             group: that will carry it.
-            schedule: name of the schedule.
+            schedule, transport: their names.
             options: of the roller.
             seq_dim: the sequence dimension of all tensors.
             tp_size: how many ranks share the rows of a cp rank.
@@ -66,7 +68,7 @@ class RowSpec(NamedTuple):
         whole = [batch[name].shape for name in names]
         shapes = tuple(torch.Size([*shape[:seq_dim], *shape[seq_dim + 1 :]]) for shape in whole)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
-        asked = (schedule, options.num_depths, options.max_documents)
+        asked = (schedule, transport, options.num_depths, options.max_documents)
         return cls(*asked, *of_layout, names, first.dtype, shapes, seq_dim, tp_size, first.device)
 
     def describe(self) -> dict[str, object]:
@@ -74,6 +76,7 @@ class RowSpec(NamedTuple):
         length = "" if self.is_packed else f" {self.seq_len}"
         return {
             "schedule": self.schedule,
+            "transport": self.transport,
             "num_depths": self.num_depths,
             "max_documents": self.max_documents,
             "layout": f"{'packed' if self.is_packed else 'dense'} {self.layout_kind}{length}",

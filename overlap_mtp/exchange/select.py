@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.row_gloo import GlooRowTransport
+from overlap_mtp.exchange.row_transport import RowTransport
+from overlap_mtp.exchange.rows import RowPlan
 from overlap_mtp.exchange.transport import Transport, TransportConfig
 
 TRANSPORTS = ("auto", "process_group", "symmetric")
@@ -51,34 +54,93 @@ def make_transport(config: TransportConfig) -> Transport:
     free_orphans()  # here, because a wait delays no step, and before more is allocated
     if name == "process_group" or group.cp_size == 1:
         return NcclTransport(config)
-    transport, reason = _make_symmetric(config)
-    if name == "symmetric" and reason:
-        raise ValueError(f"transport symmetric does not work here: {reason}")
-    if group.cp_rank == 0 and group.why_not_symmetric is None:
-        chosen = "process_group" if reason else "symmetric"
-        why = reason or "all ranks can write to each other's memory"
-        _log.info("overlap_mtp: transport %s for a cp group of %d: %s", chosen, group.cp_size, why)
-    group.why_not_symmetric = reason
-    return transport or NcclTransport(config)
-
-
-def _make_symmetric(config: TransportConfig) -> tuple[Transport | None, str]:
-    """(the transport, "") if all ranks can share memory, else (None, why not). Collective."""
-    if reason := _why_not_shared(config.group):
-        return None, reason
 
     def allocate() -> torch.Tensor:
         from overlap_mtp.exchange import symmetric  # here: torch may lack symmetric memory
 
         return symmetric.allocate(config)
 
-    # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
-    memory, reason = _made_together(allocate, config.group)
-    if memory is None:
-        return None, reason
-    from overlap_mtp.exchange.symmetric import SymmetricTransport
+    def make(memory: torch.Tensor) -> Transport:
+        from overlap_mtp.exchange.symmetric import SymmetricTransport
 
-    return _made_together(lambda: SymmetricTransport(config, memory), config.group)
+        return SymmetricTransport(config, memory)
+
+    return _make_symmetric(group, name, "tokens", allocate, make) or NcclTransport(config)
+
+
+def make_row_transport(
+    config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None
+) -> RowTransport:
+    """The same for activations. Only `overlap` without tp ranks takes symmetric memory.
+
+    Args:
+        config: of this rank.
+        plans: of all cp ranks.
+        tp_group: the tp ranks that share rows, if there are several.
+
+    Returns:
+        The transport.
+
+    Raises:
+        ValueError: as `make_transport`.
+    """
+    group, name = config.group, config.spec.transport
+    if config.spec.device.type == "cpu":
+        if name == "symmetric":
+            raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
+        return GlooRowTransport(config, plans, tp_group)
+
+    # Imported only here: Triton compiles for a GPU.
+    from overlap_mtp.exchange.cuda import free_orphans
+    from overlap_mtp.exchange.row_nccl import NcclRowTransport
+
+    free_orphans()
+    if name == "process_group" or group.cp_size == 1 or tp_group or config.spec.schedule != "overlap":
+        return NcclRowTransport(config, plans, tp_group)
+
+    def allocate() -> torch.Tensor:
+        from overlap_mtp.exchange import row_symmetric  # here: torch may lack symmetric memory
+
+        return row_symmetric.allocate(config, plans)
+
+    def make(memory: torch.Tensor) -> RowTransport:
+        from overlap_mtp.exchange.row_symmetric import SymmetricRowTransport
+
+        return SymmetricRowTransport(config, plans, memory)
+
+    made = _make_symmetric(group, name, "activations", allocate, make)
+    return made or NcclRowTransport(config, plans, tp_group)
+
+
+def _make_symmetric(
+    group: ExchangeGroup,
+    asked: str,
+    carries: str,
+    allocate: Callable[[], torch.Tensor],
+    make: Callable[[torch.Tensor], Made],
+) -> Made | None:
+    """A transport over symmetric memory if all ranks can share it, else None. Collective.
+
+    Raises:
+        ValueError: if nothing else was asked for.
+    """
+    said, transport = group.why_not_symmetric.get(carries), None
+    reason = said or _why_not_shared(group)
+    if not reason:
+        # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
+        memory, reason = _made_together(allocate, group)
+        if memory is not None:
+            transport, reason = _made_together(lambda: make(memory), group)
+    if asked == "symmetric" and reason:
+        raise ValueError(f"transport symmetric does not work here: {reason}")
+    if group.cp_rank == 0 and said is None:
+        chosen = "process_group" if reason else "symmetric"
+        why = reason or "all ranks can write to each other's memory"
+        _log.info(
+            "overlap_mtp: transport %s for %s of a cp group of %d: %s", chosen, carries, group.cp_size, why
+        )
+    group.why_not_symmetric[carries] = reason
+    return transport
 
 
 def _why_not_shared(group: ExchangeGroup) -> str:
@@ -86,8 +148,6 @@ def _why_not_shared(group: ExchangeGroup) -> str:
 
     Collective. All ranks get the same answer.
     """
-    if group.why_not_symmetric:
-        return group.why_not_symmetric
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = f"{os.uname().nodename} {boot.read_text() if boot.exists() else ''}"
     mine = (hashlib.sha256(host.encode()).hexdigest(), os.environ.get("NCCL_P2P_DISABLE", "0") == "1")

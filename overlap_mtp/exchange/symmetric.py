@@ -45,7 +45,7 @@ class MemoryLayout:
     cp_size: int
     buffer_words: int
     num_buffers: int
-    part_rows: int  # rows of a message that travel and are signalled together
+    part_rows: int  # rows (of activations: words) of a message that travel and are signalled together
     num_parts: int  # of the longest message
 
     @classmethod

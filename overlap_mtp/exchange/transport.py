@@ -19,7 +19,7 @@ IN_STEP = (
     "all ranks of a cp group must start the same batches by the same rollers in the same order, with the same layout "
     "(cu_seqlens, valid_lengths, of_batch), and ask for the same depths; or it refused its batch"
 )
-LATE = ("the tokens", "the acknowledgement")  # what the second and third word of the error flags stand for
+LATE = ("the {carries}", "the acknowledgement")  # what the second and third word of the error flags stand for
 
 Rolled = list[dict[str, torch.Tensor]]  # by depth and name
 
@@ -153,7 +153,8 @@ class Transport(ABC):
         for peer, what in zip(late, LATE, strict=False):
             if peer:
                 return (
-                    f"overlap_mtp: cp rank {self.plan.cp_rank} of {self.plan.cp_size} gave up waiting for {what} of "
+                    f"overlap_mtp: cp rank {self.plan.cp_rank} of {self.plan.cp_size} gave up waiting for "
+                    f"{what.format(carries=self.carries)} of "
                     f"cp rank {peer - 1} ({where}): that rank is missing, late or at another exchange"
                 )
         return (

@@ -39,16 +39,24 @@ class ActivationRollers:
 
     Args:
         schedule, cp_group, max_documents: as in `make_activation_roller`.
+        transport: the same, for schedule "overlap" without tp ranks. Others take the process group.
 
     Raises:
         ValueError: if the schedule is unknown.
     """
 
-    def __init__(self, schedule: str, cp_group: dist.ProcessGroup | None, max_documents: int) -> None:
+    def __init__(
+        self,
+        schedule: str,
+        cp_group: dist.ProcessGroup | None,
+        max_documents: int,
+        transport: str = "auto",
+    ) -> None:
         if schedule not in TIMINGS:
             legal = ", ".join(ACTIVATION_SCHEDULES)
             raise ValueError(f"activation_schedule must be one of {legal}, got {schedule!r}")
         self._schedule, self._cp_group, self._max_documents = schedule, cp_group, max_documents
+        self._transport = transport
         # The ranks that share the tokens of a cp rank, in rank order. Set it before the first `start`.
         self.tp_group: dist.ProcessGroup | None = None
         self._rollers: dict[str, Roller] = {}  # by use
@@ -82,7 +90,13 @@ class ActivationRollers:
     def roller(self, use: str, num_depths: int) -> Roller:
         """Return the roller of a use."""
         if use not in self._rollers:
+            is_free = self._schedule == "overlap" and self.tp[1] == 1
             self._rollers[use] = make_activation_roller(
-                self._schedule, self._cp_group, num_depths, self._max_documents, tp_group=self.tp_group
+                self._schedule,
+                self._cp_group,
+                num_depths,
+                self._max_documents,
+                tp_group=self.tp_group,
+                transport=self._transport if is_free else "process_group",
             )
         return self._rollers[use]

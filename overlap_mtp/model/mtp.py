@@ -115,7 +115,7 @@ class MultiTokenPrediction(nn.Module):
         self.roller: Roller = make_roller(
             schedule, cp_group, num_depths + derive_labels, transport, max_documents, ignore_index
         )
-        self.activations = ActivationRollers(activation_schedule, cp_group, max_documents)
+        self.activations = ActivationRollers(activation_schedule, cp_group, max_documents, transport)
         self.depths = nn.ModuleList(
             MTPDepth(hidden_size, make_layer(depth), norm_eps)
             for depth in range(1, 2 if repeat_layer else num_depths + 1)

@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import exchange_group_of
-from overlap_mtp.exchange.row_gloo import GlooRowTransport
 from overlap_mtp.exchange.row_spec import RowSpec, is_plain, plain
 from overlap_mtp.exchange.row_transport import EXPECTS_GRADIENTS, RowExchange, RowTransport
 from overlap_mtp.exchange.rows import make_row_plans
+from overlap_mtp.exchange.select import TRANSPORTS, make_row_transport
 from overlap_mtp.exchange.spec import Batch, roll_options
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
@@ -55,6 +55,7 @@ def make_activation_roller(
     max_documents: int = 128,
     seq_dim: int = 1,
     tp_group: dist.ProcessGroup | None = None,
+    transport: str = "auto",
 ) -> Roller:
     """Make a roller of activations. It communicates nothing: that begins with the first `start`.
 
@@ -77,20 +78,26 @@ def make_activation_roller(
         seq_dim: the sequence dimension of the tensors: 1 for [B, L, H], 0 for [L, B, H] or [L, H].
         tp_group: the tensor-parallel ranks, if each holds a slice of its cp rank's rows (sequence parallelism). Their
             slices lie one after the other, in rank order.
+        transport: as in `make_roller`. Symmetric memory is for "overlap" without a tp group: "auto" takes it then.
 
     Returns:
         The roller. Its batches hold float64, float32, bfloat16 or float16, one dtype in each batch.
 
     Raises:
-        ValueError: if the schedule is unknown, or a size is below 1.
+        ValueError: if the schedule or the transport is unknown or they do not go together, or a size is below 1.
     """
     if schedule not in TIMINGS:
         raise ValueError(f"schedule must be one of {', '.join(ACTIVATION_SCHEDULES)}, got {schedule!r}")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    is_shared = tp_group is not None and tp_group.size() > 1
+    if transport == "symmetric" and (schedule != "overlap" or is_shared):
+        raise ValueError("symmetric memory carries activations of schedule overlap, without a tp group")
     if seq_dim not in (0, 1):
         raise ValueError(f"seq_dim must be 0 or 1, got {seq_dim}")
     options = roll_options(num_depths, max_documents, IGNORE_INDEX, None, None)
     config = RollerConfig(
-        schedule, exchange_group_of(cp_group), "", options, IGNORE_INDEX, check_layouts=False
+        schedule, exchange_group_of(cp_group), transport, options, IGNORE_INDEX, check_layouts=False
     )
     return ActivationRoller(config, seq_dim, tp_group)
 
@@ -111,6 +118,7 @@ class ActivationRoller(PackedRoller):
             RowSpec.of,
             group=self._group,
             schedule=self.name,
+            transport=config.transport,
             options=config.options,
             seq_dim=seq_dim,
             tp_size=self._tp[1],
@@ -126,11 +134,7 @@ class ActivationRoller(PackedRoller):
         config = TransportConfig(
             self._group, tokens, spec, self.traffic, self.is_overlapped, layout.local_len
         )
-        if spec.device.type == "cpu":
-            return GlooRowTransport(config, plans, self._tp_group)
-        from overlap_mtp.exchange.row_cuda import NcclRowTransport  # here: Triton compiles for a GPU
-
-        return NcclRowTransport(config, plans, self._tp_group)
+        return make_row_transport(config, plans, self._tp_group)
 
     def _refuse(self) -> None:
         with contextlib.suppress(RuntimeError):  # the refused batch's own error says more

@@ -31,9 +31,9 @@ def delay_side_stream(group: dist.ProcessGroup) -> None:
         torch.cuda._sleep(LONG)
 
 
-def from_an_earlier_event(group: dist.ProcessGroup) -> list[str]:
+def from_an_earlier_event(group: dist.ProcessGroup, transport: str) -> list[str]:
     """The side stream is late with the maps; or the rolls get memory that the compute stream has yet to write."""
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     wrong = []
     for turn in range(6):
         batch, ready = batch_of(group, turn), torch.cuda.Event()
@@ -53,8 +53,8 @@ def from_an_earlier_event(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+def made_on_another_stream(group: dist.ProcessGroup, transport: str) -> list[str]:
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     other, wrong = torch.cuda.Stream(), []
     for turn in range(4):
         batch, ready = batch_of(group, turn), torch.cuda.Event()
@@ -69,9 +69,9 @@ def made_on_another_stream(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def waited_for_on_another_stream(group: dist.ProcessGroup) -> list[str]:
+def waited_for_on_another_stream(group: dist.ProcessGroup, transport: str) -> list[str]:
     """What the exchange leaves is used again on the stream that it was started from, before the other one reads it."""
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     other, wrong = torch.cuda.Stream(), []
     for turn in range(4):
         batch = batch_of(group, turn)
@@ -100,9 +100,9 @@ def written_to(shape: torch.Size, dtype: torch.dtype, device: torch.device, turn
     return [f"written to at turn {turn}" for fill in fills if not (fill == -5).all()]
 
 
-def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
+def dropped_on_one_rank(group: dist.ProcessGroup, transport: str) -> list[str]:
     """One rank drops its rolls and batch while its side stream has yet to write them, and uses the memory again."""
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     wrong = []
     for turn in range(6):
         batch = batch_of(group, turn)
@@ -121,13 +121,13 @@ def dropped_on_one_rank(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def given_up_in_backward(group: dist.ProcessGroup) -> list[str]:
+def given_up_in_backward(group: dist.ProcessGroup, transport: str) -> list[str]:
     """A backward ends between the two halves of an exchange, while the side stream has yet to write the sums."""
 
     def give_up(_: torch.Tensor) -> None:
         raise InterruptedError
 
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     wrong = []
     for turn in range(4):
         batch = batch_of(group, turn)
@@ -150,9 +150,9 @@ def given_up_in_backward(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
-def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
+def added_to_another_tensor(group: dist.ProcessGroup, transport: str) -> list[str]:
     """Autograd gives the gradient of a sum to both parts, and adds to it what else belongs to the other one."""
-    roller = make_activation_roller("overlap", group, NUM_DEPTHS)
+    roller = make_activation_roller("overlap", group, NUM_DEPTHS, transport=transport)
     wrong = []
     for turn in range(4):
         batch = batch_of(group, turn)
@@ -169,6 +169,7 @@ def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
+@pytest.mark.parametrize("transport", ["process_group", "symmetric"])
 @pytest.mark.parametrize(
     "body",
     [
@@ -180,5 +181,5 @@ def added_to_another_tensor(group: dist.ProcessGroup) -> list[str]:
         added_to_another_tensor,
     ],
 )
-def test_rows_are_right_while_a_stream_is_behind(gpu_pool: RankPool, body):
-    gpu_pool.check(body, gpu_pool.world_size)
+def test_rows_are_right_while_a_stream_is_behind(gpu_pool: RankPool, body, transport):
+    gpu_pool.check(body, gpu_pool.world_size, transport)

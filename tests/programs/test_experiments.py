@@ -165,7 +165,7 @@ def test_soak(tmp_path):
         (
             compare_modes,
             "--distillation tv --modes prefetch",
-            "modes must be among sync, merged, overlap, none, got",
+            "modes must be among sync, merged, overlap, none, each alone",
         ),
         (compare_modes, "--modes prepared", "modes must name a schedule to compare with prepared"),
         (compare_modes, "--rounds 1", "--rounds must be at least 2, got 1"),

@@ -16,7 +16,11 @@ TARGET = GPUTarget("cuda", 90, 32)
 # All other pointers are of int64.
 POINTERS = {"plan_table": "*i32", "error_flags": "*i32"}
 # Of the kernels of activations, those in bfloat16 and of int64. All others are of int32.
-ROWS = {"rows": "*bf16", "words": "*i64", "metadata": "*i64"}
+ROWS = {"rows": "*bf16"} | dict.fromkeys(
+    ("words", "fingerprint", "metadata", "sent", "received", "peers", "memory", "seq_nos", "timeout"), "*i64"
+)
+ROWS |= dict.fromkeys(("count", "uses"), "i32")
+ALIGNED = ("rows", "sent", "received", "memory")
 
 
 def compiled(
@@ -29,9 +33,7 @@ def compiled(
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: types.get(name, others) for name in names} | dict.fromkeys(constants, "constexpr")
     by_position = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {
-        (at,): [["tt.divisibility", 16]] for at, one in enumerate(signature.values()) if one == "*bf16"
-    }
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names}
     source = ASTSource(kernel, signature, by_position, aligned)
     return triton.compile(source, target=TARGET, options=options).asm
 
@@ -73,19 +75,22 @@ def row_kernels() -> list[dict[str, object]]:
     """What the kernels of activations become, for two depths and rows of 4096 elements in bfloat16."""
     from overlap_mtp import SequenceLayout
     from overlap_mtp.exchange.row_spec import RowSpec
-    from overlap_mtp.exchange.rows import make_row_plans
+    from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
     from overlap_mtp.kernels.rows import BoundRows, RowConstants
 
     layout = SequenceLayout.packed([0, 24, 48], 3)
-    plan = make_row_plans(layout, 2, 100, False)[1]
-    asked = ("overlap", 2, 100, layout.kind, True, 0)
+    asked = ("overlap", "auto", 2, 100, layout.kind, True, 0)
     shapes = (torch.Size([1, 4096]),)
     spec = RowSpec(*asked, ("hidden",), torch.bfloat16, shapes, 1, 1, torch.device("cpu"))
     index, table, rows = torch.zeros(2, 8), torch.zeros(2, 2), torch.zeros(8, 4096)
-    bound = BoundRows(RowConstants.of(spec, plan), torch.zeros(1), layout.local_len)
+    bound = BoundRows(RowConstants.of(spec), torch.zeros(1), torch.zeros(1), layout.local_len)
     launches = [bound.pack_rows(index[0], rows), bound.unroll_own_rows(index)]
     launches += [bound.unroll_received_rows(index, rows, table, table), bound.sum_rows(index)]
     launches += [bound.pack_sums(index, rows), bound.add_rows(index[0], index, rows, table, table)]
+    words = torch.zeros(1)
+    launches.append(
+        all_to_all((words,) * 7, AllToAllConstants.of(3, 1, 2, 2, (4, 4096, 16384, 20000, 2048, 8)))
+    )
     return [compiled(one._kernel, ROWS, "*i32", one._constants) for one in launches]
 
 
@@ -109,7 +114,8 @@ def test_kernels_compile_for_a_gpu():
 
 def test_kernels_of_activations_compile_and_move_16_bytes_at_a_time():
     found = run_compiling(__file__, "activations")
-    assert found == ["ld.global.v4.b32", "st.global.v4.b32"] * 6 + ["compiled"] * 3
+    rows, words = ["ld.global.v4.b32", "st.global.v4.b32"], ["ld.global.v2.b64", "st.global.v2.b64"]
+    assert found == rows * 6 + words + ["compiled"] * 3
 
 
 def print_all(what: str) -> None:

@@ -1,4 +1,4 @@
-"""Rolls of activations by the transport of GPUs: its maps, kernels, buffers and messages, on CPU ranks."""
+"""Rolls of activations by the transports of GPUs: their maps, kernels, buffers and messages, on CPU ranks."""
 
 from __future__ import annotations
 
@@ -21,18 +21,27 @@ from strategies import KINDS
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them on GPUs")
 
 
+OVER = [pytest.param(False, id="process_group"), pytest.param(True, id="symmetric")]
+
+
+@pytest.mark.parametrize("is_symmetric", OVER)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("documents", LAYOUTS)
-def test_every_row_and_its_gradient_are_those_of_the_definition(ranks: RankPool, documents, kind):
+def test_every_row_and_its_gradient_are_those_of_the_definition(
+    ranks: RankPool, documents, kind, is_symmetric
+):
     forms = list(SEQ_DIM)
     for n, (size, num_depths) in enumerate(((2, 2), (4, 3))):
         layout = LAYOUTS[documents](16 * size, size, kind)
-        how = layout, num_depths, forms[(n + len(documents)) % len(forms)], "ab", torch.float64, n
-        ranks.check(on_pretended_gpus, size, False, rows_differ, *how)
+        how = layout, num_depths, forms[(n + len(documents)) % len(forms)], "ab", torch.float64, n, False
+        schedules = ("overlap",) if is_symmetric else ACTIVATION_SCHEDULES
+        ranks.check(on_pretended_gpus, size, is_symmetric, rows_differ, *how, schedules)
 
 
-def test_schedules_and_runs_give_the_same_bits(ranks: RankPool):
-    ranks.check(on_pretended_gpus, 2, False, bits_differ, LAYOUTS["packed"](32, 2, "zigzag"), torch.float32)
+@pytest.mark.parametrize("is_symmetric", OVER)
+def test_schedules_and_runs_give_the_same_bits(ranks: RankPool, is_symmetric):
+    layout = LAYOUTS["packed"](32, 2, "zigzag")
+    ranks.check(on_pretended_gpus, 2, is_symmetric, bits_differ, layout, torch.float32)
 
 
 def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
@@ -40,19 +49,20 @@ def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "is_symmetric"),
     [
-        activation_faults.wrong_after_passes,
-        activation_faults.recompute,
-        activation_faults.roll_among_others,
+        (activation_faults.wrong_after_passes, True),
+        (activation_faults.recompute, False),
+        (activation_faults.roll_among_others, True),
     ],
 )
-def test_buffers_are_used_again_after_any_pass_of_autograd(ranks: RankPool, body):
-    ranks.check(on_pretended_gpus, 2, False, body)
+def test_buffers_are_used_again_after_any_pass_of_autograd(ranks: RankPool, body, is_symmetric):
+    ranks.check(on_pretended_gpus, 2, is_symmetric, body)
 
 
-def test_buffers_are_used_again_after_unfinished_steps(ranks: RankPool):
-    ranks.check(on_pretended_gpus, 2, False, activation_faults.leaks, ("overlap",), 3)
+@pytest.mark.parametrize("is_symmetric", OVER)
+def test_buffers_are_used_again_after_unfinished_steps(ranks: RankPool, is_symmetric):
+    ranks.check(on_pretended_gpus, 2, is_symmetric, activation_faults.leaks, ("overlap",), 3)
 
 
 def traffic_of(group: dist.ProcessGroup, layout: SequenceLayout) -> list[Traffic]:
@@ -66,6 +76,8 @@ def traffic_of(group: dist.ProcessGroup, layout: SequenceLayout) -> list[Traffic
     return counted
 
 
-def test_as_much_is_sent_as_between_cpu_ranks(ranks: RankPool):
+@pytest.mark.parametrize("is_symmetric", OVER)
+def test_as_much_is_sent_as_between_cpu_ranks(ranks: RankPool, is_symmetric):
     layout = LAYOUTS["padded"](48, 3, "zigzag")
-    assert ranks.run(on_pretended_gpus, 3, False, traffic_of, layout) == ranks.run(traffic_of, 3, layout)
+    found = ranks.run(on_pretended_gpus, 3, is_symmetric, traffic_of, layout)
+    assert found == ranks.run(traffic_of, 3, layout)

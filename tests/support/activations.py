@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -190,3 +191,20 @@ def count_traffic(
         step(lambda: run_backward(batch, tensors, rolled))
     roller.close()
     return counts
+
+
+def roll_over(group: dist.ProcessGroup, transport: str, body: Callable[..., Any], *args: Any) -> Any:
+    """What a body returns whose exchanges of schedule `overlap` go over a transport, if no tp ranks share rows."""
+    used, make_roller = [], make_activation_roller
+
+    def make(schedule: str, *args: Any, **options: Any) -> Roller:
+        tp_group = options.get("tp_group", args[4] if len(args) > 4 else None)
+        is_free = schedule == "overlap" and tp_group is None
+        used.append(is_free)
+        return make_roller(schedule, *args, **options, transport=transport if is_free else "auto")
+
+    module = sys.modules[body.__module__]
+    with mock.patch.object(module, "make_activation_roller", make):
+        found = body(group, *args)
+    assert any(used)
+    return found

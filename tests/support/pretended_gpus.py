@@ -1,4 +1,4 @@
-"""The transports between GPUs, on CPU ranks: kernels are interpreted.
+"""The transports of activations between GPUs, on CPU ranks: kernels are interpreted.
 
 gloo carries the messages in place of NCCL. Symmetric memory is memory that ranks map from files. There is one stream,
 on which everything runs at once. So this shows what is sent, written and kept, not its order.
@@ -17,8 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.exchange import gloo
-from overlap_mtp.schedules import activations
+from overlap_mtp.exchange import gloo, select
 
 
 class Stream:
@@ -82,16 +81,21 @@ class SharedFiles:
 
 @contextlib.contextmanager
 def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
-    """Within it, exchanges of CPU ranks go by a transport of GPUs. Activations go by that of NCCL."""
-    from overlap_mtp.exchange import symmetric  # here: without Triton there is none
+    """Within it, exchanges of CPU ranks go by a transport of GPUs."""
+    from overlap_mtp.exchange import row_symmetric, symmetric  # here: without Triton there is none
     from overlap_mtp.exchange.nccl import NcclTransport
-    from overlap_mtp.exchange.row_cuda import NcclRowTransport
+    from overlap_mtp.exchange.row_nccl import NcclRowTransport
     from overlap_mtp.kernels.launch import Launch
 
     def make(config: Any) -> Any:
         if is_symmetric and config.group.cp_size > 1:
             return symmetric.SymmetricTransport(config, symmetric.allocate(config))
         return NcclTransport(config)
+
+    def make_of_rows(config: Any, plans: Any, tp_group: Any) -> Any:
+        if is_symmetric and config.is_overlapped and config.group.cp_size > 1 and not tp_group:
+            return row_symmetric.SymmetricRowTransport(config, plans, row_symmetric.allocate(config, plans))
+        return NcclRowTransport(config, plans, tp_group)
 
     zeros = torch.zeros
 
@@ -101,8 +105,9 @@ def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(gloo, "GlooTransport", make),
-            mock.patch.object(activations, "GlooRowTransport", NcclRowTransport),
+            mock.patch.object(select, "GlooRowTransport", make_of_rows),
             mock.patch.object(symmetric, "symmetric_memory", SharedFiles()),
+            mock.patch.object(row_symmetric, "symmetric_memory", SharedFiles()),
             mock.patch.object(torch, "zeros", unpinned),
             mock.patch.object(torch.Tensor, "record_stream"),
             mock.patch.multiple(

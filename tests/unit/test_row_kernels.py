@@ -7,7 +7,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from overlap_mtp.exchange.plan import FINGERPRINT as FINGERPRINT_WORD
 from overlap_mtp.exchange.plan import make_metadata
 from overlap_mtp.exchange.row_spec import ALIGNMENT, DTYPES, RowSpec
 from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan, make_row_plans
@@ -63,21 +62,18 @@ class Activations:
     def bound(self, num_depths: int = 1, spare: int = 0, **groups: list[torch.Tensor]) -> BoundRows:
         """Kernels that are bound to words with the addresses of groups: of all tensors, for each depth."""
         layout = SequenceLayout.dense(self.length, 1, "contiguous")
-        plan = make_row_plans(layout, num_depths, 1, False)[0]
         shapes = [torch.Size([hidden] if self.order == "[S, H]" else [2, hidden]) for hidden in self.widths]
-        asked = ("overlap", num_depths, 1, layout.kind, layout.is_packed, layout.seq_len)
+        asked = ("overlap", "auto", num_depths, 1, layout.kind, layout.is_packed, layout.seq_len)
         seq_dim, device = int(self.order == "[B, S, H]"), torch.device("cpu")
         spec = RowSpec(*asked, ("a", "b"), self.dtype, tuple(shapes), seq_dim, 1, device)
-        constants = RowConstants.of(spec, plan)
+        constants = RowConstants.of(spec)
         words = torch.zeros(constants[0].num_words, dtype=torch.int64)
-        metadata = torch.from_numpy(make_metadata(layout, plan.tokens))
-        words[: len(metadata)] = metadata
-        words[FINGERPRINT_WORD] = words[-1] = FINGERPRINT
+        words[0], words[-1] = self.length, FINGERPRINT
         for name, tensors in groups.items():
             first = getattr(constants[0], f"{name}_at")
             addresses = [tensor.data_ptr() for tensor in tensors]
             words[first : first + len(addresses)] = torch.tensor(addresses)
-        return BoundRows(constants, words, self.length + spare)
+        return BoundRows(constants, words, torch.tensor([FINGERPRINT]), self.length + spare)
 
 
 def flat(depths: list[list[torch.Tensor]]) -> list[torch.Tensor]:

@@ -1,0 +1,120 @@
+"""The exchange of words by stores, under the interpreter: ranks are simulated, each one's memory is a CPU tensor."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overlap_mtp.exchange.symmetric import MemoryLayout
+from overlap_mtp.kernels import all_to_all as all_to_all_module
+from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"
+)
+TIMEOUT = 3  # turns
+PART_WORDS = 4
+
+
+class Ranks:
+    """Simulated ranks with messages of `words[source][destination]` pairs of words."""
+
+    def __init__(self, words: list[list[int]], num_buffers: int = 2) -> None:
+        self.words, size = [[2 * one for one in row] for row in words], len(words)
+        self.into = [[self.words[source][rank] for source in range(size)] for rank in range(size)]
+        longest = max(map(max, self.words))
+        buffer_words = -(-max(map(sum, self.into)) // 16) * 16
+        self.places = MemoryLayout(
+            size, buffer_words, num_buffers, PART_WORDS, max(1, -(-longest // PART_WORDS))
+        )
+        self.memories = [torch.zeros(self.places.num_words, dtype=torch.int64) for _ in words]
+        self.seq_nos = [torch.zeros(100, dtype=torch.int64) for _ in words]
+        self.error_flags = [torch.zeros(4, dtype=torch.int32) for _ in words]
+        self.timeouts = [torch.tensor([TIMEOUT]) for _ in words]
+
+    def table(self, rank: int) -> tuple[torch.Tensor, int, int]:
+        """(peers, how many sources, how many destinations)."""
+        destinations, sources = [], []
+        for peer, words in enumerate(self.words[rank]):
+            if words:
+                there, here = sum(self.into[peer][:rank]), sum(self.words[rank][:peer])
+                destinations.append([self.memories[peer].data_ptr(), peer, there, here, words])
+        for peer, words in enumerate(self.into[rank]):
+            if words:
+                sources.append([self.memories[peer].data_ptr(), peer, sum(self.into[rank][:peer]), words])
+        flat = [word for row in (*destinations, *sources) for word in row]
+        return torch.tensor([*flat, 0]), len(sources), len(destinations)
+
+    def run(self, rank: int, sent: torch.Tensor, received: torch.Tensor, puts: bool) -> None:
+        peers, num_sources, num_destinations = self.table(rank)
+        constants = AllToAllConstants.of(
+            len(self.words), rank, num_sources, num_destinations, self.places.constants, 1, on_gpu=False
+        )
+        own = (peers, self.memories[rank], self.seq_nos[rank], self.error_flags[rank], self.timeouts[rank])
+        putting = num_destinations * constants.num_shares + 1
+        programs = (0, putting) if puts else (putting, None)
+        if programs[1] is not None or constants.num_programs > putting:
+            all_to_all((sent, received, *own), constants, *programs)()
+
+    def exchange(self, seed: int) -> list[str]:
+        """What is wrong after one exchange of random words."""
+        generator, wrong = torch.Generator().manual_seed(seed), []
+        sent = [torch.randint(-(2**62), 2**62, (sum(row) + 1,), generator=generator) for row in self.words]
+        received = [torch.full((sum(row) + 1,), -1) for row in self.into]
+        for puts in (True, False):
+            for rank in range(len(self.words)):
+                self.run(rank, sent[rank], received[rank], puts)
+        for rank, row in enumerate(self.into):
+            parts = [
+                sent[source][sum(self.words[source][:rank]) :][:words] for source, words in enumerate(row)
+            ]
+            if received[rank].tolist() != [*torch.cat(parts).tolist(), -1]:
+                wrong.append(f"rank {rank} received {received[rank].tolist()}")
+        return wrong
+
+
+@settings(max_examples=25)
+@given(
+    data=st.data(),
+    size=st.integers(2, 4),
+    num_buffers=st.integers(2, 3),
+    waiting=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_every_word_arrives_in_its_place(data, size, num_buffers, waiting, seed):
+    """Programs have several parts if few may wait, and others on ranks with more neighbours."""
+    lengths = st.sampled_from([0, 1, 2, 3, 15])
+    words = [[data.draw(lengths) if a != b else 0 for b in range(size)] for a in range(size)]
+    words[0][1] = max(1, words[0][1])
+    ranks = Ranks(words, num_buffers)
+    with mock.patch.object(all_to_all_module, "MAX_WAITING", waiting):
+        assert [ranks.exchange(seed + turn) for turn in range(4)] == [[]] * 4
+    assert not any(flags.any() for flags in ranks.error_flags)
+
+
+def test_a_rank_that_does_not_put_is_late():
+    ranks = Ranks([[0, 3, 0], [0, 0, 2], [1, 0, 0]])
+    assert ranks.exchange(0) == []
+    sent, received = torch.zeros(7, dtype=torch.int64), torch.full((3,), -1)
+    ranks.run(0, sent, received, puts=True)
+    ranks.run(0, sent, received, puts=False)
+    assert ranks.error_flags[0].tolist() == [0, 1 + 2, 0, 0]
+    assert received.tolist() == [0, 0, -1]
+    assert ranks.timeouts[0].item() == 0
+
+
+def test_a_rank_that_reads_nothing_keeps_its_buffers():
+    """Two exchanges may be ahead of a peer. Nothing is put over what it has not read."""
+    ranks = Ranks([[0, 2], [0, 0]])
+    sent, received = torch.arange(5), torch.zeros(1, dtype=torch.int64)
+    for _ in range(2):
+        ranks.run(0, sent, received, puts=True)
+    assert not ranks.error_flags[0].any()
+    before = ranks.memories[1].clone()
+    ranks.run(0, sent + 100, received, puts=True)
+    assert ranks.error_flags[0].tolist() == [0, 0, 1 + 1, 0]
+    assert torch.equal(ranks.memories[1], before)
