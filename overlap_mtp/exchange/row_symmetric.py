@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any
-
 import torch
-import torch.distributed._symmetric_memory as symmetric_memory
 from triton import next_power_of_2
 
 from overlap_mtp.exchange.row_buffers import RowBuffers
 from overlap_mtp.exchange.row_cuda import CudaRowTransport
 from overlap_mtp.exchange.row_transport import RowExchange
 from overlap_mtp.exchange.rows import Round, RowPlan, message_rounds
-from overlap_mtp.exchange.symmetric import DEFAULT_TIMEOUT, MemoryLayout
+from overlap_mtp.exchange.symmetric import MemoryLayout, allocate_words, share, timeout_of
 from overlap_mtp.exchange.transport import WORD_BYTES, TransportConfig
 from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
 from overlap_mtp.kernels.common import FLAG_WORDS
@@ -95,11 +91,8 @@ class SymmetricRowTransport(CudaRowTransport):
         """Collective over the cp group. It raises if the memory, from `allocate` on all ranks, cannot be shared."""
         super().__init__(config, plans, None)
         rank, row_words = self.group.cp_rank, self.spec.words_per_token
-        self._mapping: Any = symmetric_memory.rendezvous(memory, self.group.process_group)
-        offset = getattr(self._mapping, "offset", 0)
-        addresses = [address + offset for address in self._mapping.buffer_ptrs]
-        timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
-        timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
+        self._mapping, addresses = share(memory, self.group)
+        timeout = timeout_of(self.group, self.device)
         self._bound, self._sent, begin = [], [], 0
         for direction in directions_of(plans, row_words):
             constants = direction.constants(rank, on_gpu=self.device.type == "cuda")
@@ -148,10 +141,6 @@ class SymmetricRowTransport(CudaRowTransport):
 
 
 def allocate(config: TransportConfig, plans: list[RowPlan]) -> torch.Tensor:
-    """Allocate zeroed int64 memory that the ranks can share."""
+    """Allocate this rank's memory. It is not shared yet."""
     both = directions_of(plans, config.spec.words_per_token)
-    size = sum(direction.places.num_words for direction in both)
-    memory: torch.Tensor = symmetric_memory.empty(size, dtype=torch.int64, device=config.spec.device)
-    memory.zero_()
-    torch.cuda.synchronize(config.spec.device)
-    return memory
+    return allocate_words(sum(direction.places.num_words for direction in both), config.spec.device)

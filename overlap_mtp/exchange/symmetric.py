@@ -25,6 +25,7 @@ from triton import next_power_of_2
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
+from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import ExchangePlan
 from overlap_mtp.exchange.spec import ExchangeSpec
 from overlap_mtp.exchange.transport import WORD_BYTES, TransportConfig
@@ -112,15 +113,12 @@ class SymmetricTransport(CudaTransport):
         super().__init__(config)
         self._memory_layout = MemoryLayout.of(config.plans, self.spec)
         self._memory = memory
-        self._mapping: Any = symmetric_memory.rendezvous(memory, self.group.process_group)
-        offset = getattr(self._mapping, "offset", 0)
-        addresses = [address + offset for address in self._mapping.buffer_ptrs]
+        self._mapping, addresses = share(memory, self.group)
         peers = peer_table(config.plans, self.group.cp_rank, addresses)
         self._peers = torch.tensor(peers, dtype=torch.int64, device=self.device)
         counting = num_counting(self._constants(is_replayable=False))
         self._seq_nos = torch.zeros(counting, dtype=torch.int64, device=self.device)
-        timeout_ns = (self.group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
-        self._timeout = torch.tensor([int(timeout_ns)], dtype=torch.int64, device=self.device)
+        self._timeout = timeout_of(self.group, self.device)
         plan_table, tensor_table = self._tables
         asked = torch.from_numpy(self.plan.asked).to(self.device)
         self._tables = torch.cat([plan_table, asked.flatten()]), tensor_table
@@ -165,9 +163,34 @@ class SymmetricTransport(CudaTransport):
 
 
 def allocate(config: TransportConfig) -> torch.Tensor:
-    """Allocate zeroed int64 memory that the ranks can share."""
-    size = MemoryLayout.of(config.plans, config.spec).num_words
-    memory = symmetric_memory.empty(size, dtype=torch.int64, device=config.spec.device)
+    """Allocate this rank's memory. It is not shared yet."""
+    return allocate_words(MemoryLayout.of(config.plans, config.spec).num_words, config.spec.device)
+
+
+def allocate_words(num_words: int, device: torch.device) -> torch.Tensor:
+    """Allocate zeroed int64 memory that ranks can share."""
+    memory: torch.Tensor = symmetric_memory.empty(num_words, dtype=torch.int64, device=device)
     memory.zero_()
-    torch.cuda.synchronize(config.spec.device)
+    torch.cuda.synchronize(device)
     return memory
+
+
+def share(memory: torch.Tensor, group: ExchangeGroup) -> tuple[Any, list[int]]:
+    """Let the ranks of a group write to each other's memory. Collective.
+
+    Args:
+        memory: from `allocate_words`, of the same size on all ranks.
+        group: the ranks.
+
+    Returns:
+        What keeps the peers' memory mapped, and where each rank's memory is, as this rank sees it.
+    """
+    mapping = symmetric_memory.rendezvous(memory, group.process_group)
+    offset = getattr(mapping, "offset", 0)
+    return mapping, [address + offset for address in mapping.buffer_ptrs]
+
+
+def timeout_of(group: ExchangeGroup, device: torch.device) -> torch.Tensor:
+    """How long kernels wait for peers: ns, int64 [1]."""
+    timeout_ns = (group.timeout or DEFAULT_TIMEOUT) / timedelta(microseconds=1) * 1000
+    return torch.tensor([int(timeout_ns)], dtype=torch.int64, device=device)

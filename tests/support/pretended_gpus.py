@@ -107,7 +107,6 @@ def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
             mock.patch.object(gloo, "GlooTransport", make),
             mock.patch.object(select, "GlooRowTransport", make_of_rows),
             mock.patch.object(symmetric, "symmetric_memory", SharedFiles()),
-            mock.patch.object(row_symmetric, "symmetric_memory", SharedFiles()),
             mock.patch.object(torch, "zeros", unpinned),
             mock.patch.object(torch.Tensor, "record_stream"),
             mock.patch.multiple(
