@@ -13,12 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.kernels.common import FLAG_WORDS, MAX_WAITING
+from overlap_mtp.kernels.common import FLAG_WORDS
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put_pack import LATE_ACKNOWLEDGEMENT, PEER_WORDS, SOURCE_WORDS, acknowledge
 from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 from overlap_mtp.kernels.wait_unroll import LATE_TOKENS
 
+MAX_WAITING = 16  # programs that may wait for peers at a time; all of them do, as messages of rows are long
 PAIR = tl.constexpr(2)  # words: messages begin at multiples of 16 bytes
 
 

@@ -22,7 +22,7 @@ NUM_DOCUMENTS_AT = tl.constexpr(NUM_DOCUMENTS)
 SEQ_LEN_AT = tl.constexpr(SEQ_LEN)
 CU_AT = tl.constexpr(CU_SEQLENS)
 NO_DOCUMENT_AT = tl.constexpr(int(NO_DOCUMENT))
-MAX_WAITING = 16  # programs that may wait for peers at a time: they keep their places on the device
+MAX_WAITING = 32  # programs that may wait for peers at a time: they keep their places on the device
 FLAG_WORDS = 16  # a flag in symmetric memory has a 128-byte line of its own
 
 
