@@ -58,7 +58,7 @@ class CudaRowTransport(RowTransport):
 
     @abstractmethod
     def _bind_sends(self, buffers: RowBuffers) -> None:
-        """Set `sends` of new buffers."""
+        """Bind what sends the rows to new buffers, whose graphs have not been captured."""
 
     def _make_first_buffers(self) -> None:
         for _ in range(BUFFERS):
@@ -84,8 +84,8 @@ class CudaRowTransport(RowTransport):
         # Their memory belongs to the stream that writes it first, which may not wait for the other.
         with torch.cuda.stream(self._side if self.is_overlapped else None):
             buffers = RowBuffers(self._fixed, length)
-        buffers.capture(writes_ahead)
         self._bind_sends(buffers)
+        buffers.capture(writes_ahead)
         self._all.append(buffers)
         self._free.appendleft(buffers)
 

@@ -13,6 +13,7 @@ from overlap_mtp.exchange.symmetric import MemoryLayout, allocate_words, share, 
 from overlap_mtp.exchange.transport import WORD_BYTES, TransportConfig
 from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
 from overlap_mtp.kernels.common import FLAG_WORDS
+from overlap_mtp.kernels.launch import in_turn
 
 NUM_BUFFERS = 2  # a rank that is further ahead of a peer waits on its side stream
 PART_WORDS = 2048  # of a part of a message: 16 KiB
@@ -79,7 +80,7 @@ def directions_of(plans: list[RowPlan], row_words: int) -> tuple[Direction, Dire
 
 
 class SymmetricRowTransport(CudaRowTransport):
-    """`all_to_all` sends and receives in one kernel, and no library call. Schedule `overlap` without tp ranks.
+    """`all_to_all` sends and receives in one kernel, in the graph that packs. Schedule `overlap` without tp ranks.
 
     It needs GPUs that can write to each other's memory. If a peer never comes, the wait ends after the exchange group's
     timeout, and `raise_if_failed` then raises. Forward and backward have memory and sequence numbers of their own.
@@ -93,6 +94,7 @@ class SymmetricRowTransport(CudaRowTransport):
         rank, row_words = self.group.cp_rank, self.spec.words_per_token
         self._mapping, addresses = share(memory, self.group)
         timeout = timeout_of(self.group, self.device)
+        self._pack_span = self._send_span
         self._bound, self._sent, begin = [], [], 0
         for direction in directions_of(plans, row_words):
             constants = direction.constants(rank, on_gpu=self.device.type == "cuda")
@@ -118,14 +120,13 @@ class SymmetricRowTransport(CudaRowTransport):
             del self._bound, self._mapping  # now: a later garbage collection may hit a capture
 
     def _bind_sends(self, buffers: RowBuffers) -> None:
-        buffers.sends = []
-        for buffer, (first, constants, fixed) in zip(
-            (buffers.rows, buffers.gradient_rows), self._bound, strict=True
-        ):
+        launches = []
+        packed = (buffers.rows, buffers.pack), (buffers.gradient_rows, buffers.pack_sums)
+        for (buffer, pack), (first, constants, fixed) in zip(packed, self._bound, strict=True):
             words = buffer.view(torch.int64)
-            launch = all_to_all((words.view(-1), words[first:].view(-1), *fixed), constants)
-            launch.capture()
-            buffers.sends.append(launch)
+            send = all_to_all((words.view(-1), words[first:].view(-1), *fixed), constants)
+            launches.append(in_turn(pack, send))
+        buffers.pack, buffers.pack_sums = launches
         buffers.shared = self._mapping
 
     def _describe_failure(self, source: int, late: list[int], bounds: int) -> str:
@@ -135,8 +136,7 @@ class SymmetricRowTransport(CudaRowTransport):
         return said + "; it was a backward, which every rank must run" * is_backward
 
     def _leave(self, exchange: RowExchange) -> None:
-        with self._send_span:
-            exchange.held.buffers.sends[exchange.is_backward].replay()
+        """They have left with the graph that packs."""
         self.traffic.add(*self._sent[exchange.is_backward])
 
 
