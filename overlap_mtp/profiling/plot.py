@@ -103,10 +103,12 @@ def _headline(timeline: DeviceTimeline, views: Sequence[View]) -> str:
 
 
 def _views(timeline: DeviceTimeline) -> list[View]:
-    """The last step of each preferred schedule, else of two others, else everything."""
+    """The last step of each preferred schedule, else of two others, over each transport; else everything."""
     steps = {step.schedule: at for at, step in enumerate(timeline.steps) if (timeline.step == at).any()}
     ordered = in_usual_order(steps)
-    names = [name for name in ordered if base_name(name) in PREFERRED] or ordered[:2]
+    bases = list(dict.fromkeys(map(base_name, ordered)))
+    chosen_bases = [base for base in bases if base in PREFERRED] or bases[:2]
+    names = [name for name in ordered if base_name(name) in chosen_bases]
     chosen = [(name, np.flatnonzero(timeline.step == steps[name])) for name in names]
     return [
         View(

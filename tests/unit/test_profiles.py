@@ -289,6 +289,17 @@ PICTURES = {  # title, first and last schedule, streams of the last
 }
 
 
+def test_schedules_of_activations_are_plotted_over_each_transport(tmp_path):
+    from overlap_mtp.profiling.plot import draw
+
+    names = ["none", "overlap:symmetric", "merged", "overlap:process_group"]
+    spans = [Span(f"step {name} r0", 100 * at, 100 * at + 50) for at, name in enumerate(names)]
+    work = [Work("gemm", 100 * at + 1, 100 * at + 10, 100 * at + 40) for at in range(len(names))]
+    figure = draw(report(tmp_path, "nsys", Process(5, spans, work)).timelines)
+    titles = [axes.get_title(loc="left").rsplit(": ", 1)[0] for axes in figure.axes[::2]]
+    assert titles == ["merged", "overlap:process_group", "overlap:symmetric"]
+
+
 @pytest.mark.parametrize("kind", PICTURES)
 def test_every_kind_of_profile_is_plotted(tmp_path, kind):
     from matplotlib import image
