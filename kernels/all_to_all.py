@@ -19,7 +19,8 @@ from overlap_mtp.kernels.put_pack import LATE_ACKNOWLEDGEMENT, PEER_WORDS, SOURC
 from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
 from overlap_mtp.kernels.wait_unroll import LATE_TOKENS
 
-MAX_WAITING = 16  # programs that may wait for peers at a time; all of them do, as messages of rows are long
+MAX_PUTTING = 128  # programs that put at a time: they wait only for peers that are two exchanges behind
+MAX_TAKING = 16  # programs that wait for messages at a time: they keep their places on the device
 PAIR = tl.constexpr(2)  # words: messages begin at multiples of 16 bytes
 
 
@@ -37,7 +38,8 @@ class AllToAllConstants(NamedTuple):
     acknowledgements_at: int
     part_words: int  # a power of two
     num_parts: int  # of the longest message of any rank
-    num_shares: int  # programs for each peer that share the parts
+    put_shares: int  # programs for each destination that share the parts
+    take_shares: int  # the same for each source
     first_late: int  # what `error_flags` say of cp rank 0, if it is late
     on_gpu: bool  # otherwise ranks run one after the other, and timeouts are turns of the waiting loop
     flag_words: int = FLAG_WORDS
@@ -65,16 +67,17 @@ class AllToAllConstants(NamedTuple):
         Returns:
             The constants.
         """
-        shares = min(memory[-1], max(1, MAX_WAITING // max(1, num_sources, num_destinations)))
+        num_parts = memory[-1]
+        put_shares = min(num_parts, max(1, MAX_PUTTING // max(1, num_destinations)))
+        take_shares = min(num_parts, max(1, MAX_TAKING // max(1, num_sources)))
         padded = triton.next_power_of_2(max(1, num_sources))
-        return cls(
-            cp_size, cp_rank, num_sources, padded, num_destinations, *memory, shares, first_late, on_gpu
-        )
+        peers = num_sources, padded, num_destinations
+        return cls(cp_size, cp_rank, *peers, *memory, put_shares, take_shares, first_late, on_gpu)
 
     @property
     def num_programs(self) -> int:
         """Programs that put, acknowledge or take."""
-        return (self.num_destinations + self.num_sources) * self.num_shares + 1
+        return self.num_destinations * self.put_shares + 1 + self.num_sources * self.take_shares
 
 
 @triton.jit
@@ -82,18 +85,19 @@ def put_parts(sent, peer, share, seq_no, memory, error_flags, timeout, C: tl.con
     """Put this program's parts of a message into the peer's memory, if it has acknowledged the buffer."""
     rank = tl.load(peer + 1)
     free = flag_of(memory + C.acknowledgements_at, seq_no, rank, 0, 1, C)
-    if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.on_gpu):
+    patience = tl.load(timeout)
+    if wait_signal(free, seq_no - C.num_buffers, patience, C.on_gpu):
         theirs = tl.multiple_of(tl.load(peer).to(tl.pointer_type(tl.int64)), 16)
         buffer = theirs + seq_no % C.num_buffers * C.buffer_words + tl.multiple_of(tl.load(peer + 2), PAIR)
         begin = tl.multiple_of(tl.load(peer + 3), PAIR)
         words = tl.multiple_of(tl.load(peer + 4), PAIR)
-        for part in range(share, tl.cdiv(words, C.part_words), C.num_shares):
+        for part in range(share, tl.cdiv(words, C.part_words), C.put_shares):
             at = part * C.part_words + tl.arange(0, C.part_words)
             inside = at < words
             tl.store(buffer + at, tl.load(sent + begin + at, mask=inside, other=0), mask=inside)
             signal(flag_of(theirs + C.signals_at, seq_no, C.cp_rank, part, C.num_parts, C), seq_no)
     else:
-        tl.store(error_flags + LATE_ACKNOWLEDGEMENT, (C.first_late + rank).to(tl.int32))
+        tl.store(error_flags + LATE_ACKNOWLEDGEMENT, (C.first_late + rank).to(tl.int32), mask=patience > 0)
         tl.store(timeout, tl.zeros_like(seq_no))
 
 
@@ -104,15 +108,16 @@ def take_parts(received, source, share, seq_no, memory, error_flags, timeout, C:
     begin = tl.multiple_of(tl.load(source + 2), PAIR)
     words = tl.multiple_of(tl.load(source + 3), PAIR)
     buffer = memory + seq_no % C.num_buffers * C.buffer_words + begin
-    for part in range(share, tl.cdiv(words, C.part_words), C.num_shares):
+    for part in range(share, tl.cdiv(words, C.part_words), C.take_shares):
         flag = flag_of(memory + C.signals_at, seq_no, rank, part, C.num_parts, C)
-        arrived = wait_signal(flag, seq_no, tl.load(timeout), C.on_gpu)
+        patience = tl.load(timeout)
+        arrived = wait_signal(flag, seq_no, patience, C.on_gpu)
         at = part * C.part_words + tl.arange(0, C.part_words)
         inside = at < words
         found = tl.load(buffer + at, mask=inside & arrived, other=0)
         tl.store(received + begin + at, found, mask=inside)
         if not arrived:
-            tl.store(error_flags + LATE_TOKENS, (C.first_late + rank).to(tl.int32))
+            tl.store(error_flags + LATE_TOKENS, (C.first_late + rank).to(tl.int32), mask=patience > 0)
             tl.store(timeout, tl.zeros_like(seq_no))
 
 
@@ -128,20 +133,19 @@ def all_to_all_kernel(
     C: tl.constexpr,
     FIRST: tl.constexpr,  # the first program that is launched
 ):
-    PUTTING: tl.constexpr = C.num_destinations * C.num_shares
+    PUTTING: tl.constexpr = C.num_destinations * C.put_shares
     program = tl.program_id(0) + FIRST
-    share = program % C.num_shares
     sources = peers + C.num_destinations * PEER_WORDS
     seq_no = tl.load(seq_nos + program) + 1
     if program < PUTTING:
-        peer = peers + program // C.num_shares * PEER_WORDS
-        put_parts(sent, peer, share, seq_no, memory, error_flags, timeout, C)
+        peer = peers + program // C.put_shares * PEER_WORDS
+        put_parts(sent, peer, program % C.put_shares, seq_no, memory, error_flags, timeout, C)
     elif program == PUTTING:
         acknowledge(sources, seq_no - 1, C)
     else:
-        share = (program - PUTTING - 1) % C.num_shares
-        source = sources + (program - PUTTING - 1) // C.num_shares * SOURCE_WORDS
-        take_parts(received, source, share, seq_no, memory, error_flags, timeout, C)
+        taking = program - PUTTING - 1
+        source = sources + taking // C.take_shares * SOURCE_WORDS
+        take_parts(received, source, taking % C.take_shares, seq_no, memory, error_flags, timeout, C)
     tl.store(seq_nos + program, seq_no)
 
 
@@ -153,7 +157,7 @@ def all_to_all(
 ) -> Launch:
     """Bind the kernel to its buffers. In torch it is `all_to_all_single`.
 
-    `error_flags` says whose acknowledgement or message is late. `received` gets zeros in place of a late message.
+    `error_flags` says whose acknowledgement or message was late first. `received` gets zeros for a late one.
 
     Args:
         buffers: the arguments of the kernel. A row of `peers` for a destination holds the address of its memory, its cp

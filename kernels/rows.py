@@ -10,7 +10,8 @@ Tensors are new ones in each exchange. So kernels find their addresses, and the 
     words = [S | tensors | rolls of depth 1, 2, ... || gradients of depth 1, 2, ... | sums | fingerprint of backward]
 
 The addresses of a group are those of each tensor of the exchange. Forward writes what comes before ||, backward the
-rest. A kernel is compiled for a shape of rows, and never again for other plans, lengths or maps.
+rest. A kernel is compiled for a shape of rows and a number of peers, and never again for other plans, lengths or
+maps.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ class BoundRows(NamedTuple):
 
     constants: list[RowConstants]  # of each tensor
     words: torch.Tensor  # int64 [num_words]
-    fingerprint: torch.Tensor  # int64: the first is that of forward
+    fingerprint: torch.Tensor  # int64 [1]: that of forward
     length: int  # the most rows that this rank holds of a batch
 
     def pack_rows(self, packed: torch.Tensor, rows: torch.Tensor) -> Launch:

@@ -32,12 +32,20 @@ class Ranks:
             size, buffer_words, num_buffers, PART_WORDS, max(1, -(-longest // PART_WORDS))
         )
         self.memories = [torch.zeros(self.places.num_words, dtype=torch.int64) for _ in words]
-        self.seq_nos = [torch.zeros(100, dtype=torch.int64) for _ in words]
+        self.seq_nos = [
+            torch.zeros(self.constants(rank).num_programs, dtype=torch.int64) for rank in range(size)
+        ]
         self.error_flags = [torch.zeros(4, dtype=torch.int32) for _ in words]
         self.timeouts = [torch.tensor([TIMEOUT]) for _ in words]
 
-    def table(self, rank: int) -> tuple[torch.Tensor, int, int]:
-        """(peers, how many sources, how many destinations)."""
+    def constants(self, rank: int, first_late: int = 1) -> AllToAllConstants:
+        peers = sum(map(bool, self.into[rank])), sum(map(bool, self.words[rank]))
+        return AllToAllConstants.of(
+            len(self.words), rank, *peers, self.places.constants, first_late, on_gpu=False
+        )
+
+    def table(self, rank: int) -> torch.Tensor:
+        """The kernel's `peers`."""
         destinations, sources = [], []
         for peer, words in enumerate(self.words[rank]):
             if words:
@@ -47,15 +55,20 @@ class Ranks:
             if words:
                 sources.append([self.memories[peer].data_ptr(), peer, sum(self.into[rank][:peer]), words])
         flat = [word for row in (*destinations, *sources) for word in row]
-        return torch.tensor([*flat, 0]), len(sources), len(destinations)
+        return torch.tensor([*flat, 0])
 
-    def run(self, rank: int, sent: torch.Tensor, received: torch.Tensor, puts: bool) -> None:
-        peers, num_sources, num_destinations = self.table(rank)
-        constants = AllToAllConstants.of(
-            len(self.words), rank, num_sources, num_destinations, self.places.constants, 1, on_gpu=False
+    def run(
+        self, rank: int, sent: torch.Tensor, received: torch.Tensor, puts: bool, first_late: int = 1
+    ) -> None:
+        constants = self.constants(rank, first_late)
+        own = (
+            self.table(rank),
+            self.memories[rank],
+            self.seq_nos[rank],
+            self.error_flags[rank],
+            self.timeouts[rank],
         )
-        own = (peers, self.memories[rank], self.seq_nos[rank], self.error_flags[rank], self.timeouts[rank])
-        putting = num_destinations * constants.num_shares + 1
+        putting = constants.num_destinations * constants.put_shares + 1
         programs = (0, putting) if puts else (putting, None)
         if programs[1] is not None or constants.num_programs > putting:
             all_to_all((sent, received, *own), constants, *programs)()
@@ -82,16 +95,17 @@ class Ranks:
     data=st.data(),
     size=st.integers(2, 4),
     num_buffers=st.integers(2, 3),
+    putting=st.integers(1, 6),
     waiting=st.integers(1, 6),
     seed=st.integers(0, 999),
 )
-def test_every_word_arrives_in_its_place(data, size, num_buffers, waiting, seed):
-    """Programs have several parts if few may wait, and others on ranks with more neighbours."""
+def test_every_word_arrives_in_its_place(data, size, num_buffers, putting, waiting, seed):
+    """Programs have several parts if few may put or wait, and others on ranks with more neighbours."""
     lengths = st.sampled_from([0, 1, 2, 3, 15])
     words = [[data.draw(lengths) if a != b else 0 for b in range(size)] for a in range(size)]
     words[0][1] = max(1, words[0][1])
-    ranks = Ranks(words, num_buffers)
-    with mock.patch.object(all_to_all_module, "MAX_WAITING", waiting):
+    with mock.patch.multiple(all_to_all_module, MAX_PUTTING=putting, MAX_TAKING=waiting):
+        ranks = Ranks(words, num_buffers)
         assert [ranks.exchange(seed + turn) for turn in range(4)] == [[]] * 4
     assert not any(flags.any() for flags in ranks.error_flags)
 
@@ -101,10 +115,13 @@ def test_a_rank_that_does_not_put_is_late():
     assert ranks.exchange(0) == []
     sent, received = torch.zeros(7, dtype=torch.int64), torch.full((3,), -1)
     ranks.run(0, sent, received, puts=True)
-    ranks.run(0, sent, received, puts=False)
-    assert ranks.error_flags[0].tolist() == [0, 1 + 2, 0, 0]
+    ranks.run(0, sent, received, puts=False, first_late=1 + 3)
+    assert ranks.error_flags[0].tolist() == [0, 1 + 3 + 2, 0, 0]
     assert received.tolist() == [0, 0, -1]
     assert ranks.timeouts[0].item() == 0
+    ranks.run(0, sent, received, puts=True)
+    ranks.run(0, sent, received, puts=False)
+    assert ranks.error_flags[0].tolist() == [0, 1 + 3 + 2, 0, 0]  # what is late then follows from the first
 
 
 def test_a_rank_that_reads_nothing_keeps_its_buffers():
@@ -118,3 +135,26 @@ def test_a_rank_that_reads_nothing_keeps_its_buffers():
     ranks.run(0, sent + 100, received, puts=True)
     assert ranks.error_flags[0].tolist() == [0, 0, 1 + 1, 0]
     assert torch.equal(ranks.memories[1], before)
+
+
+def test_a_message_is_acknowledged_when_the_next_exchange_begins():
+    """Not before: until then its reader may not have read it."""
+    ranks = Ranks([[0, 2], [1, 0]])
+    sent = torch.arange(5)
+    mine, theirs = torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    for _ in range(2):
+        ranks.run(0, sent, mine, puts=True)
+    ranks.run(1, sent, theirs, puts=True)  # its first exchange has begun, and has read nothing
+    unread = ranks.memories[1][: ranks.places.signals_at].clone()
+    ranks.run(0, sent + 100, mine, puts=True)
+    assert ranks.error_flags[0].tolist() == [0, 0, 1 + 1, 0]
+    assert torch.equal(ranks.memories[1][: len(unread)], unread)
+    ranks.run(1, sent, theirs, puts=False)
+    assert theirs.tolist() == [0, 1, 2, 3, 0]
+    ranks.run(1, sent, theirs, puts=True)  # acknowledges the first
+    ranks.seq_nos[0][: -ranks.constants(0).take_shares] -= 1
+    ranks.error_flags[0].zero_()
+    ranks.timeouts[0].fill_(TIMEOUT)
+    ranks.run(0, sent + 100, mine, puts=True)
+    assert not ranks.error_flags[0].any()
+    assert not torch.equal(ranks.memories[1][: len(unread)], unread)
