@@ -50,8 +50,10 @@ class RowBuffers:
         self.rows, self.gradient_rows = (
             torch.zeros(shape, dtype=fixed.spec.dtype, device=fixed.spec.device) for _ in range(2)
         )
-        self.sends: Any = None  # what the transport needs to send forward and backward
-        self.shared: object = None  # keeps the peers' memory mapped
+        self.sends: Any = (
+            None  # what NCCL needs to send forward and backward; otherwise `pack` and `pack_sums` send
+        )
+        self.shared: object = None  # keeps the memory of peers mapped, if it is shared
         self.forked, self.arrived, self.returned, self.joined = (torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
         self.last_use = self.joined
         self._backward_at = first.gradients_at
@@ -59,7 +61,7 @@ class RowBuffers:
 
         self.metadata = metadata
         words = metadata[plan.tokens.metadata_len :]
-        bound = BoundRows(constants, words, metadata[FINGERPRINT:], length)
+        bound = BoundRows(constants, words, metadata[FINGERPRINT : FINGERPRINT + 1], length)
         out_rows, in_rows = plan.out_rows, plan.in_rows
         forward, backward = ((one, fixed.error_flags) for one in fixed.headers)
         maps = self.maps

@@ -90,11 +90,11 @@ class SymmetricRowTransport(CudaRowTransport):
 
     def __init__(self, config: TransportConfig, plans: list[RowPlan], memory: torch.Tensor) -> None:
         """Collective over the cp group. It raises if the memory, from `allocate` on all ranks, cannot be shared."""
+        self._mapping, addresses = share(memory, config.group)  # first: peers wait for it
         super().__init__(config, plans, None)
         rank, row_words = self.group.cp_rank, self.spec.words_per_token
-        self._mapping, addresses = share(memory, self.group)
         timeout = timeout_of(self.group, self.device)
-        self._pack_span = self._send_span
+        self._pack_span = self._send_span  # one graph packs and sends
         self._bound, self._sent, begin = [], [], 0
         for direction in directions_of(plans, row_words):
             constants = direction.constants(rank, on_gpu=self.device.type == "cuda")
@@ -132,7 +132,7 @@ class SymmetricRowTransport(CudaRowTransport):
     def _describe_failure(self, source: int, late: list[int], bounds: int) -> str:
         size = self.plan.cp_size
         said = super()._describe_failure(source, [one - size if one > size else one for one in late], bounds)
-        is_backward = any(one > size for one in late)
+        is_backward = next(filter(None, late), 0) > size  # the one that is said
         return said + "; it was a backward, which every rank must run" * is_backward
 
     def _leave(self, exchange: RowExchange) -> None:

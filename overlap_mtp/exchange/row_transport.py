@@ -138,7 +138,7 @@ class RowTransport(Transport):
 
     @abstractmethod
     def _pack(self, exchange: RowExchange) -> None:
-        """Pack the rows that leave."""
+        """Pack the rows that leave. It may send them, too, if there are no tp ranks."""
 
     @abstractmethod
     def _unroll(self, exchange: RowExchange) -> None:
@@ -146,7 +146,7 @@ class RowTransport(Transport):
 
     @abstractmethod
     def _pack_gradients(self, exchange: RowExchange) -> None:
-        """Write the sums of the own rows' gradients, and pack those that leave."""
+        """Write the sums of the own rows' gradients, and pack those that leave, as `_pack` does."""
 
     @abstractmethod
     def _add(self, exchange: RowExchange) -> None:

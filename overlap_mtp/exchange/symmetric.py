@@ -79,7 +79,7 @@ class MemoryLayout:
 
     @property
     def constants(self) -> tuple[int, int, int, int, int, int]:
-        """What ExchangeConstants holds of it."""
+        """What ExchangeConstants or AllToAllConstants holds of it."""
         places = self.signals_at, self.acknowledgements_at
         return self.num_buffers, self.buffer_words, *places, self.part_rows, self.num_parts
 

@@ -82,8 +82,9 @@ class Transport(ABC):
         self._flagged: Sequence[int] = self.plan.sources  # which cp ranks the first error flag counts
         self.num_started = 0
         self.failure: str | None = None  # what `raise_if_failed` has raised
-        # [0]: 1 + the index in `_flagged` of a rank with another plan; [1]: 1 + a cp rank that is late with tokens;
-        # [2]: 1 + a cp rank that is late with an acknowledgement; [3]: 1 if the bounds of a DeviceLayout are illegal.
+        # [0]: 1 + the index in `_flagged` of a rank with another plan; [1]: 1 + a cp rank whose message is late;
+        # [2]: 1 + a cp rank that is late with an acknowledgement (both + cp_size if it is a backward over symmetric
+        # memory); [3]: 1 if the bounds of a DeviceLayout are illegal.
         # Pinned: kernels write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()
@@ -140,7 +141,9 @@ class Transport(ABC):
             return
         source, *late, bounds = (int(word) for word in self._flags)
         self._flags[:] = 0
-        self.failure = self._describe_failure(source, late, bounds)
+        self.failure = self.failure or self._describe_failure(
+            source, late, bounds
+        )  # others follow from the first
         raise RuntimeError(self.failure)
 
     def _describe_failure(self, source: int, late: list[int], bounds: int) -> str:

@@ -68,7 +68,9 @@ def make_activation_roller(
     functions, and give these the rolls as inputs: then backward sends nothing a second time.
 
     Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls, if it
-    uses every tensor and none of them is a leaf, or the rolls live until backward.
+    uses every tensor and none of them is a leaf, or the rolls live until backward. If a step has several exchanges, the
+    losses of all ranks must use the rolls of the same ones (times 0, if they do not count). Otherwise backwards may run
+    in another order on each rank and wait for each other.
 
     Args:
         schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).

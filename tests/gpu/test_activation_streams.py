@@ -10,6 +10,7 @@ from overlap_mtp import SequenceLayout
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.schedules.activations import make_activation_roller
 
+from activation_faults import said_of_a_late_peer
 from cases import copy_late
 from exact_activations import Activations
 from rank_pool import RankPool, device_of
@@ -183,3 +184,11 @@ def added_to_another_tensor(group: dist.ProcessGroup, transport: str) -> list[st
 )
 def test_rows_are_right_while_a_stream_is_behind(gpu_pool: RankPool, body, transport):
     gpu_pool.check(body, gpu_pool.world_size, transport)
+
+
+@pytest.mark.parametrize("skipped", ["forward", "backward"])
+def test_a_late_peer_over_symmetric_memory_is_named(gpu_pool: RankPool, skipped):
+    said, nothing = gpu_pool.run(said_of_a_late_peer, 2, skipped)
+    assert nothing == ""
+    assert "cp rank 0 of 2 gave up waiting for the activations of cp rank 1" in said
+    assert said.endswith("; it was a backward, which every rank must run") == (skipped == "backward")

@@ -81,3 +81,11 @@ def test_as_much_is_sent_as_between_cpu_ranks(ranks: RankPool, is_symmetric):
     layout = LAYOUTS["padded"](48, 3, "zigzag")
     found = ranks.run(on_pretended_gpus, 3, is_symmetric, traffic_of, layout)
     assert found == ranks.run(traffic_of, 3, layout)
+
+
+@pytest.mark.parametrize("skipped", ["forward", "backward"])
+def test_a_late_peer_over_symmetric_memory_is_named(ranks: RankPool, skipped):
+    said, nothing = ranks.run(on_pretended_gpus, 2, True, activation_faults.said_of_a_late_peer, skipped)
+    assert nothing == ""
+    assert "cp rank 0 of 2 gave up waiting for the activations of cp rank 1" in said
+    assert said.endswith("; it was a backward, which every rank must run") == (skipped == "backward")

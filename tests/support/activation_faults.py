@@ -452,3 +452,35 @@ def run_backward_of_several_microbatches(group: dist.ProcessGroup) -> list[str]:
         wrong += [f"microbatch {number}: {one}" for one in batch.wrong_gradients(gradients_of(mine), times)]
     roller.close()
     return wrong
+
+
+def said_of_a_late_peer(group: dist.ProcessGroup, skipped: str) -> str:
+    """What ranks raise if the last one skips a direction of an exchange, over symmetric memory."""
+    from overlap_mtp.exchange import row_symmetric
+
+    own = dist.new_group(list(range(group.size())))  # ranks out of step need another one
+    turns_or_ns = 10_000 if dist.get_backend(group) == "gloo" else 2 * 10**9
+
+    def timeout_of(_: object, device: torch.device) -> torch.Tensor:
+        return torch.tensor([turns_or_ns], device=device)
+
+    with mock.patch.object(row_symmetric, "timeout_of", timeout_of):
+        roller = make_activation_roller("overlap", own, 2)
+        batch = batch_of(own)
+        assert wrong_rows(batch, roller) == []
+    is_late = own.rank() == own.size() - 1
+    said = ""
+    try:
+        if not (is_late and skipped == "forward"):
+            leaves = {name: tensor.requires_grad_() for name, tensor in batch.shards().items()}
+            rolls = roller.start({name: leaf * 1 for name, leaf in leaves.items()}, batch.layout)
+            rolled = [*rolls.at(1).values(), *rolls.at(2).values()]
+            if not is_late:
+                torch.autograd.backward(rolled, [torch.ones_like(one) for one in rolled])
+            torch.cuda.synchronize()
+            roller.raise_if_failed()
+    except RuntimeError as error:
+        said = str(error)
+    with contextlib.suppress(RuntimeError):
+        roller.close()
+    return said

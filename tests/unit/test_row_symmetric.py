@@ -32,6 +32,7 @@ def test_what_a_rank_puts_is_what_its_peer_takes(layout, num_depths, spare, is_b
     puts, takes = {}, {}
     for rank in ranks:
         constants = direction.constants(rank)
+        assert constants.first_late == (1 + layout.cp_size if is_backward else 1)
         words = direction.peers(rank, [1000 + peer for peer in ranks])
         for n in range(constants.num_destinations):
             address, peer, there, here, size = words[5 * n : 5 * n + 5]
@@ -65,7 +66,7 @@ def test_a_late_backward_is_called_one():
     transport = SymmetricRowTransport.__new__(SymmetricRowTransport)
     transport.plan = SimpleNamespace(cp_size=4, cp_rank=1)  # type: ignore[assignment]
     transport.num_started = 3
-    forward, backward = (transport._describe_failure(0, [late, 0], 0) for late in (3, 4 + 3))
+    forward, backward = (transport._describe_failure(0, late, 0) for late in ([3, 4 + 1], [4 + 3, 0]))
     assert "gave up waiting for the activations of cp rank 2" in forward
     assert backward == f"{forward}; it was a backward, which every rank must run"
 
