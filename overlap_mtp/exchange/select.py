@@ -39,18 +39,21 @@ def make_transport(config: TransportConfig) -> Transport:
     Raises:
         ValueError: on all ranks, if "symmetric" is asked for and one of them cannot.
     """
-    group, name = config.group, config.spec.transport
     if config.spec.device.type == "cpu":
         from overlap_mtp.exchange.gloo import GlooTransport
 
-        if name == "symmetric":
-            raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
+        _refuse_symmetric_on_cpu(config)
         return GlooTransport(config)
+    return between_gpus(config)
 
+
+def between_gpus(config: TransportConfig) -> Transport:
+    """The transport of tokens between GPUs, as `make_transport`."""
     # Imported only here: Triton compiles for a GPU.
     from overlap_mtp.exchange.cuda import free_orphans
     from overlap_mtp.exchange.nccl import NcclTransport
 
+    group, name = config.group, config.spec.transport
     free_orphans()  # here, because a wait delays no step, and before more is allocated
     if name == "process_group" or group.cp_size == 1:
         return NcclTransport(config)
@@ -84,16 +87,21 @@ def make_row_transport(
     Raises:
         ValueError: as `make_transport`.
     """
-    group, name = config.group, config.spec.transport
     if config.spec.device.type == "cpu":
-        if name == "symmetric":
-            raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
+        _refuse_symmetric_on_cpu(config)
         return GlooRowTransport(config, plans, tp_group)
+    return rows_between_gpus(config, plans, tp_group)
 
+
+def rows_between_gpus(
+    config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None
+) -> RowTransport:
+    """The transport of activations between GPUs, as `make_row_transport`."""
     # Imported only here: Triton compiles for a GPU.
     from overlap_mtp.exchange.cuda import free_orphans
     from overlap_mtp.exchange.row_nccl import NcclRowTransport
 
+    group, name = config.group, config.spec.transport
     free_orphans()
     if name == "process_group" or group.cp_size == 1 or tp_group or config.spec.schedule != "overlap":
         return NcclRowTransport(config, plans, tp_group)
@@ -110,6 +118,11 @@ def make_row_transport(
 
     made = _make_symmetric(group, name, "activations", allocate, make)
     return made or NcclRowTransport(config, plans, tp_group)
+
+
+def _refuse_symmetric_on_cpu(config: TransportConfig) -> None:
+    if config.spec.transport == "symmetric":
+        raise ValueError("transport symmetric needs GPUs that share memory, the batch is on the CPU")
 
 
 def _make_symmetric(

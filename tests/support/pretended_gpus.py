@@ -11,6 +11,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,10 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange import gloo, select
+from overlap_mtp.exchange.group import ExchangeGroup
+from overlap_mtp.exchange.row_transport import RowTransport
+from overlap_mtp.exchange.rows import RowPlan
+from overlap_mtp.exchange.transport import Transport, TransportConfig
 
 
 class Stream:
@@ -82,20 +87,26 @@ class SharedFiles:
 @contextlib.contextmanager
 def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
     """Within it, exchanges of CPU ranks go by a transport of GPUs."""
-    from overlap_mtp.exchange import row_symmetric, symmetric  # here: without Triton there is none
-    from overlap_mtp.exchange.nccl import NcclTransport
-    from overlap_mtp.exchange.row_nccl import NcclRowTransport
+    from overlap_mtp.exchange import symmetric  # here: without Triton there is none
     from overlap_mtp.kernels.launch import Launch
 
-    def make(config: Any) -> Any:
-        if is_symmetric and config.group.cp_size > 1:
-            return symmetric.SymmetricTransport(config, symmetric.allocate(config))
-        return NcclTransport(config)
+    def asked(config: TransportConfig) -> TransportConfig:
+        return replace(
+            config, spec=config.spec._replace(transport="auto" if is_symmetric else "process_group")
+        )
 
-    def make_of_rows(config: Any, plans: Any, tp_group: Any) -> Any:
-        if is_symmetric and config.is_overlapped and config.group.cp_size > 1 and not tp_group:
-            return row_symmetric.SymmetricRowTransport(config, plans, row_symmetric.allocate(config, plans))
-        return NcclRowTransport(config, plans, tp_group)
+    def make(config: TransportConfig) -> Transport:
+        made = select.between_gpus(asked(config))
+        assert (made.name == "symmetric") == (is_symmetric and config.group.cp_size > 1)
+        return made
+
+    def make_of_rows(
+        config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None
+    ) -> RowTransport:
+        made = select.rows_between_gpus(asked(config), plans, tp_group)
+        is_for_it = config.spec.schedule == "overlap" and config.group.cp_size > 1 and tp_group is None
+        assert (made.name == "symmetric") == (is_symmetric and is_for_it)
+        return made
 
     zeros = torch.zeros
 
