@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -181,14 +179,13 @@ class CudaRowTransport(RowTransport):
         free_orphans()
         self.raise_if_failed()
 
-    @contextmanager
-    def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
+    def _begin(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> None:
         lease: Lease = exchange.held
         buffers, compute = lease.buffers, lease.backward_stream or lease.stream
         buffers.forked.record(compute)
         if not self.is_overlapped:
             try:
-                yield
+                self._pack_and_send(exchange)
             finally:
                 self._note_use(buffers)
             return
@@ -200,7 +197,7 @@ class CudaRowTransport(RowTransport):
         self._side.wait_event(ready or buffers.forked)
         torch.cuda.set_stream(self._side)
         try:
-            yield
+            self._pack_and_send(exchange)
         finally:
             torch.cuda.set_stream(compute)
             sent.record(self._side)

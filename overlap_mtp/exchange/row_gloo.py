@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -89,13 +87,12 @@ class GlooRowTransport(RowTransport):
         with self._unroll_span:
             row_reference.add_rows(rows, maps.returned_to, maps.returned, self._by_sequence(exchange.sums))
 
-    @contextmanager
-    def _aside(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> Iterator[None]:
+    def _begin(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> None:
         """gloo sends in threads of its own. But first, what nobody waits for any more has to arrive."""
         if not self.failure:  # peers that are in step have sent it
             for posted in [one for one in self.group.unfinished if one.owner() is None]:
                 self._wait(posted)
-        yield
+        self._pack_and_send(exchange)
 
     def _leave(self, exchange: RowExchange) -> None:
         """Post the first round. The others follow when it has arrived."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -63,20 +62,19 @@ class RowTransport(Transport):
             partial(document_rounds, plans=plans, cp_rank=cp_rank, sizes=self.spec.sizes)
         )
 
-    @torch.inference_mode(False)
     def start(
         self, tensors: Tensors, layout: Layout, mark: int, ready: torch.cuda.Event | None = None
     ) -> PendingExchange:
+        if torch.is_inference_mode_enabled():  # the mode may end before the exchange does
+            with torch.inference_mode(False):
+                return self.start(tensors, layout, mark, ready)
         assert isinstance(layout, SequenceLayout)  # a roller reads a DeviceLayout
         depths = [self._empty_like(tensors) for _ in range(self.plan.num_depths)]
         exchange = RowExchange(self.num_started, self.group.num_exchanges, mark, layout, tensors, depths)
         self.num_started += 1
         self.group.num_exchanges += 1
         self._open(exchange, ready is None)
-        with self._aside(exchange, ready):
-            self._pack(exchange)
-            self._sum_over_tp(exchange)
-            self._leave(exchange)
+        self._begin(exchange, ready)
         return PendingExchange(self, exchange.number, layout.local_len, [], exchange)
 
     def finish(self, exchange: PendingExchange) -> Rolled:
@@ -103,10 +101,7 @@ class RowTransport(Transport):
         exchange.gradients, exchange.sums = gradients, self._empty_like(gradients[0])
         exchange.is_backward = True
         self._open_backward(exchange)
-        with self._aside(exchange):
-            self._pack_gradients(exchange)
-            self._sum_over_tp(exchange)
-            self._leave(exchange)
+        self._begin(exchange)
         if not self.is_overlapped or torch.is_anomaly_enabled():  # autograd then looks for nan in the sums
             self._arrive(exchange)
             exchange.gradients = []
@@ -153,15 +148,18 @@ class RowTransport(Transport):
         """Add the gradients that have arrived to the sums."""
 
     @abstractmethod
-    def _aside(
-        self, exchange: RowExchange, ready: torch.cuda.Event | None = None
-    ) -> AbstractContextManager[None]:
-        """Where rows are packed and sent: beside the compute that follows, if the exchange is overlapped.
+    def _begin(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> None:
+        """Pack and send: beside the compute that follows, if the exchange is overlapped.
 
         Args:
             exchange: whose rows.
             ready: as in `Roller.start`.
         """
+
+    def _pack_and_send(self, exchange: RowExchange) -> None:
+        (self._pack_gradients if exchange.is_backward else self._pack)(exchange)
+        self._sum_over_tp(exchange)
+        self._leave(exchange)
 
     @abstractmethod
     def _leave(self, exchange: RowExchange) -> None:

@@ -190,9 +190,10 @@ class ActivationRolls(Rolls):
             self._tensors = []
         return dict(self._rolled[depth - 1])
 
-    @torch.enable_grad()
     def _join_differentiably(self, backward: Backward) -> tuple[torch.Tensor, ...]:
-        """Also if the first `at` is under no_grad: later ones return the same rolls."""
+        if not torch.is_grad_enabled():  # later `at` return the same rolls
+            with torch.enable_grad():
+                return self._join_differentiably(backward)
         flat: tuple[torch.Tensor, ...] = _Join.apply(self._join, backward, *self._tensors)  # type: ignore[no-untyped-call]
         return flat
 
