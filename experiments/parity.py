@@ -52,7 +52,7 @@ from overlap_mtp.training.trainer import Microbatch, TrainConfig, Trainer
 
 TP_CP = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
 MOST_RANKS = 8
-# What a model's depths do with rolled activations, and the pairs (tp, cp) that run it.
+# What a model's depths do with rolled activations.
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "embeddings": {"mtp_inputs": "embeddings"},
@@ -60,7 +60,6 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "distillation": {"distillation": "kl", "distillation_detach": False},
     "all": {"mtp_inputs": "embeddings", "hidden_state_mixing": True, "distillation": "tv"},
 }
-ACTIVATIONS_TP_CP = [(1, 2), (1, 4), (2, 2)]
 SEQ_LEN = 256
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=1, num_depths=2, num_heads=8, num_kv_heads=4, ffn_size=48, vocab_size=64
@@ -105,7 +104,7 @@ def matrix(dtype: str, most_ranks: int = MOST_RANKS) -> list[Case]:
         Case(tp, cp, dp, documents, recompute, dtype, num_experts)
         for (tp, cp), (dp, num_experts), documents, recompute in options
     ]
-    with_activations = product(ACTIVATIONS_TP_CP, list(ACTIVATIONS)[1:], ("dense", "packed"), (False, True))
+    with_activations = product(TP_CP, list(ACTIVATIONS)[1:], ("dense", "packed"), (False, True))
     cases += [
         Case(tp, cp, 1, documents, recompute, dtype, activations=activations)
         for (tp, cp), activations, documents, recompute in with_activations

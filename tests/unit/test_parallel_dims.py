@@ -45,6 +45,9 @@ def test_the_matrix_is_that_of_the_merge_request():
     plain = [one for one in cases if (one.dp, one.num_experts) == (1, 0) and one.activations == "none"]
     assert len(plain) == 8 * 2 * 2
     assert {(case.tp, case.cp) for case in plain} == set(parity.TP_CP)
+    for use in list(parity.ACTIVATIONS)[1:]:
+        theirs = {(one.tp, one.cp, one.documents, one.recompute) for one in cases if one.activations == use}
+        assert theirs == {(one.tp, one.cp, one.documents, one.recompute) for one in plain}
     assert all(case.ranks <= 8 for case in cases)
 
 
