@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.kernels.common import FLAG_WORDS
+from overlap_mtp.kernels.common import FLAG_WORDS, as_pointer
 from overlap_mtp.kernels.launch import Launch
 from overlap_mtp.kernels.put_pack import LATE_ACKNOWLEDGEMENT, PEER_WORDS, SOURCE_WORDS, acknowledge
-from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
+from overlap_mtp.kernels.signals import flag_of, give_up, signal, wait_signal
 from overlap_mtp.kernels.wait_unroll import LATE_TOKENS
 
 MAX_PUTTING = 128  # programs that put at a time: they wait only for peers that are two exchanges behind
@@ -85,9 +85,8 @@ def put_parts(sent, peer, share, seq_no, memory, error_flags, timeout, C: tl.con
     """Put this program's parts of a message into the peer's memory, if it has acknowledged the buffer."""
     rank = tl.load(peer + 1)
     free = flag_of(memory + C.acknowledgements_at, seq_no, rank, 0, 1, C)
-    patience = tl.load(timeout)
-    if wait_signal(free, seq_no - C.num_buffers, patience, C.on_gpu):
-        theirs = tl.multiple_of(tl.load(peer).to(tl.pointer_type(tl.int64)), 16)
+    if wait_signal(free, seq_no - C.num_buffers, tl.load(timeout), C.on_gpu):
+        theirs = as_pointer(tl.load(peer), 8, 16)
         buffer = theirs + seq_no % C.num_buffers * C.buffer_words + tl.multiple_of(tl.load(peer + 2), PAIR)
         begin = tl.multiple_of(tl.load(peer + 3), PAIR)
         words = tl.multiple_of(tl.load(peer + 4), PAIR)
@@ -97,8 +96,7 @@ def put_parts(sent, peer, share, seq_no, memory, error_flags, timeout, C: tl.con
             tl.store(buffer + at, tl.load(sent + begin + at, mask=inside, other=0), mask=inside)
             signal(flag_of(theirs + C.signals_at, seq_no, C.cp_rank, part, C.num_parts, C), seq_no)
     else:
-        tl.store(error_flags + LATE_ACKNOWLEDGEMENT, (C.first_late + rank).to(tl.int32), mask=patience > 0)
-        tl.store(timeout, tl.zeros_like(seq_no))
+        give_up(error_flags + LATE_ACKNOWLEDGEMENT, C.first_late + rank, timeout)
 
 
 @triton.jit
@@ -110,15 +108,13 @@ def take_parts(received, source, share, seq_no, memory, error_flags, timeout, C:
     buffer = memory + seq_no % C.num_buffers * C.buffer_words + begin
     for part in range(share, tl.cdiv(words, C.part_words), C.take_shares):
         flag = flag_of(memory + C.signals_at, seq_no, rank, part, C.num_parts, C)
-        patience = tl.load(timeout)
-        arrived = wait_signal(flag, seq_no, patience, C.on_gpu)
+        arrived = wait_signal(flag, seq_no, tl.load(timeout), C.on_gpu)
         at = part * C.part_words + tl.arange(0, C.part_words)
         inside = at < words
         found = tl.load(buffer + at, mask=inside & arrived, other=0)
         tl.store(received + begin + at, found, mask=inside)
         if not arrived:
-            tl.store(error_flags + LATE_TOKENS, (C.first_late + rank).to(tl.int32), mask=patience > 0)
-            tl.store(timeout, tl.zeros_like(seq_no))
+            give_up(error_flags + LATE_TOKENS, C.first_late + rank, timeout)
 
 
 @triton.jit

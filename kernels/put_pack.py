@@ -7,7 +7,7 @@ import triton.language as tl
 
 from overlap_mtp.kernels.common import FINGERPRINT_AT, as_pointer, rows_in_use
 from overlap_mtp.kernels.pack import gather_rows, store_rows
-from overlap_mtp.kernels.signals import flag_of, signal, wait_signal
+from overlap_mtp.kernels.signals import flag_of, give_up, signal, wait_signal
 
 # A row of the table: address of the peer's memory, its cp rank, first row there, first row here, rows of a sequence.
 PEER_WORDS = tl.constexpr(5)
@@ -51,8 +51,7 @@ def put_pack(
             store_rows(words, buffer, 1 + row, inside, b, C)
         signal(flag_of(theirs + C.signals_at, seq_no, C.cp_rank, part, C.num_parts, C), seq_no)
     else:
-        tl.store(error_flags + LATE_ACKNOWLEDGEMENT, (1 + rank).to(tl.int32))
-        tl.store(timeout, tl.zeros_like(seq_no))
+        give_up(error_flags + LATE_ACKNOWLEDGEMENT, 1 + rank, timeout)
 
 
 @triton.jit

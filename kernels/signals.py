@@ -23,6 +23,14 @@ def signal(flags, seq_no, known=None):
 
 
 @triton.jit
+def give_up(late, said, timeout):
+    """Say in the word `late` who has not come, and wait for nothing any more. What is late after that is not said."""
+    patience = tl.load(timeout)
+    tl.store(late, said.to(tl.int32), mask=patience > 0)
+    tl.store(timeout, tl.zeros_like(patience))
+
+
+@triton.jit
 def is_any(condition):
     """Whether any thread says so. Each reads clock and memory for itself, but they must leave a loop together."""
     return tl.max(condition.to(tl.int32) + tl.zeros((THREADS,), tl.int32), axis=0) > 0

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from overlap_mtp.kernels.common import FINGERPRINT_AT, as_pointer, local_len_of, rows_in_use
-from overlap_mtp.kernels.signals import flag_of, wait_signal
+from overlap_mtp.kernels.signals import flag_of, give_up, wait_signal
 from overlap_mtp.kernels.unroll import find_users_of_received
 
 LATE_TOKENS = tl.constexpr(1)  # the word of `error_flags`
@@ -21,8 +21,7 @@ def wait_for(metadata, buffer, rank, number, part, seq_no, memory, error_flags, 
         if part == 0:
             tl.store(error_flags, number + 1, mask=tl.load(buffer) != tl.load(metadata + FINGERPRINT_AT))
     else:
-        tl.store(error_flags + LATE_TOKENS, (1 + rank).to(tl.int32))
-        tl.store(timeout, tl.zeros_like(seq_no))
+        give_up(error_flags + LATE_TOKENS, 1 + rank, timeout)
     return arrived
 
 
