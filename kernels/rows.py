@@ -90,6 +90,12 @@ def tile_of(count, C: tl.constexpr):
 
 
 @triton.jit
+def length_of(words):
+    """Rows that this rank holds of the batch, S."""
+    return tl.load(words).to(tl.int32)
+
+
+@triton.jit
 def address_of(words, FIRST: tl.constexpr, depth, C: tl.constexpr):
     """The address of the tensor in a group, or in that of a depth (from 0)."""
     return tl.load(words + FIRST + depth * C.num_tensors + C.number)
@@ -148,14 +154,14 @@ def pack_rows_kernel(words, fingerprint, packed, rows, count, C: tl.constexpr):
     token = tl.load(packed + row, mask=known, other=NOTHING_AT)
     inside = inside & (token >= 0)[:, None]
     tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
-    bits = tl.load(tensor + in_tensor(token, tl.load(words).to(tl.int32), C) + element, mask=inside, other=0)
+    bits = tl.load(tensor + in_tensor(token, length_of(words), C) + element, mask=inside, other=0)
     tl.store(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, bits, mask=inside)
     write_headers(rows, row, token == HEADER_AT, tl.load(fingerprint), C)
 
 
 @triton.jit
 def unroll_own_rows_kernel(words, source, C: tl.constexpr):
-    length = tl.load(words).to(tl.int32)
+    length = length_of(words)
     row, known, element, inside = tile_of(length, C)
     tensor = as_pointer(address_of(words, C.tensors_at, 0, C), C.itemsize, ALIGNED)
     NUM_DEPTHS: tl.constexpr = C.num_depths
@@ -179,7 +185,7 @@ def unroll_received_rows_kernel(
     C: tl.constexpr,
     NUM_HEADERS: tl.constexpr,
 ):
-    length = tl.load(words).to(tl.int32)
+    length = length_of(words)
     row, known, element, inside = tile_of(count, C)
     bits = tl.load(as_pointer(rows, C.itemsize) + in_buffer(row, C) + element, mask=inside, other=0)
     NUM_DEPTHS: tl.constexpr = C.num_depths
@@ -208,7 +214,7 @@ def summed(words, back, length, row, known, element, inside, count, C: tl.conste
 
 @triton.jit
 def sum_rows_kernel(words, own_back, C: tl.constexpr):
-    length = tl.load(words).to(tl.int32)
+    length = length_of(words)
     row, known, element, inside = tile_of(length, C)
     total = summed(words, own_back, length, row, known, element, inside, length, C)
     sums = numbers_at(address_of(words, C.sums_at, 0, C), C)
@@ -218,7 +224,7 @@ def sum_rows_kernel(words, own_back, C: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def pack_sums_kernel(words, in_back, rows, count, C: tl.constexpr):
     row, known, element, inside = tile_of(count, C)
-    length = tl.load(words).to(tl.int32)
+    length = length_of(words)
     total = summed(words, in_back, length, row, known, element, inside, count, C)
     is_header = tl.load(in_back + row, mask=known, other=NOTHING_AT) == HEADER_AT
     to = rows + in_buffer(row, C) + element
@@ -244,7 +250,7 @@ def add_rows_kernel(
     inside = inside & (token >= 0)[:, None]
     PRECISE: tl.constexpr = tl.float64 if C.itemsize == 8 else tl.float32
     sums = numbers_at(address_of(words, C.sums_at, 0, C), C)
-    target = sums + in_tensor(token, tl.load(words).to(tl.int32), C) + element
+    target = sums + in_tensor(token, length_of(words), C) + element
     total = tl.load(target, mask=inside, other=0).to(PRECISE)
     for use in range(uses):
         at = tl.load(returned + use * count + row, mask=known, other=NOTHING_AT)

@@ -44,22 +44,19 @@ class RowBuffers:
         first = constants[0]
         self.length = length
         self.host = HostMetadata(plan.tokens, first.num_words)
-        metadata = torch.zeros_like(self.host.tensor, device=fixed.spec.device)
+        self.metadata = metadata = torch.zeros_like(self.host.tensor, device=fixed.spec.device)
         self.maps = mapper.allocate(length)
         shape = plan.num_rows, fixed.spec.elements
         self.rows, self.gradient_rows = (
             torch.zeros(shape, dtype=fixed.spec.dtype, device=fixed.spec.device) for _ in range(2)
         )
-        self.sends: Any = (
-            None  # what NCCL needs to send forward and backward; otherwise `pack` and `pack_sums` send
-        )
+        self.sends: Any = None  # what NCCL needs to send; otherwise `pack` and `pack_sums` send, too
         self.shared: object = None  # keeps the memory of peers mapped, if it is shared
         self.forked, self.arrived, self.returned, self.joined = (torch.cuda.Event() for _ in range(4))  # type: ignore[no-untyped-call]
         self.last_use = self.joined
         self._backward_at = first.gradients_at
         backward_at = plan.tokens.metadata_len + first.gradients_at
 
-        self.metadata = metadata
         words = metadata[plan.tokens.metadata_len :]
         bound = BoundRows(constants, words, metadata[FINGERPRINT : FINGERPRINT + 1], length)
         out_rows, in_rows = plan.out_rows, plan.in_rows
