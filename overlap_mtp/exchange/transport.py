@@ -136,7 +136,7 @@ class Transport(ABC):
         raise RuntimeError("only an exchange that was captured in a CUDA graph can be given another layout")
 
     def raise_if_failed(self) -> None:
-        """Raise RuntimeError if a peer was late or had another plan. It never waits."""
+        """Raise RuntimeError if a peer was late or had another plan since the last call. It never waits."""
         if not (self._two_flags[0] or self._two_flags[1]):
             return
         source, *late, bounds = (int(word) for word in self._flags)

@@ -139,6 +139,8 @@ class PackedRoller(Roller):
     def raise_if_failed(self) -> None:
         for transport in self._transports.values():
             transport.raise_if_failed()
+            if transport.failure:  # replays of a graph would go on, without the tokens of peers that are late
+                raise RuntimeError(transport.failure)
 
 
 class PackedRolls(Rolls):
@@ -200,4 +202,4 @@ class PackedRolls(Rolls):
             )
         for exchange in self._exchanges:
             self._transport.set_replay_layout(exchange, layout)
-        self._transport.raise_if_failed()
+        self._roller.raise_if_failed()

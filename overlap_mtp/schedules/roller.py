@@ -216,9 +216,10 @@ class Roller(ABC):
         """Make what batches of a new spec need. Collective."""
 
     def raise_if_failed(self) -> None:  # noqa: B027 - most schedules find out when they roll
-        """Raise RuntimeError if a peer was late or rolled by another layout. It never waits.
+        """Raise RuntimeError if a peer was late or rolled by another layout, once or before. It never waits.
 
-        `start` and `at` call this. Replays of a CUDA graph call neither, so call it now and then.
+        `start` and `at` do the same. Replays of a CUDA graph call neither, so call it now and then. It raises again at
+        each call: no later rolls are right.
         """
 
     def close(self) -> None:

@@ -6,17 +6,16 @@ import gc
 import logging
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.kernels.launch import Grid, Launch
 
 from cases import NUM_DEPTHS, PACKED, TRANSPORTS, Microbatch, error_of
+from rank_bodies import said_of_a_rank_that_stays_away
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.multi_gpu
@@ -194,31 +193,12 @@ def test_what_a_graph_cannot_hold_is_refused(gpu_pool: RankPool, transport):
         assert wrong == []
 
 
-def late_rank(world: dist.ProcessGroup) -> str:
-    """What the others see of a rank that stays away from the second exchange."""
-    group = dist.new_group(list(range(world.size())), timeout=timedelta(seconds=3))
-    assert group is not None
-    assert exchange_group_of(group).process_group is not None
-    batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS, "symmetric")
-    tensors = batch.shards()
-    roller.start(tensors, batch.layout).at(1)
-    torch.cuda.synchronize()
-    if group.rank() == group.size() - 1:
-        return ""
-
-    def wait_in_vain() -> None:
-        roller.start(tensors, batch.layout).at(1)
-        torch.cuda.synchronize()
-        roller.start(tensors, batch.layout)
-
-    return error_of(wait_in_vain)
-
-
 def test_a_rank_that_never_comes_is_named(gpu_pool: RankPool):
-    answers = gpu_pool.run(late_rank, gpu_pool.world_size)
-    gpu_pool.restart()
-    late = gpu_pool.world_size - 1
-    assert any(f"gave up waiting for the tokens of cp rank {late}" in answer for answer in answers), answers
+    answers = gpu_pool.run(said_of_a_rank_that_stays_away, gpu_pool.world_size)
+    gave_up = f"gave up waiting for the tokens of cp rank {gpu_pool.world_size - 1}"
+    said = [answer for answer in answers if answer and gave_up in answer[0]]
+    assert said, answers
+    assert said == [[first] * 3 for first, *_ in said]
 
 
 def chosen_transport(group: dist.ProcessGroup) -> tuple[str, list[str]]:

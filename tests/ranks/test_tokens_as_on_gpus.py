@@ -44,3 +44,10 @@ def test_tensors_of_other_shapes_depths_and_fills_travel_together(ranks: RankPoo
 )
 def test_exchanges_under_way_do_not_disturb_each_other(ranks: RankPool, body, is_symmetric):
     ranks.check(on_pretended_gpus, 2, is_symmetric, body, "prefetch")
+
+
+def test_a_rank_that_stays_away_is_named_each_time(ranks: RankPool):
+    said, nothing = ranks.run(on_pretended_gpus, 2, True, rank_bodies.said_of_a_rank_that_stays_away)
+    assert nothing == []
+    assert "cp rank 0 of 2 gave up waiting for the tokens of cp rank 1" in said[0]
+    assert said[1:] == said[:1] * 2

@@ -20,7 +20,7 @@ from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activat
 from overlap_mtp.schedules.timed import TimedRoller
 
 from activations import gradients_of, leaves_of, run_backward, wrong_rows
-from cases import ODD_RANK, Microbatch, error_of
+from cases import ODD_RANK, Microbatch, error_of, short_patience
 from exact_activations import Activations, Tensors
 from strategies import same_bits
 
@@ -459,12 +459,7 @@ def said_of_a_late_peer(group: dist.ProcessGroup, skipped: str) -> str:
     from overlap_mtp.exchange import row_symmetric
 
     own = dist.new_group(list(range(group.size())))  # ranks out of step need another one
-    turns_or_ns = 10_000 if dist.get_backend(group) == "gloo" else 2 * 10**9
-
-    def timeout_of(_: object, device: torch.device) -> torch.Tensor:
-        return torch.tensor([turns_or_ns], device=device)
-
-    with mock.patch.object(row_symmetric, "timeout_of", timeout_of):
+    with short_patience(row_symmetric, own):
         roller = make_activation_roller("overlap", own, 2)
         batch = batch_of(own)
         assert wrong_rows(batch, roller) == []
@@ -481,6 +476,8 @@ def said_of_a_late_peer(group: dist.ProcessGroup, skipped: str) -> str:
             roller.raise_if_failed()
     except RuntimeError as error:
         said = str(error)
+    if said:
+        assert error_of(roller.raise_if_failed) == f"RuntimeError: {said}"  # at each call
     with contextlib.suppress(RuntimeError):
         roller.close()
     return said

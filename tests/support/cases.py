@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -99,6 +102,16 @@ def error_of(call: Callable[..., object], *arguments: object) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def short_patience(transport: ModuleType, group: dist.ProcessGroup) -> AbstractContextManager[object]:
+    """Let kernels of transports that are made meanwhile wait for 2 s, or 10,000 turns if they are interpreted."""
+    turns_or_ns = 10_000 if dist.get_backend(group) == "gloo" else 2 * 10**9
+
+    def timeout_of(_: object, device: torch.device) -> torch.Tensor:
+        return torch.tensor([turns_or_ns], device=device)
+
+    return mock.patch.object(transport, "timeout_of", timeout_of)
 
 
 def assert_names(message: str, *words: str) -> None:

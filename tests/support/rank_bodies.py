@@ -24,7 +24,7 @@ from overlap_mtp import (
 )
 from overlap_mtp.exchange.transport import Transport
 
-from cases import NUM_DEPTHS, Microbatch, error_of
+from cases import NUM_DEPTHS, Microbatch, error_of, short_patience
 from rank_pool import device_of
 from strategies import ALL_DTYPES, DTYPES, random_batch, random_tensor, same_bits
 
@@ -307,6 +307,29 @@ def interleave(group: dist.ProcessGroup, first: str, second: str) -> list[str]:
     wrong += [one for batch, rolls in pairs[::2] for one in batch.wrong(rolls, DEPTHS)]
     rollers[1].close()
     return wrong
+
+
+def said_of_a_rank_that_stays_away(group: dist.ProcessGroup) -> list[str]:
+    """What ranks raise, each time, if the last one stays away from the second exchange over symmetric memory."""
+    from overlap_mtp.exchange import symmetric
+
+    own = dist.new_group(list(range(group.size())))  # ranks out of step need another one
+    batch = Microbatch.of(own)
+    tensors = batch.shards()
+    with short_patience(symmetric, own):
+        roller = make_roller("prefetch", own, NUM_DEPTHS)
+        roller.start(tensors, batch.layout).at(1)
+    assert roller.transport == "symmetric"
+    torch.cuda.synchronize()
+    if own.rank() == own.size() - 1:
+        return []
+
+    def wait_in_vain() -> None:
+        roller.start(tensors, batch.layout).at(1)
+        torch.cuda.synchronize()
+        roller.raise_if_failed()
+
+    return [error_of(wait_in_vain), error_of(roller.raise_if_failed), error_of(wait_in_vain)]
 
 
 LIFETIMES = [keep_early_rolls, wait_late, drop_rolls, close_under_way]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from overlap_mtp.exchange.plan import ExchangePlan, make_plans
 from overlap_mtp.exchange.spec import ExchangeSpec
-from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table
+from overlap_mtp.exchange.symmetric import MemoryLayout, peer_table, timeout_of
 from overlap_mtp.kernels import common, reference
 from overlap_mtp.kernels.common import FLAG_WORDS, MAX_WAITING, ExchangeConstants
 from overlap_mtp.kernels.launch import Launch
@@ -207,6 +208,12 @@ def test_a_part_that_is_late_is_filled_and_the_others_are_not():
     assert (one_late[one_late != right] == 0).all()
     assert 0 < (one_late != right).sum() < (all_late != right).sum()
     assert torch.equal(one_late == right, (one_late == right) | (all_late == right))
+
+
+@pytest.mark.parametrize(("timeout", "ns"), [(timedelta(seconds=3), 3 * 10**9), (None, 600 * 10**9)])
+def test_kernels_wait_as_long_as_the_group(timeout, ns):
+    group = mock.Mock(timeout=timeout)
+    assert timeout_of(group, torch.device("cpu")).tolist() == [ns]
 
 
 def test_another_plan_is_noticed():
