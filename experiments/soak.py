@@ -4,7 +4,9 @@
     python experiments/soak.py --device cpu --exchanges 200
 
 Starts up to six microbatches, each with a new layout, and joins them in another order; some are dropped. Compares all
-rolls with those made from the full batch. Writes `soak.json` into `--out`; exits with 1 if a bit was wrong.
+rolls with those made from the full batch. A third has few documents, a third has many, in messages of several parts,
+and a third has contiguous layouts, whose messages go one way: a rank runs ahead until acknowledgements are missing.
+Writes `soak.json` into `--out`; exits with 1 if a bit was wrong.
 """
 
 from __future__ import annotations
@@ -37,14 +39,27 @@ from harness.progress import Progress
 from harness.rounds import rank_console
 from overlap_mtp import SequenceLayout, make_roller, pad_documents, prepare, prepared_name
 from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.layout import Kind
 from overlap_mtp.schedules.roller import Rolls
 
 NUM_DEPTHS = 3
-TOKENS = 64  # a rank: short chunks, so that tokens come from several peers
-CASES = 24  # batches, made before the clock starts
+TOKENS = 512  # a rank
+CASES = 24  # batches of a load, made before the clock starts
 WINDOW = 6  # microbatches in flight
 LONGEST_DELAY = 1_000_000  # cycles: 0.5 ms
 SCHEDULES = ("prefetch", "overlap", "merged", "batched")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a window of microbatches has in common."""
+
+    kind: Kind
+    documents: int
+    max_documents: int
+
+
+LOADS = Load("zigzag", 8, 16), Load("zigzag", 60, 128), Load("contiguous", 8, 16)
 
 
 @dataclass(frozen=True)
@@ -75,11 +90,11 @@ class Case:
     rolls: dict[str, torch.Tensor]  # [NUM_DEPTHS, L]
 
 
-def make_case(seed: int, rank: int, ranks: int, device: torch.device) -> Case:
+def make_case(load: Load, seed: int, rank: int, ranks: int, device: torch.device) -> Case:
     """Make a batch of documents of random lengths. Some are shorter than the number of chunks."""
     rng = random.Random(seed)
-    lengths = [rng.choice([0, 1, 3, 8, 17, 30]) for _ in range(8)]
-    _, layout = pad_documents([torch.zeros(n) for n in lengths], ranks, seq_len=ranks * TOKENS * 4)
+    lengths = [rng.choice([0, 1, 3, 8, 17, 30]) for _ in range(load.documents)]
+    _, layout = pad_documents([torch.zeros(n) for n in lengths], ranks, load.kind, seq_len=ranks * TOKENS)
     generator = torch.Generator().manual_seed(seed)
     full = {
         "input_ids": torch.randint(2**40, (1, layout.seq_len), generator=generator),
@@ -100,8 +115,15 @@ class Soak:
         group = dist.group.WORLD
         assert group is not None
         self.transport, rank = transport, group.rank()
-        self.cases = [make_case(seed, rank, group.size(), device) for seed in range(CASES)]
-        self.rollers = {name: make_roller(name, group, NUM_DEPTHS, transport, 16) for name in SCHEDULES}
+        self.cases = {
+            load: [make_case(load, seed, rank, group.size(), device) for seed in range(CASES)]
+            for load in LOADS
+        }
+        self.rollers = {
+            (name, load): make_roller(name, group, NUM_DEPTHS, transport, load.max_documents)
+            for name in SCHEDULES
+            for load in LOADS
+        }
         self.common_rng, self.own_rng = random.Random(1), random.Random(1000 + rank)
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
         self.streams: list[Any] = []
@@ -131,12 +153,12 @@ class Soak:
 
     def _window(self) -> None:
         """Start some microbatches, join them in another order, and drop one now and then."""
-        name = self.common_rng.choice(SCHEDULES)
+        name, load = self.common_rng.choice(SCHEDULES), self.common_rng.choice(LOADS)
         started: list[tuple[Case, Rolls]] = []
         for _ in range(self.common_rng.randint(1, WINDOW)):
-            case = self.common_rng.choice(self.cases)
+            case = self.common_rng.choice(self.cases[load])
             self._delay()
-            started.append((case, self.rollers[name].start(case.batch, case.layout)))
+            started.append((case, self.rollers[name, load].start(case.batch, case.layout)))
         self.common_rng.shuffle(started)
         for case, rolls in started:
             if name == "prefetch" and self.common_rng.random() < 0.02:
