@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 
@@ -189,7 +189,7 @@ def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
             steps[name],
             median(times[name]) / 1e6 if name in times else None,
             *_fractions([each[name] for each in exchange if name in each]),
-            *_low_end(shares.get(name, [])),
+            *_of_steps(shares.get(name, [])),
             *_fractions([each[name] for each in everything if name in each]),
             _efficiency(times, name),
         )
@@ -205,9 +205,9 @@ def _fractions(overlaps: Sequence[tuple[int, int]]) -> tuple[float | None, float
     return sum(hidden for _, hidden in overlaps) / sum(time for time, _ in overlaps), min(shares)
 
 
-def _low_end(shares: Sequence[float]) -> tuple[float | None, float | None]:
-    """What a tenth of these fractions stay below, and the least; None if there are none."""
-    return (float(np.quantile(shares, 0.1)), min(shares)) if shares else (None, None)
+def _of_steps(shares: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """The mean of these fractions, what a tenth of them stay below, and the least; None if there are none."""
+    return (mean(shares), float(np.quantile(shares, 0.1)), min(shares)) if shares else (None, None, None)
 
 
 def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from overlap_mtp.profiling.classify import DeviceTimeline
 from overlap_mtp.profiling.schedule_names import EVERYTHING, JUDGED, base_name
 
-JSON_VERSION = 4  # 3 did not say how much single steps hide
+JSON_VERSION = 5  # 4 did not say how much single steps hide in the mean
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Schedule:
     step_ms: float | None  # median; a step lasts from its first to its last activity, on its slowest device
     exchange_hidden: float | None  # fraction of the ranges `pack` and `send-recv`
     exchange_worst: float | None
-    exchange_p10: float | None  # a tenth of the steps hide less; each device's steps count by themselves
-    exchange_least: float | None  # in the worst step of a device
+    exchange_mean: float | None  # of single steps, each device's for itself, however long their exchange is
+    exchange_p10: float | None  # a tenth of these steps hide less
+    exchange_least: float | None  # in the worst of them
     all_hidden: float | None  # fraction of all communication
     all_worst: float | None
     efficiency: float | None  # E; None without `sync` and `prepared` steps

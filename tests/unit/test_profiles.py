@@ -79,6 +79,7 @@ def test_known_answer(tmp_path, form):
     assert step_ms == {"sync": 0.14, "prefetch": 0.1, "prepared": 0.09}
     assert prefetch.exchange_hidden == pytest.approx((9 + 9) / (14 + 12))
     assert prefetch.exchange_worst == pytest.approx(9 / 14)
+    assert prefetch.exchange_mean == pytest.approx((9 / 14 + 9 / 12) / 2)
     assert prefetch.exchange_p10 == pytest.approx(
         0.9 * 9 / 14 + 0.1 * 9 / 12
     )  # between the steps of two ranks
