@@ -171,7 +171,9 @@ class ActivationRolls(Rolls):
             self._mark += EXPECTS_GRADIENTS
             self._backward = Backward(transport, roller.backward_stopwatch)
             self._backward.watch(self._tensors)
-            self._tensors = list(_Start.apply(self._backward, *self._tensors))  # type: ignore[no-untyped-call]
+            given = self._tensors
+            self._tensors = list(_Start.apply(self._backward, *given))  # type: ignore[no-untyped-call]
+            _run_late(self._tensors[0].grad_fn, given)
         if roller.is_overlapped:
             self._start_exchange(ready)
 
@@ -244,6 +246,7 @@ class Backward:
             sums = self._transport.end_backward(self.exchange)
         self._transport.raise_if_failed()
         self._ended_in = _current_pass()
+        self._late = {}  # of a pass that failed
         return sums
 
     def watch(self, tensors: list[torch.Tensor]) -> None:
@@ -257,8 +260,11 @@ class Backward:
                 if tensor.is_leaf:
                     weakref.finalize(self, handle.remove).atexit = False
 
-    def take_part(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of a tensor with what peers add to it; None if there is nothing to add."""
+    def take_part(self, number: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of a tensor with what peers add to it; None if there is nothing to add.
+
+        `gradient` is None if the tensor is one of several results of a function, and no loss of this rank uses it.
+        """
         if self.exchange is None:
             return None
         if self._ended_in != _current_pass():
@@ -267,6 +273,8 @@ class Backward:
             sums = self.end()
             self._late = {one: sums[one] for one in self._watched}
             torch.autograd.Variable._execution_engine.queue_callback(self._check_late)
+        if gradient is None:  # a hook must return None, too: `_check_late` says what is lost
+            return None
         late = self._late.pop(number, None)
         return None if late is None else gradient + late
 
@@ -288,10 +296,21 @@ def _current_pass() -> int:
 
 
 def _take_part(
-    backward: Callable[[], Backward | None], number: int, gradient: torch.Tensor
+    backward: Callable[[], Backward | None], number: int, gradient: torch.Tensor | None
 ) -> torch.Tensor | None:
     one = backward()
     return None if one is None else one.take_part(number, gradient)
+
+
+def _run_late(node: Any, tensors: list[torch.Tensor]) -> None:
+    """Let a node of the graph run just before the nodes that the tensors come from, or last if they are leaves.
+
+    Otherwise it would run before the backward of all that came between a tensor's birth and `start`. That hides its
+    exchange, too. And a rank whose loss does not use the rolls takes part after that (`Backward.watch`). If that has
+    collectives, and the others waited before it, all would hang.
+    """
+    born = [tensor.grad_fn._sequence_nr() for tensor in tensors if tensor.grad_fn is not None]
+    node._set_sequence_nr(max(born, default=0))
 
 
 class _Start(torch.autograd.Function):

@@ -55,7 +55,13 @@ def test_schedules_and_runs_give_the_same_bits_on_gpus(gpu_pool: RankPool, docum
 @pytest.mark.parametrize("transport", OVER)
 @pytest.mark.parametrize(
     "body",
-    [activation_faults.wrong_after_passes, activation_faults.recompute, activation_faults.roll_among_others],
+    [
+        activation_faults.wrong_after_passes,
+        activation_faults.recompute,
+        activation_faults.roll_among_others,
+        activation_faults.run_again_after_a_failed_pass,
+        activation_faults.run_backward_beside_collectives,
+    ],
 )
 def test_autograd_is_right_on_gpus(gpu_pool: RankPool, body, transport):
     gpu_pool.check(roll_over, gpu_pool.world_size, transport, body)

@@ -10,8 +10,11 @@ from activation_faults import (
     leaks,
     look_under_no_grad,
     lose_a_gradient,
+    lose_one_of_several_results,
     recompute,
     roll_among_others,
+    run_again_after_a_failed_pass,
+    run_backward_beside_collectives,
     run_backward_of_several_microbatches,
     what_outlives_a_step,
     wrong_after_passes,
@@ -44,6 +47,22 @@ def test_gradients_that_a_rank_cannot_deliver_are_an_error_there(ranks: RankPool
                 )
             else:
                 assert error == "nothing"
+
+
+def test_one_of_several_results_without_a_gradient_is_an_error_there(ranks: RankPool):
+    errors = ranks.run(lose_one_of_several_results, 3)
+    assert errors.pop(ODD_RANK).startswith(
+        "RuntimeError: overlap_mtp: peers sent gradients of b, but the loss"
+    )
+    assert errors == ["nothing"] * 2
+
+
+def test_a_pass_after_one_that_failed_adds_nothing_of_it(ranks: RankPool):
+    ranks.check(run_again_after_a_failed_pass, 3)
+
+
+def test_ranks_do_not_wait_for_each_other_in_turn(ranks: RankPool):
+    ranks.check(run_backward_beside_collectives, 3)
 
 
 def test_rolls_that_are_first_taken_under_no_grad_have_gradients(ranks: RankPool):

@@ -124,6 +124,100 @@ def lose_a_gradient(group: dist.ProcessGroup) -> list[str]:
     return errors
 
 
+class Apart(torch.autograd.Function):
+    """The identity. Its results have one node in the graph, which may get a gradient of one of them only."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+def lose_one_of_several_results(group: dist.ProcessGroup) -> str:
+    """The same for two tensors that one function returned."""
+    batch, roller = batch_of(group), make_activation_roller("overlap", group, NUM_DEPTHS)
+    tensors = dict(zip("ab", Apart.apply(*leaves_of(batch).values()), strict=True))
+    rolls = roller.start(tensors, batch.layout)
+    rolled = [roll for depth in (1, 2) for roll in rolls.at(depth).values()]
+    ends = [tensors["a"]] if group.rank() == ODD_RANK else [*tensors.values(), *rolled]
+    error = error_of(torch.autograd.backward, ends, [torch.ones_like(end) for end in ends])
+    roller.close()
+    return error
+
+
+class FailsOnce(torch.autograd.Function):
+    """The identity. Its first backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.fails = True
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if ctx.fails:
+            ctx.fails = False
+            raise InterruptedError
+        return gradient
+
+
+def run_again_after_a_failed_pass(group: dist.ProcessGroup) -> list[str]:
+    """What is wrong after a pass that failed when gradients of one tensor had been added, and those of another not."""
+    batch, roller = batch_of(group), make_activation_roller("overlap", group, NUM_DEPTHS)
+    leaves = leaves_of(batch)
+    b = leaves["b"] * 1  # first, so that its node runs after the one that fails
+    tensors = {"a": FailsOnce.apply(leaves["a"]), "b": b}
+    rolls = roller.start(tensors, batch.layout)
+    depths = [tensors, rolls.at(1), rolls.at(2)]
+    ends = [
+        [(roll, batch.weight(name, depth)) for name, roll in by_name.items()]
+        for depth, by_name in enumerate(depths)
+    ]
+    everything = [end for depth in ends for end in depth]
+    first = ends[0] if group.rank() == ODD_RANK else everything
+    assert error_of(torch.autograd.backward, *zip(*first, strict=True), None, True) == "InterruptedError: "
+    for leaf in leaves.values():
+        leaf.grad = None
+    torch.autograd.backward(*zip(*everything, strict=True))
+    roller.close()
+    return batch.wrong_gradients(gradients_of(leaves))
+
+
+def run_backward_beside_collectives(group: dist.ProcessGroup) -> list[str]:
+    """What is wrong if layers have collectives in backward, and the loss of the odd rank does not use the rolls."""
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.view_as(tensor)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            dist.all_reduce(torch.ones(1, device=gradient.device), group=group)
+            return gradient
+
+    batch, roller = batch_of(group), make_activation_roller("overlap", group, NUM_DEPTHS)
+    leaves, is_odd = leaves_of(batch), group.rank() == ODD_RANK
+    tensors = {name: leaf * 1 for name, leaf in leaves.items()}
+    trunk = {name: Layer.apply(tensor) for name, tensor in tensors.items()}
+    rolls = roller.start(tensors, batch.layout)
+    trunk = {name: Layer.apply(tensor) for name, tensor in trunk.items()}
+    depths = [trunk] if is_odd else [trunk, rolls.at(1), rolls.at(2)]
+    ends = [
+        (roll, batch.weight(name, depth))
+        for depth, by_name in enumerate(depths)
+        for name, roll in by_name.items()
+    ]
+    torch.autograd.backward(*zip(*ends, strict=True))
+    roller.close()
+    return batch.wrong_gradients(
+        gradients_of(leaves), lambda rank, name, depth: int(depth == 0 or rank != ODD_RANK)
+    )
+
+
 def look_under_no_grad(group: dist.ProcessGroup) -> list[str]:
     """What is wrong with rolls, and their gradients, that are first looked at under no_grad."""
     wrong = []
