@@ -49,6 +49,9 @@ class CudaRowTransport(RowTransport):
             (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
             self.error_flags,
         )
+        self._odd_tp_rank = torch.zeros(
+            (), dtype=torch.int32, device=self.device
+        )  # 1 + one with another plan
         self._all: list[RowBuffers] = []
         self._free: deque[RowBuffers] = deque()  # in the order in which they became free; new ones first
         weakref.finalize(self, orphan, self._all).atexit = False
@@ -208,6 +211,15 @@ class CudaRowTransport(RowTransport):
         if exchange.posted is not None:
             torch.cuda.current_stream(self.device).wait_event(exchange.posted)
             exchange.posted = None
+
+    def _check_tp_ranks(self, exchange: RowExchange, words: torch.Tensor, own: int) -> None:
+        others = words != own
+        first = torch.where(others.any(), 1 + others.int().argmax(), 0)
+        self._odd_tp_rank = torch.maximum(self._odd_tp_rank, first)  # stays until the host has seen it
+        self.error_flags[-1].copy_(self._odd_tp_rank, non_blocking=True)
+        if exchange.number == 0:
+            torch.cuda.current_stream(self.device).synchronize()
+            self.raise_if_failed()
 
     def _find_headers(self, is_backward: bool) -> torch.Tensor:
         """Where the headers of peers arrive, as the kernels that check them take it."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import weakref
 import zlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
 from overlap_mtp.exchange.rows import Round, RowMaps, RowPlan
-from overlap_mtp.exchange.transport import IN_STEP, PendingExchange, TransportConfig
+from overlap_mtp.exchange.transport import PendingExchange, TransportConfig
 from overlap_mtp.kernels import row_reference
 
 
@@ -157,35 +156,11 @@ class GlooRowTransport(RowTransport):
                 work.wait()
         self.group.unfinished.remove(posted)
 
-    def _sum_over_tp(self, exchange: RowExchange) -> None:
-        """Only if all tp ranks mean the same exchange: other sizes would end the process."""
-        if self.tp_group is not None and self.schedule != "none":
-            words = self._words_of_tp(exchange, self.tp_group)
-            others = [rank for rank, word in enumerate(words) if word != words[self.tp_group.cp_rank]]
-            if others:
-                self.failure = (
-                    f"overlap_mtp: tp rank {others[0]} exchanged {self.carries} by another plan than tp rank "
-                    f"{self.tp_group.cp_rank}: {IN_STEP}"
-                )
-                raise RuntimeError(self.failure)
-        super()._sum_over_tp(exchange)
-
-    @cached_property
-    def _kind(self) -> int:
-        """The checksum of the spec."""
-        return zlib.crc32(repr(self.spec.describe()).encode())
-
-    def _words_of_tp(self, exchange: RowExchange, tp_group: ExchangeGroup) -> list[int]:
-        """A word of each tp rank, which says what it means to exchange."""
-        mark = exchange.mark % 2**23  # without the roller's number among those of its cp group
-        words = torch.zeros(tp_group.cp_size, dtype=torch.int64)
-        words[tp_group.cp_rank] = fingerprint_of(
-            exchange.layout.checksum ^ self._kind, exchange.layout.batch, mark
-        )
-        with tp_group.named_errors("the sum of boundary rows over the tp ranks"):
-            dist.all_reduce(words, group=tp_group.process_group)
-        found: list[int] = words.tolist()
-        return found
+    def _check_tp_ranks(self, exchange: RowExchange, words: torch.Tensor, own: int) -> None:
+        others = (words != own).nonzero().flatten().tolist()
+        if others:
+            self.failure = self._describe_odd_tp_rank(others[0])
+            raise RuntimeError(self.failure)
 
     def _is_wrong(self, exchange: RowExchange, one: Round) -> bool:
         """Set the error flag if a message of a round was not meant for this exchange."""

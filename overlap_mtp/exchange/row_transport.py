@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.rows import HEADER, Round, RowPlan, document_rounds, message_rounds, reversed_rounds
-from overlap_mtp.exchange.transport import PendingExchange, Rolled, Transport, TransportConfig
+from overlap_mtp.exchange.transport import IN_STEP, PendingExchange, Rolled, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.tracing import span
 
 # What is added to the mark of a microbatch: in forward if gradients will come back; in backward.
 EXPECTS_GRADIENTS, BACKWARD = 32, 64
+SUM_OVER_TP = "the sum of boundary rows over the tp ranks"
 Tensors = list[torch.Tensor]
 
 
@@ -174,18 +176,64 @@ class RowTransport(Transport):
         self.traffic.add(len(parts), sum(part.nbytes for part in parts))
 
     def _sum_over_tp(self, exchange: RowExchange) -> None:
-        """Add up the rows that the tp ranks have packed, and write the headers again, which are no numbers."""
+        """Add up the rows that the tp ranks have packed, and write the headers again, which are no numbers.
+
+        In rank order: the order of an all-reduce depends on where a row lies in its message, and so on the schedule.
+        """
         if self.tp_group is None or self.schedule == "none":
             return
+        with self.tp_group.named_errors(SUM_OVER_TP):
+            words, own = self._words_of_tp(exchange, self.tp_group)
+        self._check_tp_ranks(exchange, words, own)
         if exchange.is_backward:
             rows, index = exchange.buffer[self.rows.in_rows], exchange.maps.in_back[0]
-            summed = rows
-        else:  # the other tp ranks hold zeros, so that a sum of bits is exact
+        else:
             rows, index = exchange.buffer[self.rows.out_rows], exchange.maps.packed
-            summed = rows.view(torch.int32)
-        with self.tp_group.named_errors("the sum of boundary rows over the tp ranks"):
-            dist.all_reduce(summed, group=self.tp_group.process_group)
+        bits = rows.view(torch.int32)
+        gathered = bits.new_empty((self.tp_group.cp_size, *bits.shape))
+        with self.tp_group.named_errors(SUM_OVER_TP):
+            dist.all_gather(list(gathered), bits, group=self.tp_group.process_group)
+        if exchange.is_backward:
+            first, *others = gathered.view(rows.dtype)
+            total = first.to(torch.promote_types(rows.dtype, torch.float32))
+            for one in others:
+                total += one
+            rows.copy_(total)
+        else:  # all but one tp rank hold zeros
+            bits.copy_(gathered.sum(0, dtype=torch.int32))
         rows.view(torch.int64)[:, 0].masked_fill_(index == HEADER, self._fingerprint(exchange))
+
+    def _words_of_tp(self, exchange: RowExchange, tp_group: ExchangeGroup) -> tuple[torch.Tensor, int]:
+        """A word of each tp rank, int64 [tp ranks], which says what it means to exchange; and this rank's."""
+        mark = exchange.mark % 2**23  # without the roller's number among those of its cp group
+        own = fingerprint_of(exchange.layout.checksum ^ self._kind, exchange.layout.batch, mark)
+        words = torch.zeros(tp_group.cp_size, dtype=torch.int64, device=self.device)
+        words[tp_group.cp_rank] = own
+        dist.all_reduce(words, group=tp_group.process_group)
+        return words, own
+
+    @cached_property
+    def _kind(self) -> int:
+        """The checksum of the spec."""
+        return zlib.crc32(repr(self.spec.describe()).encode())
+
+    @abstractmethod
+    def _check_tp_ranks(self, exchange: RowExchange, words: torch.Tensor, own: int) -> None:
+        """Raise RuntimeError, or let `raise_if_failed` raise it later, if a tp rank has another word than this one.
+
+        Before the first sum it raises: if tensors had other sizes, the sum would hang or end the process.
+        """
+
+    def _describe_odd_tp_rank(self, tp_rank: int) -> str:
+        assert self.tp_group is not None
+        return (
+            f"overlap_mtp: tp rank {tp_rank} exchanged {self.carries} by another plan than tp rank "
+            f"{self.tp_group.cp_rank}: {IN_STEP}"
+        )
+
+    def _describe_failure(self, source: int, late: list[int], last: int) -> str:
+        """The last flag counts tp ranks here, because rollers of activations read bounds on the host."""
+        return self._describe_odd_tp_rank(last - 1) if last else super()._describe_failure(source, late, 0)
 
     def _rounds(self, exchange: RowExchange) -> list[Round]:
         """What travels, in this order."""
@@ -196,7 +244,7 @@ class RowTransport(Transport):
         """What is under way, for error messages."""
         described = self.describe(exchange.number)
         return (
-            f"the backward of {described}, which every rank must run," if exchange.is_backward else described
+            f"the backward of {described}, which every rank must run" if exchange.is_backward else described
         )
 
     def _fingerprint(self, exchange: RowExchange) -> int:

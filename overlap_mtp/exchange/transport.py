@@ -84,7 +84,7 @@ class Transport(ABC):
         self.failure: str | None = None  # what `raise_if_failed` has raised
         # [0]: 1 + the index in `_flagged` of a rank with another plan; [1]: 1 + a cp rank whose message is late;
         # [2]: 1 + a cp rank that is late with an acknowledgement (both + cp_size if it is a backward over symmetric
-        # memory); [3]: 1 if the bounds of a DeviceLayout are illegal.
+        # memory); [3]: 1 if the bounds of a DeviceLayout are illegal; of activations: 1 + a tp rank with another plan.
         # Pinned: kernels write it, and the host reads it without waiting.
         self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._flags = self.error_flags.numpy()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import activation_faults
 import activations
+from activation_strays import OF_ONE_SIZE, assert_tp_ranks_heard, differ_among_tp_ranks
 from activations import roll_over
 from exact_activations import SEQ_DIM
 from rank_bodies import LAYOUTS
@@ -70,3 +71,13 @@ def test_autograd_is_right_on_gpus(gpu_pool: RankPool, body, transport):
 def test_rows_that_tp_ranks_share_are_those_of_the_definition_on_gpus(gpu_pool: RankPool):
     size = gpu_pool.world_size
     gpu_pool.check(activations.shared_rows_differ, size, [(2, size // 2), (size, 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_are_the_same_if_tp_ranks_share_rows_on_gpus(gpu_pool: RankPool, dtype):
+    size = gpu_pool.world_size
+    gpu_pool.check(activations.sums_over_tp_differ, size, dtype, size)
+
+
+def test_tp_ranks_that_differ_are_an_error_on_all_ranks_of_gpus(gpu_pool: RankPool):
+    assert_tp_ranks_heard(gpu_pool.run(differ_among_tp_ranks, gpu_pool.world_size, OF_ONE_SIZE))

@@ -22,6 +22,7 @@ from activation_faults import (
 from activation_strays import (
     DIFFERENT,
     OUT_OF_STEP,
+    assert_tp_ranks_heard,
     count_collectives_of_none,
     differ_among_tp_ranks,
     go_out_of_step,
@@ -142,19 +143,7 @@ def test_a_rank_out_of_step_is_an_error_on_all_ranks(out_of_step, schedule, case
 
 
 def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):
-    for rank, found in enumerate(ranks.run(differ_among_tp_ranks, 4)):
-        for (schedule, case), (first, second) in found.items():
-            assert first == "nothing", first
-            if case == "nothing":
-                assert second == "nothing", second
-            elif case == "illegal" and rank % 2 == ODD_RANK:
-                assert second.startswith("ValueError: the layout is for cp_size 3"), second
-            else:
-                other = 1 - rank % 2
-                assert second.startswith(f"RuntimeError: overlap_mtp: tp rank {other} exchanged"), (
-                    schedule,
-                    second,
-                )
+    assert_tp_ranks_heard(ranks.run(differ_among_tp_ranks, 4))
 
 
 def test_none_sums_nothing_over_tp_ranks(ranks: RankPool):

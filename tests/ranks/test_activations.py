@@ -17,6 +17,7 @@ from activations import (
     rows_differ,
     shared_bits_differ,
     shared_rows_differ,
+    sums_over_tp_differ,
 )
 from exact_activations import SEQ_DIM
 from rank_pool import RankPool
@@ -73,6 +74,7 @@ def test_all_schedules_and_repeated_runs_give_the_same_bits(pool: RankPool, dtyp
     for layout in (padded, SequenceLayout.dense(32, 4, "contiguous"), SequenceLayout.dense(8, 4)):
         pool.check(bits_differ, 4, layout, dtype)
     pool.check(shared_bits_differ, 8, dtype)
+    pool.check(sums_over_tp_differ, 8, dtype, 4)
 
 
 NEIGHBOURS = {"zigzag": [1, 2, 2, 1], "contiguous": [0, 1, 1, 1]}  # that 4 cp ranks send to in forward

@@ -11,6 +11,7 @@ from overlap_mtp.exchange.group import Traffic
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 
 import activation_faults
+from activation_strays import OF_ONE_SIZE, assert_tp_ranks_heard, differ_among_tp_ranks
 from activations import bits_differ, rows_differ, shared_rows_differ, wrong_rows
 from exact_activations import SEQ_DIM, Activations
 from pretended_gpus import on_pretended_gpus
@@ -46,6 +47,11 @@ def test_schedules_and_runs_give_the_same_bits(ranks: RankPool, is_symmetric):
 
 def test_rows_that_tp_ranks_share_are_those_of_the_definition(ranks: RankPool):
     ranks.check(on_pretended_gpus, 4, False, shared_rows_differ, [(2, 2)])
+
+
+def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):
+    found = ranks.run(on_pretended_gpus, 4, False, differ_among_tp_ranks, OF_ONE_SIZE)
+    assert_tp_ranks_heard(found)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -20,7 +20,7 @@ from activation_faults import NUM_DEPTHS, batch_of, start
 from activations import leaves_of, make_grid, rolls_of, run_backward, wrong_rows
 from cases import ODD_RANK, error_of
 from exact_activations import Activations
-from rank_pool import fresh_group
+from rank_pool import device_of, fresh_group
 
 
 def other_documents(batch: Activations) -> Activations:
@@ -169,24 +169,47 @@ SHARED: dict[str, Callable[[int], tuple[SequenceLayout, int]]] = {
 }
 
 
-def differ_among_tp_ranks(world: dist.ProcessGroup) -> dict[tuple[str, str], list[str]]:
-    """By schedule and case, the outcomes of two microbatches on 2 cp ranks of 2 tp ranks."""
-    found = {}
-    for schedule, case in product(ACTIVATION_SCHEDULES, SHARED):
-        grid = make_grid(2, 2)
+OF_ONE_SIZE = "layout", "illegal", "nothing"  # sums of other sizes hang on GPUs
+
+
+def differ_among_tp_ranks(
+    world: dist.ProcessGroup, cases: Sequence[str] = tuple(SHARED)
+) -> dict[tuple[str, str], list[str]]:
+    """By schedule and case, the outcomes of two microbatches on cp ranks of 2 tp ranks each."""
+    found, cp_size = {}, world.size() // 2
+    for schedule, case in product(ACTIVATION_SCHEDULES, cases):
+        grid = make_grid(2, cp_size)
         assert grid is not None
         tp_group, cp_group = grid
         assert tp_group is not None
         roller = make_activation_roller(schedule, cp_group, NUM_DEPTHS, tp_group=tp_group)
 
         def step(layout: SequenceLayout, hidden: int, roller: Roller = roller) -> None:
-            leaf = torch.ones(1, layout.local_len // 2, hidden, requires_grad=True)
+            device = device_of(world)
+            leaf = torch.ones(1, layout.local_len // 2, hidden, device=device, requires_grad=True)
             roller.start({"a": leaf * 1}, layout).at(1)["a"].sum().backward()
+            if leaf.is_cuda:
+                torch.cuda.synchronize()
+            roller.raise_if_failed()  # a device finds out later
 
         is_odd = tp_group.rank() == ODD_RANK
-        good = SHARED["nothing"](2)
-        found[schedule, case] = [error_of(step, *one) for one in (good, SHARED[case](2) if is_odd else good)]
+        good, odd = SHARED["nothing"](cp_size), SHARED[case](cp_size)
+        found[schedule, case] = [error_of(step, *one) for one in (good, odd if is_odd else good)]
     return found
+
+
+def assert_tp_ranks_heard(by_rank: list[dict[tuple[str, str], list[str]]]) -> None:
+    """Check what `differ_among_tp_ranks` found on all ranks."""
+    for rank, found in enumerate(by_rank):
+        for (schedule, case), (first, second) in found.items():
+            assert first == "nothing", first
+            if case == "nothing":
+                assert second == "nothing", second
+            elif case == "illegal" and rank % 2 == ODD_RANK:
+                assert second.startswith("ValueError: the layout is for cp_size 3"), second
+            else:
+                heard = f"RuntimeError: overlap_mtp: tp rank {1 - rank % 2} exchanged"
+                assert second.startswith(heard), (schedule, case, second)
 
 
 def count_collectives_of_none(world: dist.ProcessGroup) -> list[int]:
@@ -199,7 +222,7 @@ def count_collectives_of_none(world: dist.ProcessGroup) -> list[int]:
         roller = make_activation_roller(schedule, grid[1], NUM_DEPTHS, tp_group=grid[0])
         roller.start(batch.shards(), layout).at(1)
         tensors, rolls = start(batch, roller, leaves_of(batch))
-        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums:
+        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as sums:
             run_backward(batch, tensors, [rolls.at(depth) for depth in (1, 2)])
         counts.append(sums.call_count)
         roller.close()

@@ -19,6 +19,7 @@ from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activat
 
 from exact_activations import SEQ_DIM, Activations, Tensors
 from rank_bodies import device_layout_of
+from rank_pool import device_of
 from strategies import KINDS, same_bits
 
 
@@ -161,6 +162,31 @@ def shared_bits_differ(world: dist.ProcessGroup, dtype: torch.dtype) -> list[str
     grid = make_grid(2, 4)
     assert grid is not None
     return bits_differ(grid[1], SequenceLayout.packed([0, 16, 48, 64], 4), dtype, grid[0])
+
+
+def sums_over_tp_differ(world: dist.ProcessGroup, dtype: torch.dtype, tp_size: int) -> list[str]:
+    """The schedules whose gradients have other bits than those of the first one.
+
+    Each tp rank holds one row, so that many of them share the gradient of one.
+    """
+    grid = make_grid(tp_size, world.size() // tp_size)
+    assert grid is not None
+    tp_group, cp_group = grid
+    layout = SequenceLayout.dense(world.size(), world.size() // tp_size, "contiguous")
+    generator = torch.Generator().manual_seed(world.rank())
+    gradients = torch.randn(4, 1, 1, 64, generator=generator).to(device_of(world), dtype)
+    found = []
+    for schedule in ACTIVATION_SCHEDULES:
+        roller = make_activation_roller(schedule, cp_group, len(gradients), tp_group=tp_group)
+        leaf = torch.ones_like(gradients[0]).requires_grad_()
+        rolls = roller.start({"a": leaf * 1}, layout)
+        rolled = [rolls.at(depth)["a"] for depth in range(1, 1 + len(gradients))]
+        torch.autograd.backward(rolled, list(gradients))
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+        roller.close()
+    names = zip(ACTIVATION_SCHEDULES, found, strict=True)
+    return [name for name, gradient in names if not same_bits(gradient, found[0])]
 
 
 def count_traffic(
