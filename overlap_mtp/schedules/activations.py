@@ -68,9 +68,9 @@ def make_activation_roller(
     functions, and give these the rolls as inputs: then backward sends nothing a second time.
 
     Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls, if it
-    uses every tensor and none of them is a leaf, or the rolls live until backward. If a step has several exchanges, the
-    losses of all ranks must use the rolls of the same ones (times 0, if they do not count). Otherwise backwards may run
-    in another order on each rank and wait for each other.
+    uses every tensor and none of them is a leaf, or the rolls live until backward. The losses of all ranks must use the
+    rolls of the same exchanges (times 0, if they do not count) if a step has several, or if the schedule is sync or
+    merged and layers have collectives in backward. Otherwise ranks may wait for each other in turn.
 
     Args:
         schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).
