@@ -244,7 +244,7 @@ class RowTransport(Transport):
         """What is under way, for error messages."""
         described = self.describe(exchange.number)
         return (
-            f"the backward of {described}, which every rank must run" if exchange.is_backward else described
+            f"the backward (which every rank must run) of {described}" if exchange.is_backward else described
         )
 
     def _fingerprint(self, exchange: RowExchange) -> int:
