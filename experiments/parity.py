@@ -4,8 +4,8 @@
     python experiments/parity.py --device cuda --out out/parity     # the cases that fit the GPUs of this machine
 
 The matrix is that of Megatron-LM's tests of its merge request !3330: eight pairs (tp, cp), with and without full
-recompute, dense and packed. Data parallelism is added if eight ranks allow it, and so are experts; at three of the
-pairs, depths use rolled activations. Every run loads the same checkpoint, which one process has saved, and takes one
+recompute, dense and packed. Data parallelism is added if eight ranks allow it, and so are experts, and depths that use
+rolled activations. Every run loads the same checkpoint, which one process has saved, and takes one
 optimizer step with different numbers of valid tokens on its ranks. On CPU the result is compared with
 `overlap_mtp.model.reference`, which shares no code with the model; on GPUs with the same model on one of them.
 """
