@@ -43,7 +43,7 @@ from overlap_mtp.layout import Kind
 from overlap_mtp.schedules.roller import Rolls
 
 NUM_DEPTHS = 3
-TOKENS = 512  # a rank
+TOKENS = 1024  # a rank
 CASES = 24  # batches of a load, made before the clock starts
 WINDOW = 6  # microbatches in flight
 LONGEST_DELAY = 1_000_000  # cycles: 0.5 ms
@@ -90,11 +90,20 @@ class Case:
     rolls: dict[str, torch.Tensor]  # [NUM_DEPTHS, L]
 
 
-def make_case(load: Load, seed: int, rank: int, ranks: int, device: torch.device) -> Case:
-    """Make a batch of documents of random lengths. Some are shorter than the number of chunks."""
-    rng = random.Random(seed)
+def make_layout(load: Load, rng: random.Random, ranks: int) -> SequenceLayout:
+    """Documents of random lengths. Some are shorter than the number of chunks, or end where a rank's tokens end."""
+    seq_len = ranks * TOKENS
+    if load.kind == "contiguous":
+        near = {rank * TOKENS + rng.randint(-4, 4) for rank in range(1, ranks)}
+        cuts = near | {rng.randrange(1, seq_len) for _ in range(load.documents)}
+        return SequenceLayout.packed([0, *sorted(cuts), seq_len], ranks, load.kind)
     lengths = [rng.choice([0, 1, 3, 8, 17, 30]) for _ in range(load.documents)]
-    _, layout = pad_documents([torch.zeros(n) for n in lengths], ranks, load.kind, seq_len=ranks * TOKENS)
+    return pad_documents([torch.zeros(n) for n in lengths], ranks, load.kind, seq_len=seq_len)[1]
+
+
+def make_case(load: Load, seed: int, rank: int, ranks: int, device: torch.device) -> Case:
+    """Make a batch, and its rolls."""
+    layout = make_layout(load, random.Random(seed), ranks)
     generator = torch.Generator().manual_seed(seed)
     full = {
         "input_ids": torch.randint(2**40, (1, layout.seq_len), generator=generator),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import compare_modes
 import golden
+import numpy as np
 import parity
 import pytest
 import roll_latency
@@ -142,6 +144,18 @@ def test_roll_latency(tmp_path):
     assert rows["prepared", 2, 8]["messages"] == 0
     assert rows["prefetch", 2, 0]["bytes"] < rows["prefetch", 2, 8]["bytes"]
     assert {path.name for path in tmp_path.iterdir()} == {"roll_latency.json", "roll_latency.png"}
+
+
+@pytest.mark.parametrize("load", soak.LOADS)
+def test_soak_needs_tokens_of_peers(load):
+    for ranks in (2, 4):
+        crossing = 0
+        for seed in range(soak.CASES):
+            layout = soak.make_layout(load, random.Random(seed), ranks)
+            for rank in range(ranks):
+                positions = layout.positions(rank)
+                crossing += (layout.valid(rank, 1) & ~np.isin(positions + 1, positions)).sum()
+        assert crossing > soak.CASES * (ranks - 1) // 2
 
 
 def test_soak(tmp_path):
