@@ -22,7 +22,8 @@ BUFFERS = 2  # sets that are made at first: the host may be a step ahead
 
 
 class CudaRowTransport(RowTransport):
-    """Neither direction waits on the host, but for a second backward pass over a retained graph.
+    """Neither direction waits on the host, but for a second backward pass over a retained graph, and the first exchange
+    with tp ranks.
 
     If the plans of two ranks differ, a kernel finds it on the device, and `raise_if_failed` may raise a step later.
 
@@ -214,10 +215,10 @@ class CudaRowTransport(RowTransport):
 
     def _check_tp_ranks(self, exchange: RowExchange, words: torch.Tensor, own: int) -> None:
         others = words != own
-        first = torch.where(others.any(), 1 + others.int().argmax(), 0)
+        first = torch.where(others.any(), 1 + others.int().argmax(), 0).int()
         self._odd_tp_rank = torch.maximum(self._odd_tp_rank, first)  # stays until the host has seen it
         self.error_flags[-1].copy_(self._odd_tp_rank, non_blocking=True)
-        if exchange.number == 0:
+        if exchange.number == 0 and not exchange.is_backward:
             torch.cuda.current_stream(self.device).synchronize()
             self.raise_if_failed()
 

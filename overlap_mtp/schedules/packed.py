@@ -114,7 +114,8 @@ class PackedRoller(Roller):
         self._send_nothing(self.mark + CHANGED).wait()
         if self._group.device_type == "cuda":
             torch.cuda.synchronize()
-        self.raise_if_failed()
+        for transport in self._transports.values():  # not for what this rank alone may know
+            transport.raise_if_failed()
 
     def _send_nothing(self, mark: int) -> PendingExchange:
         """Start an exchange of zeros in place of one that the peers may have started."""

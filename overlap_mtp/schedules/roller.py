@@ -218,15 +218,15 @@ class Roller(ABC):
     def raise_if_failed(self) -> None:  # noqa: B027 - most schedules find out when they roll
         """Raise RuntimeError if a peer was late or rolled by another layout, once or before. It never waits.
 
-        `start` and `at` do the same. Replays of a CUDA graph call neither, so call it now and then. It raises again at
-        each call: no later rolls are right.
+        `start` and the first `at` of an exchange do the same for their kind of batch. Replays of a CUDA graph call
+        neither, so call it now and then. It raises at each call until the roller is closed: no later rolls are right.
         """
 
     def close(self) -> None:
         """Free the buffers when the device is done with them. The exchange group stays, for the next roller.
 
         Raises:
-            RuntimeError: as `raise_if_failed`.
+            RuntimeError: as `raise_if_failed`, if nothing has raised it before.
         """
         self._is_closed = True
 

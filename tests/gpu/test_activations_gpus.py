@@ -76,8 +76,11 @@ def test_rows_that_tp_ranks_share_are_those_of_the_definition_on_gpus(gpu_pool: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_are_the_same_if_tp_ranks_share_rows_on_gpus(gpu_pool: RankPool, dtype):
     size = gpu_pool.world_size
+    if size == 2:
+        pytest.skip("a sum of two numbers has one order")
     gpu_pool.check(activations.sums_over_tp_differ, size, dtype, size)
 
 
 def test_tp_ranks_that_differ_are_an_error_on_all_ranks_of_gpus(gpu_pool: RankPool):
-    assert_tp_ranks_heard(gpu_pool.run(differ_among_tp_ranks, gpu_pool.world_size, OF_ONE_SIZE))
+    size = gpu_pool.world_size // 2 * 2
+    assert_tp_ranks_heard(gpu_pool.run(differ_among_tp_ranks, size, OF_ONE_SIZE))

@@ -161,11 +161,11 @@ def start_other_kinds(group: dist.ProcessGroup) -> dict[str, tuple[str, list[str
 
 # What tp rank 1 starts second in place of its batch, as (batch, layout, hidden size).
 SHARED: dict[str, Callable[[int], tuple[SequenceLayout, int]]] = {
-    "layout": lambda cp_size: (SequenceLayout.packed([0, 12, 24], cp_size), 3),
-    "length": lambda cp_size: (SequenceLayout.packed([0, 8, 48], cp_size), 3),
-    "shape": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 5),
-    "illegal": lambda cp_size: (SequenceLayout.dense(24, 3), 3),
-    "nothing": lambda cp_size: (SequenceLayout.packed([0, 8, 24], cp_size), 3),
+    "layout": lambda cp_size: (SequenceLayout.packed([0, 6 * cp_size, 12 * cp_size], cp_size), 3),
+    "length": lambda cp_size: (SequenceLayout.packed([0, 4 * cp_size, 24 * cp_size], cp_size), 3),
+    "shape": lambda cp_size: (SequenceLayout.packed([0, 4 * cp_size, 12 * cp_size], cp_size), 5),
+    "illegal": lambda cp_size: (SequenceLayout.dense(12 * (cp_size + 1), cp_size + 1), 3),
+    "nothing": lambda cp_size: (SequenceLayout.packed([0, 4 * cp_size, 12 * cp_size], cp_size), 3),
 }
 
 
@@ -187,10 +187,11 @@ def differ_among_tp_ranks(
         def step(layout: SequenceLayout, hidden: int, roller: Roller = roller) -> None:
             device = device_of(world)
             leaf = torch.ones(1, layout.local_len // 2, hidden, device=device, requires_grad=True)
-            roller.start({"a": leaf * 1}, layout).at(1)["a"].sum().backward()
-            if leaf.is_cuda:
+            rolled = roller.start({"a": leaf * 1}, layout).at(1)["a"]
+            if leaf.is_cuda:  # the device finds out later
                 torch.cuda.synchronize()
-            roller.raise_if_failed()  # a device finds out later
+            roller.raise_if_failed()
+            rolled.sum().backward()
 
         is_odd = tp_group.rank() == ODD_RANK
         good, odd = SHARED["nothing"](cp_size), SHARED[case](cp_size)
@@ -206,7 +207,7 @@ def assert_tp_ranks_heard(by_rank: list[dict[tuple[str, str], list[str]]]) -> No
             if case == "nothing":
                 assert second == "nothing", second
             elif case == "illegal" and rank % 2 == ODD_RANK:
-                assert second.startswith("ValueError: the layout is for cp_size 3"), second
+                assert second.startswith("ValueError: the layout is for cp_size"), second
             else:
                 heard = f"RuntimeError: overlap_mtp: tp rank {1 - rank % 2} exchanged"
                 assert second.startswith(heard), (schedule, case, second)
