@@ -69,8 +69,8 @@ def make_activation_roller(
 
     Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls, if it
     uses every tensor and none of them is a leaf, or the rolls live until backward. The losses of all ranks must use the
-    rolls of the same exchanges (times 0, if they do not count) if a step has several, or if the schedule is sync or
-    merged and layers have collectives in backward. Otherwise ranks may wait for each other in turn.
+    rolls of the same exchanges (times 0, if they do not count) if a step has several; or if layers have collectives in
+    backward and the schedule is sync or merged or there are tp ranks. Otherwise ranks may wait for each other in turn.
 
     Args:
         schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).
