@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import activation_losses
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,11 +58,11 @@ def test_schedules_and_runs_give_the_same_bits_on_gpus(gpu_pool: RankPool, docum
 @pytest.mark.parametrize(
     "body",
     [
-        activation_faults.wrong_after_passes,
+        activation_losses.wrong_after_passes,
         activation_faults.recompute,
         activation_faults.roll_among_others,
-        activation_faults.run_again_after_a_failed_pass,
-        activation_faults.run_backward_beside_collectives,
+        activation_losses.run_again_after_a_failed_pass,
+        activation_losses.run_backward_beside_collectives,
     ],
 )
 def test_autograd_is_right_on_gpus(gpu_pool: RankPool, body, transport):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from activation_losses import (
+    look_under_no_grad,
+    lose_a_gradient,
+    lose_one_of_several_results,
+    run_again_after_a_failed_pass,
+    run_backward_beside_collectives,
+    wrong_after_passes,
+)
 
 from activation_faults import (
     close_with_exchanges_under_way,
     gradients_that_change,
     leaks,
-    look_under_no_grad,
-    lose_a_gradient,
-    lose_one_of_several_results,
     recompute,
     roll_among_others,
-    run_again_after_a_failed_pass,
-    run_backward_beside_collectives,
     run_backward_of_several_microbatches,
     what_outlives_a_step,
-    wrong_after_passes,
 )
 from activation_strays import (
     DIFFERENT,

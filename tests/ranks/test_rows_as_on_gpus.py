@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import activation_losses
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):
 @pytest.mark.parametrize(
     ("body", "is_symmetric"),
     [
-        (activation_faults.wrong_after_passes, True),
+        (activation_losses.wrong_after_passes, True),
         (activation_faults.recompute, False),
         (activation_faults.roll_among_others, True),
     ],

@@ -29,12 +29,18 @@ def rolls_of(roller: Roller, tensors: Tensors, layout: Layout) -> list[Tensors]:
     return [rolls.at(depth) for depth in range(1, roller.num_depths + 1)]
 
 
+def ends_of(batch: Activations, depths: list[Tensors]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What backward begins with, and the gradients there: those of the tensors, then of the rolls at each depth."""
+    return [
+        (tensor * 1, batch.weight(name, depth))
+        for depth, by_name in enumerate(depths)
+        for name, tensor in by_name.items()
+    ]
+
+
 def run_backward(batch: Activations, tensors: Tensors, rolled: list[Tensors]) -> None:
     """Run backward from the rolls and from the tensors themselves, which have another consumer."""
-    ends = [(tensor * 1, batch.weight(name, 0)) for name, tensor in tensors.items()]
-    for depth, by_name in enumerate(rolled, start=1):
-        ends += [(tensor, batch.weight(name, depth)) for name, tensor in by_name.items()]
-    torch.autograd.backward(*zip(*ends, strict=True))
+    torch.autograd.backward(*zip(*ends_of(batch, [tensors, *rolled]), strict=True))
 
 
 def leaves_of(batch: Activations) -> Tensors:
