@@ -40,10 +40,11 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def gpu_pool() -> Iterator[RankPool]:
-    """One NCCL rank per GPU."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two or more GPUs")
-    with RankPool(torch.cuda.device_count(), "nccl") as ranks:
+    """One NCCL rank for each GPU, or OVERLAP_MTP_GPU_RANKS of them, which share GPUs."""
+    size = int(os.environ.get("OVERLAP_MTP_GPU_RANKS", torch.cuda.device_count()))
+    if not torch.cuda.is_available() or size < 2:
+        pytest.skip("needs two or more GPUs, or OVERLAP_MTP_GPU_RANKS on one")
+    with RankPool(size, "nccl") as ranks:
         yield ranks
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from harness.launch import take_gpu
 from overlap_mtp.exchange.group import exchange_group_of
 
 # The server that CPU ranks are forked from imports these once: a pool starts in a quarter of a second.
@@ -119,7 +120,9 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        if world_size > torch.cuda.device_count():
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        take_gpu(rank)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, f"file://{store}", timeout, world_size, rank)
     groups = _make_groups(rank, world_size, sizes, timeout)
