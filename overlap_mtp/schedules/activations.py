@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec, is_plain, plain
 from overlap_mtp.exchange.row_transport import EXPECTS_GRADIENTS, RowExchange, RowTransport
 from overlap_mtp.exchange.rows import make_row_plans
@@ -34,8 +35,18 @@ from overlap_mtp.exchange.select import TRANSPORTS, make_row_transport
 from overlap_mtp.exchange.spec import Batch, roll_options
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules.agreement import compare_microbatches
 from overlap_mtp.schedules.packed import PackedRoller, Timing
-from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls, Spec, Tokens
+from overlap_mtp.schedules.roller import (
+    CHANGED,
+    MARKS,
+    REFUSED,
+    Roller,
+    RollerConfig,
+    Rolls,
+    Spec,
+    Tokens,
+)
 from overlap_mtp.tensors import IGNORE_INDEX
 
 TIMINGS = {
@@ -56,6 +67,7 @@ def make_activation_roller(
     seq_dim: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     transport: str = "auto",
+    check_layouts: bool = False,
 ) -> Roller:
     """Make a roller of activations. It communicates nothing: that begins with the first `start`.
 
@@ -81,6 +93,8 @@ def make_activation_roller(
         tp_group: the tensor-parallel ranks, if each holds a slice of its cp rank's rows (sequence parallelism). Their
             slices lie one after the other, in rank order.
         transport: as in `make_roller`. Symmetric memory is for "overlap" without a tp group: "auto" takes it then.
+        check_layouts: of sync: compare each microbatch over the cp ranks at `start`, by one small message that waits
+            for the device. The other schedules always compare, at no cost.
 
     Returns:
         The roller. Its batches hold float64, float32, bfloat16 or float16, one dtype in each batch.
@@ -98,9 +112,8 @@ def make_activation_roller(
     if seq_dim not in (0, 1):
         raise ValueError(f"seq_dim must be 0 or 1, got {seq_dim}")
     options = roll_options(num_depths, max_documents, IGNORE_INDEX, None, None)
-    config = RollerConfig(
-        schedule, exchange_group_of(cp_group), transport, options, IGNORE_INDEX, check_layouts=False
-    )
+    checks = check_layouts and schedule == "sync"
+    config = RollerConfig(schedule, exchange_group_of(cp_group), transport, options, IGNORE_INDEX, checks)
     return ActivationRoller(config, seq_dim, tp_group)
 
 
@@ -140,14 +153,37 @@ class ActivationRoller(PackedRoller):
 
     def _refuse(self) -> None:
         with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
-            super()._refuse()
+            if self.check_layouts:
+                self.mark += MARKS
+                self._compare(self.mark + REFUSED)
+            else:
+                super()._refuse()
+
+    def _announce_change(self) -> None:
+        if not self.check_layouts:
+            super()._announce_change()
+            return
+        try:
+            self._compare(self.mark + CHANGED)
+        except RuntimeError:
+            self.mark += MARKS  # as those of the peers, which have started another microbatch
+            raise
+
+    def _compare(self, word: int) -> None:
+        assert self._spec is not None
+        compare_microbatches(self._group, word, self._spec.device)
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(self._transport, RowTransport)
         self._layout = layout
         if self.refusal is not None or self._transport.failure:
             self.check_in_step()
-        return ActivationRolls(self, self._transport, batch, layout, ready)
+        has_gradients = torch.is_grad_enabled() and any(one.requires_grad for one in batch.values())
+        mark = self.mark + EXPECTS_GRADIENTS * has_gradients
+        if self.check_layouts:
+            assert isinstance(layout, SequenceLayout)
+            self._compare(fingerprint_of(layout.checksum, layout.batch, mark))
+        return ActivationRolls(self, self._transport, batch, layout, ready, mark)
 
 
 class ActivationRolls(Rolls):
@@ -160,15 +196,14 @@ class ActivationRolls(Rolls):
         batch: Batch,
         layout: Layout,
         ready: torch.cuda.Event | None,
+        mark: int,
     ) -> None:
-        self._roller, self._transport, self._layout = roller, transport, layout
+        self._roller, self._transport, self._layout, self._mark = roller, transport, layout, mark
         self._tensors = [batch[name] for name in transport.spec.names]
-        self._mark = roller.mark
         self._rolled: list[Tokens] = []
         self._pending: PendingExchange | None = None
         self._backward: Backward | None = None
-        if torch.is_grad_enabled() and any(one.requires_grad for one in self._tensors):
-            self._mark += EXPECTS_GRADIENTS
+        if mark & EXPECTS_GRADIENTS:
             self._backward = Backward(transport, roller.backward_stopwatch)
             self._backward.watch(self._tensors)
             given = self._tensors

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.spec import ExchangeSpec
+from overlap_mtp.exchange.transport import IN_STEP
 
 Described = dict[str, object]
 
@@ -41,6 +43,31 @@ def agree(
     differences = _differences([one for one, _ in everyone if one is not None])
     if differences:
         raise ValueError("the ranks of a cp group must start the same exchange: " + "; ".join(differences))
+
+
+def compare_microbatches(group: ExchangeGroup, word: int, device: torch.device) -> None:
+    """Let ranks whose messages carry no fingerprint compare a microbatch. Collective; it waits for the device.
+
+    Args:
+        group: of the ranks.
+        word: an int64 that says what this rank starts.
+        device: of the batch.
+
+    Raises:
+        RuntimeError: on all ranks, if two words differ.
+    """
+    if group.cp_size == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    mine = torch.tensor([word], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.cp_size)]
+    with group.named_errors("the check of a microbatch of 'sync'"):
+        dist.all_gather(everyone, mine, group=group.process_group)
+    found = torch.cat(everyone).tolist()
+    others = [rank for rank, its in enumerate(found) if its != word]
+    if others:
+        raise RuntimeError(
+            f"overlap_mtp: cp rank {others[0]} started another microbatch than cp rank {group.cp_rank}: {IN_STEP}"
+        )
 
 
 def _differences(specs: list[Described]) -> list[str]:

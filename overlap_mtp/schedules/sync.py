@@ -21,8 +21,8 @@ from overlap_mtp.device_layout import DeviceLayout, Layout, layout_from
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch
-from overlap_mtp.exchange.transport import IN_STEP
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
+from overlap_mtp.schedules.agreement import compare_microbatches
 from overlap_mtp.schedules.roller import (
     CHANGED,
     MARKS,
@@ -170,21 +170,8 @@ class SyncRoller(Roller):
             self._compare(self.mark + CHANGED)
 
     def _compare(self, word: int) -> None:
-        """Raise RuntimeError unless all ranks have the same word. It waits for the device."""
         assert self._spec is not None
-        device, group = self._spec.device, self._group
-        if group.cp_size == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return
-        mine = torch.tensor([word], device=device)
-        everyone = [torch.empty_like(mine) for _ in range(group.cp_size)]
-        with group.named_errors("the check of a microbatch of 'sync'"):
-            dist.all_gather(everyone, mine, group=group.process_group)
-        found = torch.cat(everyone).tolist()
-        others = [rank for rank, its in enumerate(found) if its != word]
-        if others:
-            raise RuntimeError(
-                f"overlap_mtp: cp rank {others[0]} started another microbatch than cp rank {group.cp_rank}: {IN_STEP}"
-            )
+        compare_microbatches(self._group, word, self._spec.device)
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(layout, SequenceLayout)

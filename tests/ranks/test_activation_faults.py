@@ -25,6 +25,7 @@ from activation_strays import (
     DIFFERENT,
     OUT_OF_STEP,
     assert_tp_ranks_heard,
+    compare_by_sync,
     count_collectives_of_none,
     differ_among_tp_ranks,
     go_out_of_step,
@@ -142,6 +143,18 @@ def test_a_rank_out_of_step_is_an_error_on_all_ranks(out_of_step, schedule, case
             assert "cu_seqlens, valid_lengths, of_batch" in second, second
         elif rank != ODD_RANK:
             assert f"waited for cp rank {ODD_RANK}" in second, second
+
+
+def test_sync_compares_layouts_if_it_is_asked_to(ranks: RankPool):
+    for rank, found in enumerate(ranks.run(compare_by_sync, 4)):
+        for case, ((first, _), (second, seconds), (third, _)) in found.items():
+            assert first == "right", first
+            assert seconds < TIMEOUT_S / 2, (case, seconds)
+            if case == "illegal" and rank == ODD_RANK:
+                assert second.startswith("ValueError: a must be one of float64"), second
+            else:
+                assert "started another microbatch than cp rank" in second, (case, second)
+            assert third == "right", (case, third)
 
 
 def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):

@@ -58,13 +58,16 @@ CHANGES: dict[str, Callable[[Activations], Activations]] = {
 }
 
 
-def outcomes_of(group: dist.ProcessGroup, schedule: str, case: str) -> list[tuple[str, float]]:
+def outcomes_of(
+    group: dist.ProcessGroup, schedule: str, case: str, check_layouts: bool = False
+) -> list[tuple[str, float]]:
     """The outcomes and seconds of three microbatches; the second is another one on the odd rank.
 
     A rank that stays away does so from then on: a rank cannot tell that its peer left one batch out, unless they have
     names (`of_batch`).
     """
-    roller, outcomes = make_activation_roller(schedule, group, NUM_DEPTHS), []
+    roller = make_activation_roller(schedule, group, NUM_DEPTHS, check_layouts=check_layouts)
+    outcomes = []
     for number in range(3):
         batch = batch_of(group, number)
         is_odd = number == 1 and group.rank() == ODD_RANK
@@ -109,6 +112,14 @@ def go_out_of_step_far_away(world: dist.ProcessGroup) -> dict[tuple[str, str], l
     """The outcomes of cases that headers give away, on more ranks than a rank has neighbours."""
     cases = list(product(("overlap", "merged"), ("cu_seqlens", "dtype", "no_grad", "illegal")))
     return {case: outcomes_of(fresh_group(world, timeout_s=20), *case) for case in cases}
+
+
+COMPARED = ("cu_seqlens", "valid_lengths", "of_batch", "no_grad", "illegal", "dtype", "shape")
+
+
+def compare_by_sync(world: dist.ProcessGroup) -> dict[str, list[tuple[str, float]]]:
+    """The outcomes of cases that `sync` finds only if it compares layouts."""
+    return {case: outcomes_of(fresh_group(world), "sync", case, check_layouts=True) for case in COMPARED}
 
 
 # What the odd rank's roller and first batch have in place of the others', and what the errors say.
