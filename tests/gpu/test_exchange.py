@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +76,7 @@ def start_on_another_gpu(group: dist.ProcessGroup) -> str:
     return error_of(roller.start, elsewhere, batch.layout)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ranks share a GPU")
 def test_a_batch_on_another_gpu_is_refused(gpu_pool: RankPool):
     """Its kernels would run on the current GPU."""
     for error in gpu_pool.run(start_on_another_gpu, gpu_pool.world_size):
