@@ -10,11 +10,11 @@ of its own, and programs share them. At most MAX_WAITING programs put, and as ma
 there are more): a program that waits keeps its place on the device. Nothing in the launch waits for those.
 
 The first join was a kernel on the compute stream. It took 13 to 18 us where NCCL's copy took 5 (4 x H100). 2 to 4
-us were its looks at the peers' flags: each program looked, with acquire semantics, which throws away the first-
-level cache. 3 us were two other things: it counted its programs, and the last one told the peers that buffers are
-free. A kernel ends only when such stores have reached the peer. The rest was the copy. (The parts are those of a
-stall of 11 to 15 us on 4 x H200.) Here nothing counts, the acknowledgement travels with the next exchange, and all
-of it runs beside the compute.
+us were its looks at the peers' flags: each program looked, with acquire semantics, which throws away the
+first-level cache. 3 us were two other things: it counted its programs, and the last one told the peers that buffers
+are free. A kernel ends only when such stores have reached the peer. The rest was the copy. (The parts are those of
+a stall of 11 to 15 us on 4 x H200.) Here nothing counts, the acknowledgement travels with the next exchange, and
+all of it runs beside the compute.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def signal(flags, seq_no, known=None):
 
 @triton.jit
 def give_up(late, said, timeout):
-    """Say in the word `late` who has not come, and wait for nothing any more. What is late after that is not said."""
+    """Write into the word `late` which rank is late, and end all waits. Later ones are not written: they follow."""
     patience = tl.load(timeout)
     tl.store(late, said.to(tl.int32), mask=patience > 0)
     tl.store(timeout, tl.zeros_like(patience))

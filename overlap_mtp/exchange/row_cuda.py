@@ -50,9 +50,8 @@ class CudaRowTransport(RowTransport):
             (self._find_headers(is_backward=False), self._find_headers(is_backward=True)),
             self.error_flags,
         )
-        self._odd_tp_rank = torch.zeros(
-            (), dtype=torch.int32, device=self.device
-        )  # 1 + one with another plan
+        # 1 + the first tp rank with another plan, or 0.
+        self._odd_tp_rank = torch.zeros((), dtype=torch.int32, device=self.device)
         self._all: list[RowBuffers] = []
         self._free: deque[RowBuffers] = deque()  # in the order in which they became free; new ones first
         weakref.finalize(self, orphan, self._all).atexit = False

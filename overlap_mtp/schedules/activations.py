@@ -35,7 +35,6 @@ from overlap_mtp.exchange.select import TRANSPORTS, make_row_transport
 from overlap_mtp.exchange.spec import Batch, roll_options
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.agreement import compare_microbatches
 from overlap_mtp.schedules.packed import PackedRoller, Timing
 from overlap_mtp.schedules.roller import (
     CHANGED,
@@ -168,10 +167,6 @@ class ActivationRoller(PackedRoller):
         except RuntimeError:
             self.mark += MARKS  # as those of the peers, which have started another microbatch
             raise
-
-    def _compare(self, word: int) -> None:
-        assert self._spec is not None
-        compare_microbatches(self._group, word, self._spec.device)
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(self._transport, RowTransport)

@@ -14,7 +14,7 @@ from overlap_mtp.exchange.group import ExchangeGroup, Traffic
 from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec, RollOptions, check_batch, check_documents
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.agreement import agree
+from overlap_mtp.schedules.agreement import agree, compare_microbatches
 
 Tokens = dict[str, torch.Tensor]
 Spec = ExchangeSpec | RowSpec
@@ -204,6 +204,11 @@ class Roller(ABC):
 
     def _announce_change(self) -> None:  # noqa: B027
         """Find out whether all ranks have another kind of batch: only then can they agree on it."""
+
+    def _compare(self, word: int) -> None:
+        """Raise RuntimeError on all ranks if another rank has another word (`check_layouts`)."""
+        assert self._spec is not None
+        compare_microbatches(self._group, word, self._spec.device)
 
     @abstractmethod
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls: ...

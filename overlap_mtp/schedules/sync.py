@@ -22,7 +22,6 @@ from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
-from overlap_mtp.schedules.agreement import compare_microbatches
 from overlap_mtp.schedules.roller import (
     CHANGED,
     MARKS,
@@ -168,10 +167,6 @@ class SyncRoller(Roller):
     def _announce_change(self) -> None:
         if self.check_layouts:
             self._compare(self.mark + CHANGED)
-
-    def _compare(self, word: int) -> None:
-        assert self._spec is not None
-        compare_microbatches(self._group, word, self._spec.device)
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(layout, SequenceLayout)
