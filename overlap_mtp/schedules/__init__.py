@@ -77,6 +77,6 @@ def make_roller(
         transport if schedule in TIMINGS else "",
         options,
         ignore_index,
-        check_layouts,
+        check_layouts and schedule == "sync",
     )
     return _ROLLERS[schedule](config)

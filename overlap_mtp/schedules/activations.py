@@ -36,16 +36,7 @@ from overlap_mtp.exchange.spec import Batch, roll_options
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.packed import PackedRoller, Timing
-from overlap_mtp.schedules.roller import (
-    CHANGED,
-    MARKS,
-    REFUSED,
-    Roller,
-    RollerConfig,
-    Rolls,
-    Spec,
-    Tokens,
-)
+from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls, Spec, Tokens
 from overlap_mtp.tensors import IGNORE_INDEX
 
 TIMINGS = {
@@ -152,21 +143,7 @@ class ActivationRoller(PackedRoller):
 
     def _refuse(self) -> None:
         with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
-            if self.check_layouts:
-                self.mark += MARKS
-                self._compare(self.mark + REFUSED)
-            else:
-                super()._refuse()
-
-    def _announce_change(self) -> None:
-        if not self.check_layouts:
-            super()._announce_change()
-            return
-        try:
-            self._compare(self.mark + CHANGED)
-        except RuntimeError:
-            self.mark += MARKS  # as those of the peers, which have started another microbatch
-            raise
+            super()._refuse()
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(self._transport, RowTransport)

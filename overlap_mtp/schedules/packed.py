@@ -106,11 +106,16 @@ class PackedRoller(Roller):
             raise RuntimeError(transport.failure)
 
     def _refuse(self) -> None:
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if self.check_layouts:
+            super()._refuse()
+        elif not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self.refusal = self._send_nothing(self.mark + REFUSED)
             self.mark += MARKS
 
     def _announce_change(self) -> None:
+        if self.check_layouts:
+            super()._announce_change()
+            return
         self._send_nothing(self.mark + CHANGED).wait()
         if self._group.device_type == "cuda":
             torch.cuda.synchronize()

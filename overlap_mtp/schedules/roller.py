@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class RollerConfig:
     transport: str  # "" if the schedule has none
     options: RollOptions
     ignore_index: int
-    check_layouts: bool
+    check_layouts: bool  # of sync alone
 
 
 class Roller(ABC):
@@ -199,11 +200,21 @@ class Roller(ABC):
         """The transport in use, or the one asked for before the first `start`; "" if the schedule has none."""
         return ""
 
-    def _refuse(self) -> None:  # noqa: B027 - prepared sends nothing
+    def _refuse(self) -> None:
         """Tell the peers, which start this microbatch, that this rank cannot."""
+        if self.check_layouts:
+            self.mark += MARKS
+            with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
+                self._compare(self.mark + REFUSED)
 
-    def _announce_change(self) -> None:  # noqa: B027
+    def _announce_change(self) -> None:
         """Find out whether all ranks have another kind of batch: only then can they agree on it."""
+        if self.check_layouts:
+            try:
+                self._compare(self.mark + CHANGED)
+            except RuntimeError:
+                self.mark += MARKS  # as those of the peers, which have started another microbatch
+                raise
 
     def _compare(self, word: int) -> None:
         """Raise RuntimeError on all ranks if another rank has another word (`check_layouts`)."""

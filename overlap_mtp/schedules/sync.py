@@ -7,7 +7,6 @@ allows. As there, messages carry no fingerprint: only `check_layouts` detects th
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,17 +21,7 @@ from overlap_mtp.exchange.group import ExchangeGroup, Traffic, exchange_group_of
 from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.spec import Batch
 from overlap_mtp.layout import IntArray, Kind, SequenceLayout
-from overlap_mtp.schedules.roller import (
-    CHANGED,
-    MARKS,
-    REFUSED,
-    ChainedRolls,
-    Roller,
-    RollerConfig,
-    Rolls,
-    Tokens,
-    detached,
-)
+from overlap_mtp.schedules.roller import ChainedRolls, Roller, RollerConfig, Rolls, Tokens, detached
 from overlap_mtp.tensors import sum_dtype, upload
 from overlap_mtp.tracing import span
 
@@ -151,22 +140,13 @@ class SyncRoller(Roller):
         self._failure = ""
 
     def _refuse(self) -> None:
-        if self._group.cp_size == 1:
-            return
-        self.mark += MARKS
-        if self.check_layouts:
-            with contextlib.suppress(RuntimeError):  # the refused batch's own error says more
-                self._compare(self.mark + REFUSED)
-        else:
+        super()._refuse()
+        if self._group.cp_size > 1 and not self.check_layouts:
             self._failure = (
                 f"overlap_mtp: cp rank {self._group.cp_rank} refused a batch that its peers may have started, and with "
                 "`sync` they do not hear of it: make a new cp group and new rollers, with check_layouts=True if "
                 "all ranks should skip such a batch"
             )
-
-    def _announce_change(self) -> None:
-        if self.check_layouts:
-            self._compare(self.mark + CHANGED)
 
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         assert isinstance(layout, SequenceLayout)

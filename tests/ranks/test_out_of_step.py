@@ -154,19 +154,21 @@ def test_unchecked_sync_exchanges_nothing_after_a_bad_batch(ranks: RankPool):
 
 
 def start_another_kind(group: dist.ProcessGroup, what: str) -> list[Outcome]:
-    """Outcomes of two microbatches of `sync`; in the second one rank has other documents or another dtype."""
+    """Outcomes of four microbatches of `sync`; in the second one rank has other documents or another dtype."""
     roller, chunks = make_roller("sync", group, NUM_DEPTHS, check_layouts=True), 2 * group.size()
     usual, odd = (SequenceLayout.packed([0, n * chunks, 6 * chunks], group.size()) for n in (2, 3))
     good, other = (Microbatch.of(group, layout=one) for one in (usual, odd if what == "layout" else usual))
     if what == "dtype":
         other.full = replace_labels(other.full, torch.Tensor.long)
-    return [outcome(one, roller) for one in (good, other if group.rank() == ODD_RANK else good)]
+    second = other if group.rank() == ODD_RANK else good
+    return [outcome(one, roller) for one in (good, second, good, other)]
 
 
 @pytest.mark.parametrize("what", ["layout", "dtype"])
-def test_sync_finds_another_kind_of_batch(ranks: RankPool, what):
-    for first, second in run(ranks, start_another_kind, 3, what):
+def test_sync_finds_another_kind_of_batch_and_can_go_on(ranks: RankPool, what):
+    for first, second, *later in run(ranks, start_another_kind, 3, what):
         assert first == []
+        assert later == [[], []]
         assert second.startswith("RuntimeError: overlap_mtp: cp rank "), second
         assert "started another microbatch" in second
 
