@@ -213,6 +213,8 @@ def roll_tensor(
         layout = layout_from(packed_seq_params, local_len, group.cp_size, kind)
     if isinstance(layout, DeviceLayout):
         layout = layout.on_host()
+    if group.cp_size > 1:
+        _ = group.process_group  # collective at first use: here, because not every rank has messages
     steps = RollByOne.of(layout, group.cp_rank, tensor.device)
     rolled = tensor.detach().movedim(dims, -1)
     for _ in range(-shifts):

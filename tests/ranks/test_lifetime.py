@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from overlap_mtp import SCHEDULES, make_roller
+from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, roll_reference, roll_tensor
 
 from cases import PACKED, error_of
 from rank_bodies import DEPTHS, LIFETIMES, OWNERSHIP, gradients_differ, interleave, random_microbatch
@@ -78,6 +80,39 @@ def roll_among_other_groups(world: dist.ProcessGroup) -> list[str]:
 def test_cp_groups_work_whatever_other_groups_their_ranks_are_in():
     with RankPool(3, sizes=()) as three:
         three.check(roll_among_other_groups, 3)
+
+
+def roll_where_two_ranks_send_nothing(world: dist.ProcessGroup) -> list[str]:
+    """A new cp group's first roll, and then another collective. Only tokens of rank 1 are asked for, by rank 0."""
+    group = dist.new_group(list(range(4)))
+    layout = SequenceLayout.packed([0, 16], 4, valid_lengths=[3])
+    packed = SimpleNamespace(cu_seqlens_q=[0, 3], cu_seqlens_q_padded=[0, 16])
+    full, ones = torch.arange(1, 17), torch.ones(1)
+    rolled, _ = roll_tensor(layout.shard(full, group.rank()), -1, -1, group, packed)
+    dist.all_reduce(ones, group=group)
+    wanted = layout.shard(roll_reference(full, layout, 1), group.rank())
+    return [] if torch.equal(rolled, wanted) and ones == 4 else [f"{rolled} in place of {wanted}"]
+
+
+def test_roll_tensor_may_come_first_where_a_rank_sends_nothing(ranks: RankPool):
+    ranks.check(roll_where_two_ranks_send_nothing, 4)
+
+
+def start_again(world: dist.ProcessGroup, folder: str) -> list[str]:
+    """What was rolled wrongly before and after all process groups were destroyed and made again."""
+    wrong = roll_once(dist.group.WORLD)
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    del world
+    gc.collect()
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    return wrong + roll_once(dist.group.WORLD)
+
+
+def test_process_groups_can_be_destroyed_and_made_again(tmp_path):
+    with RankPool(2, sizes=()) as two:
+        two.check(start_again, 2, str(tmp_path))
 
 
 def use_after_destruction(world: dist.ProcessGroup) -> str:
