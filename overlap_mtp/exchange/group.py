@@ -69,7 +69,9 @@ class ExchangeGroup:
 
     def _make_process_group(self) -> dist.ProcessGroup:
         while _RETIRED:
-            dist.destroy_process_group(_RETIRED.pop())
+            retired = _RETIRED.pop()
+            if retired in distributed_c10d._world.pg_map:  # it may have gone with the default group
+                dist.destroy_process_group(retired)
         cp_group, options = self._cp_group(), None
         if cp_group is None:
             raise RuntimeError("the cp group was destroyed: make rollers for another one")
