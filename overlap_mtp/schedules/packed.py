@@ -160,9 +160,12 @@ class PackedRolls(Rolls):
         self._newest: Batch = dict(batch)  # what the next exchange rolls
         self._exchanges: list[PendingExchange] = []
         self._rolled: list[Tokens] = []
+        self._has_failed = False
 
     def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
+        if self._has_failed:
+            raise RuntimeError(self._transport.failure)
         while len(self._rolled) < depth:
             self._roller.check_open()
             if not self._exchanges or self._exchanges[-1].is_done:
@@ -188,8 +191,9 @@ class PackedRolls(Rolls):
 
     def _wait(self) -> None:
         self._rolled += self._exchanges[-1].wait()
-        self._newest = self._rolled[-1]
+        self._newest, self._has_failed = self._rolled[-1], True
         self._transport.raise_if_failed()
+        self._has_failed = False
         if self._roller.is_overlapped and len(self._rolled) < self._roller.num_depths:
             self.start_next()  # travels while the MTP layer of this depth computes
 

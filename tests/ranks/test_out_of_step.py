@@ -173,6 +173,22 @@ def test_sync_finds_another_kind_of_batch_and_can_go_on(ranks: RankPool, what):
         assert "started another microbatch" in second
 
 
+def ask_again(group: dist.ProcessGroup, schedule: str) -> list[str]:
+    """The errors of three `at` of a microbatch for which one rank has another layout."""
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    batches = [Microbatch.of(group, variant=group.rank() == ODD_RANK and step) for step in range(2)]
+    assert outcome(batches[0], roller) == []
+    rolls = batches[1].start(roller)
+    return [error_of(rolls.at, depth) for depth in (1, 1, 2)]
+
+
+@pytest.mark.parametrize("schedule", PACKED)
+def test_wrong_rolls_are_never_returned(ranks: RankPool, schedule):
+    """Not to a caller who asks again, either."""
+    for errors in run(ranks, ask_again, 2, schedule):
+        assert all("another plan" in error for error in errors), errors
+
+
 def name_batches(group: dist.ProcessGroup, schedule: str, names: list[str]) -> list[Outcome]:
     """Outcomes of batches of one layout: one rank gives them these names, the others "sample 0", "sample 1", ..."""
     roller = make_roller(schedule, group, NUM_DEPTHS)
