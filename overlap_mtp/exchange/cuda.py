@@ -135,7 +135,7 @@ class CudaTransport(Transport):
         self._wants_more = False
         self._pack_span, self._send_span = span("pack"), span("send-recv", num_bytes=self._message_bytes)
         self._join_span, self._unroll_span = span("join"), span("unroll")
-        self._closer = weakref.finalize(self, orphan, self._all)
+        self._closer = weakref.finalize(self, abandon, self._all)
         self._closer.atexit = False
         plan_table, tensor_table = map(torch.from_numpy, (self.plan.table, self.spec.table))
         self._tables = plan_table.to(self.device), tensor_table.to(self.device)
@@ -290,7 +290,8 @@ class CudaTransport(Transport):
         # Otherwise the exchanges under way keep it alive, and `orphan` takes its buffers after the last one.
 
     def close(self) -> None:
-        self._closer()
+        self._closer.detach()
+        orphan(self._all)
         free_orphans()
         self._free.clear()
         self._outputs.clear()
@@ -369,6 +370,13 @@ def orphan(buffers: list[Any]) -> None:
     buffers.clear()
 
 
+def abandon(buffers: list[ExchangeBuffers]) -> None:
+    """Orphan the buffers of a transport that nobody has closed, but for those in graphs, which may be replayed."""
+    _in_graphs.extend(one for one in buffers if one.is_captured)
+    buffers[:] = [one for one in buffers if not one.is_captured]
+    orphan(buffers)
+
+
 def free_orphans() -> None:
     """Free orphaned buffers once the device no longer uses them: it may still be reading their pinned memory.
 
@@ -391,3 +399,4 @@ def free_orphans() -> None:
 
 
 _orphans: deque[Any] = deque()
+_in_graphs: list[ExchangeBuffers] = []

@@ -241,6 +241,8 @@ class Roller(ABC):
     def close(self) -> None:
         """Free the buffers when the device is done with them. The exchange group stays, for the next roller.
 
+        Replay no graph that holds an exchange of this roller afterwards.
+
         Raises:
             RuntimeError: as `raise_if_failed`, if nothing has raised it before.
         """

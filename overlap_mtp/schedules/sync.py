@@ -138,6 +138,7 @@ class SyncRoller(Roller):
         super().__init__(config)
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
         self._failure = ""
+        self._in_graphs: list[RollByOne] = []  # kept: replays read their indices
 
     def _refuse(self) -> None:
         super()._refuse()
@@ -156,6 +157,8 @@ class SyncRoller(Roller):
             self._compare(fingerprint_of(zlib.crc32(layout.key), layout.batch, self.mark))
         device = next(iter(batch.values())).device
         steps = self._steps_of(layout, self._group.cp_rank, device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._in_graphs.append(steps)
 
         def roll(tensors: Tokens) -> Tokens:
             return {

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
+from overlap_mtp import SequenceLayout, make_roller
+from overlap_mtp.exchange.cuda import free_orphans
+
 import rank_bodies
-from pretended_gpus import on_pretended_gpus
+from pretended_gpus import on_pretended_gpus, pretended_gpus
 from rank_bodies import LAYOUTS
 from rank_pool import RankPool
 
@@ -44,6 +50,25 @@ def test_tensors_of_other_shapes_depths_and_fills_travel_together(ranks: RankPoo
 )
 def test_exchanges_under_way_do_not_disturb_each_other(ranks: RankPool, body, is_symmetric):
     ranks.check(on_pretended_gpus, 2, is_symmetric, body, "prefetch")
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_buffers_in_a_graph_outlive_a_roller_that_nobody_closes(is_closed):
+    layout = SequenceLayout.dense(24, 1)
+    batch = {"input_ids": torch.arange(24)[None]}
+    with pretended_gpus():
+        roller = make_roller("prefetch", None, 2)
+        roller.start(batch, layout).at(1)
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+            rolls = roller.start(batch, layout)
+            rolls.at(1)
+        buffers = weakref.ref(rolls._exchanges[0].buffers)
+        if is_closed:
+            roller.close()
+        del roller, rolls
+        gc.collect()
+        free_orphans()
+    assert (buffers() is None) is is_closed
 
 
 def test_a_rank_that_stays_away_is_named_each_time(ranks: RankPool):
