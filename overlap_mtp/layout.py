@@ -283,6 +283,10 @@ class SequenceLayout:
 
     def positions(self, cp_rank: int) -> IntArray:
         """The global position of each local token, [local_len]."""
+        return self._known_positions(cp_rank).copy()
+
+    def _known_positions(self, cp_rank: int) -> IntArray:
+        """`positions`, not to be written to."""
         self.check_rank(cp_rank)
         if cp_rank not in self._positions:
             runs = self.runs(cp_rank)
@@ -294,7 +298,7 @@ class SequenceLayout:
         """The position within its document of each local token, [local_len]."""
         runs = self.runs(cp_rank)
         starts = np.repeat(self.cu_seqlens[runs.document], runs.end - runs.begin)
-        return self.positions(cp_rank) - starts
+        return self._known_positions(cp_rank) - starts
 
     def valid(self, cp_rank: int, depth: int = 0) -> npt.NDArray[np.bool_]:
         """Whether the token `depth` after each local token is a valid token of the same document, [local_len].
@@ -303,11 +307,11 @@ class SequenceLayout:
         """
         runs = self.runs(cp_rank)
         ends = np.repeat(self.valid_ends[runs.document], runs.end - runs.begin)
-        return self.positions(cp_rank) + depth < ends
+        return self._known_positions(cp_rank) + depth < ends
 
     def in_tail(self, cp_rank: int) -> npt.NDArray[np.bool_]:
         """Whether each local token belongs to the tail, [local_len]."""
-        return self.positions(cp_rank) >= self.seq_len - self.tail_len
+        return self._known_positions(cp_rank) >= self.seq_len - self.tail_len
 
     def shard(self, tensor: ArrayOrTensor, cp_rank: int, dim: int = -1) -> ArrayOrTensor:
         """Take the part of a full-length tensor or array that a rank holds.
@@ -328,7 +332,7 @@ class SequenceLayout:
                 f"cannot shard: dimension {dim} must have the layout's length {self.seq_len} "
                 f"(the end of cu_seqlens), got {tensor.shape[dim]}"
             )
-        return _take(tensor, self.positions(cp_rank), dim)
+        return _take(tensor, self._known_positions(cp_rank), dim)
 
     def unshard(self, shards: Sequence[ArrayOrTensor], dim: int = -1) -> ArrayOrTensor:
         """Undo `shard`.
@@ -357,7 +361,7 @@ class SequenceLayout:
     def gather_index(self) -> IntArray:
         """The index of each global position in the shards laid end to end, [seq_len]."""
         index = np.empty(self.seq_len, np.int64)
-        index[np.concatenate([self.positions(rank) for rank in range(self.cp_size)])] = np.arange(
+        index[np.concatenate([self._known_positions(rank) for rank in range(self.cp_size)])] = np.arange(
             self.seq_len
         )
         return index

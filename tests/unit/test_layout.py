@@ -49,6 +49,14 @@ def test_shards_follow_the_public_convention(cu_seqlens, cp_size, kind, expected
         assert shards_of(SequenceLayout.dense(cu_seqlens[-1], cp_size, kind)) == expected
 
 
+def test_positions_are_the_callers():
+    layout = SequenceLayout.packed([0, 4, 12], 2)
+    before = shards_of(layout)
+    layout.positions(0)[:] = 0
+    assert shards_of(layout) == before
+    assert layout.positions(0).tolist() == before[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "seq_len", "shards"),
     [
