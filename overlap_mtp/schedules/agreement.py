@@ -72,8 +72,8 @@ def compare_microbatches(group: ExchangeGroup, word: int, device: torch.device) 
 
 def _differences(specs: list[Described]) -> list[str]:
     lines = []
-    for name in specs[0]:
-        values = [spec[name] for spec in specs]
+    for name in dict.fromkeys(name for spec in specs for name in spec):
+        values = [spec.get(name, "none") for spec in specs]
         if len(set(values)) > 1:
             found = ", ".join(f"cp rank {rank} has {value}" for rank, value in enumerate(values))
             lines.append(f"{name}: {found}")
