@@ -160,7 +160,7 @@ def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Te
     """
     documents = int(metadata[NUM_DOCUMENTS])
     begins = metadata[CU_SEQLENS : CU_SEQLENS + documents]
-    local_index = torch.arange(length)
+    local_index = torch.arange(length, device=metadata.device)
     if plan.by_document:
         sequence = torch.searchsorted(begins, local_index * plan.cp_size, right=True) - 1
     else:
@@ -170,11 +170,11 @@ def sources(metadata: torch.Tensor, plan: ExchangePlan, length: int) -> torch.Te
     within = local_index - start // plan.cp_size
     held = (within // chunk_len).clamp(max=plan.num_held - 1)
     offset = within - held * chunk_len
-    position = start + torch.tensor(plan.held_chunks)[held] * chunk_len + offset
+    position = start + torch.tensor(plan.held_chunks, device=metadata.device)[held] * chunk_len + offset
     document = sequence if plan.by_document else torch.searchsorted(begins, position, right=True) - 1
     valid_end = metadata[plan.valid_ends_at + document]
 
-    depth = torch.arange(1, plan.num_depths + 1)[:, None]
+    depth = torch.arange(1, plan.num_depths + 1, device=metadata.device)[:, None]
     ahead = offset + depth  # [num_depths, L]
     chunk_distance = (ahead // chunk_len).clamp(max=plan.num_depths)  # more only in a tail
     beyond = ahead - chunk_distance * chunk_len

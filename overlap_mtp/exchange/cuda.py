@@ -45,7 +45,8 @@ class HostMetadata:
     def __init__(self, plan: ExchangePlan, num_addresses: int) -> None:
         """`num_addresses` are those of a batch's tensors and of their rolls."""
         self._plan = plan
-        self.tensor = torch.zeros(plan.metadata_len + num_addresses, dtype=torch.int64, pin_memory=True)
+        num_words = plan.metadata_len + num_addresses
+        self.tensor = torch.zeros(num_words, dtype=torch.int64, pin_memory=True, device="cpu")
         words: IntArray = self.tensor.numpy()
         self._words, self.addresses = words[: plan.metadata_len], words[plan.metadata_len :]
         self._is_written = False

@@ -45,8 +45,10 @@ class GlooTransport(Transport):
         plan, words = self.plan, self.spec.words_per_token
         assert isinstance(layout, SequenceLayout)  # a roller reads a DeviceLayout on the CPU
         metadata = torch.from_numpy(make_metadata(layout, plan, mark))
-        send_buffer = torch.empty(plan.num_send_rows, words, dtype=torch.int64)
-        recv_buffer = torch.empty(plan.num_recv_rows, words, dtype=torch.int64)
+        send_buffer, recv_buffer = (
+            torch.empty(rows, words, dtype=torch.int64, device=self.device)
+            for rows in (plan.num_send_rows, plan.num_recv_rows)
+        )
         (outputs,) = allocate_outputs(self.spec, tensors, plan.num_depths)
         work = None
         if self.has_peers:

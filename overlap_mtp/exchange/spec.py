@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -75,7 +74,6 @@ def roll_options(
     return RollOptions(num_depths, max_documents, fills_of(ignore_index, fills), dict(depths or {}))
 
 
-@lru_cache
 def _bits(value: float, dtype: torch.dtype) -> int:
     """The bits of a value as an integer of the dtype's width."""
     return int(_scalar(value, dtype).view(INTEGER_VIEW[dtype]))
@@ -84,7 +82,7 @@ def _bits(value: float, dtype: torch.dtype) -> int:
 def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
     """A value as a tensor, whatever the default dtype is: a float has 64 bits."""
     wide = torch.float64 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=wide).to(dtype)
+    return torch.tensor(value, dtype=wide, device="cpu").to(dtype)
 
 
 class ExchangeSpec(NamedTuple):
@@ -141,7 +139,7 @@ class ExchangeSpec(NamedTuple):
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
             device, local_len = devices[0], layout.local_len
-            are_dense = [tensor.layout for tensor in tensors].count(torch.strided) == len(tensors)
+            are_dense = all(one.layout == torch.strided and not is_distributed(one) for one in tensors)
             if isinstance(layout, DeviceLayout):
                 devices.append(layout.cu_seqlens.device)
             are_together = devices.count(device) == len(devices)
@@ -258,6 +256,11 @@ def check_documents(layout: Layout, max_documents: int) -> None:
         )
 
 
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor, which has no memory of its own. Importing the class would take half a second."""
+    return hasattr(tensor, "to_local")
+
+
 def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
     """Raise ValueError unless `batch` holds dense tensors by name, and the layout is one for this group."""
     if not isinstance(layout, Layout):
@@ -277,6 +280,8 @@ def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
             raise ValueError(
                 f"the names of tensors must be strings, got {name!r} of type {type(name).__name__}"
             )
+        if is_distributed(tensor):
+            raise ValueError(f"{name} is a DTensor: pass this rank's part of it, its to_local()")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
             kind = type(tensor).__name__
             if isinstance(tensor, torch.Tensor):

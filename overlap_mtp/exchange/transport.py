@@ -86,7 +86,8 @@ class Transport(ABC):
         # [2]: 1 + a cp rank that is late with an acknowledgement (both + cp_size if it is a backward over symmetric
         # memory); [3]: 1 if the bounds of a DeviceLayout are illegal; of activations: 1 + a tp rank with another plan.
         # Pinned: kernels write it, and the host reads it without waiting.
-        self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        is_pinned = self.device.type == "cuda"
+        self.error_flags = torch.zeros(4, dtype=torch.int32, pin_memory=is_pinned, device="cpu")
         self._flags = self.error_flags.numpy()
         self._two_flags: Any = self._flags.view("int64")  # the same in two words
         self._message_bytes = WORD_BYTES * self.spec.words_per_token * self.plan.num_send_rows

@@ -186,7 +186,7 @@ class Roller(ABC):
             kind += [layout.kind, layout.is_packed, layout.seq_len, layout.cp_size]
             kind.append(layout.cu_seqlens.device if isinstance(layout, DeviceLayout) else None)
             for name, tensor in batch.items():
-                kind += [name, tensor.shape, tensor.dtype, tensor.device, tensor.layout]
+                kind += [name, type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout]
         except Exception:  # `_spec_of` says what is wrong
             kind = []
         if kind and kind == self._kind:

@@ -18,8 +18,10 @@ from activations import (
     shared_bits_differ,
     shared_rows_differ,
     sums_over_tp_differ,
+    wrong_under_a_default_device,
 )
 from exact_activations import SEQ_DIM
+from pretended_gpus import on_pretended_gpus
 from rank_pool import RankPool
 from strategies import layouts
 
@@ -42,6 +44,14 @@ def test_every_row_and_its_gradient_are_those_of_the_definition(
         assert rows_differ(None, *how) == []
     else:
         pool.check(rows_differ, layout.cp_size, *how)
+
+
+@pytest.mark.parametrize("is_on_gpus", [False, True])
+def test_the_default_device_does_not_matter(ranks: RankPool, is_on_gpus):
+    if is_on_gpus:
+        ranks.check(on_pretended_gpus, 2, True, wrong_under_a_default_device)
+    else:
+        ranks.check(wrong_under_a_default_device, 2)
 
 
 GRIDS = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]

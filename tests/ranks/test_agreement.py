@@ -7,8 +7,10 @@ from typing import NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
-from overlap_mtp import SCHEDULES, SequenceLayout, make_roller
+from overlap_mtp import SCHEDULES, SequenceLayout, make_activation_roller, make_roller
 
 from cases import (
     ILLEGAL,
@@ -22,7 +24,7 @@ from cases import (
     packed,
     replace_labels,
 )
-from rank_pool import RankPool
+from rank_pool import RankPool, device_of
 
 
 def without_labels(batch: Batch) -> Batch:
@@ -120,6 +122,45 @@ def test_all_ranks_refuse_rollers_that_differ(ranks: RankPool, cp_size, usual, o
     for errors in ranks.run(refused_rollers, cp_size, usual, odd, schedules):
         for error in errors:
             assert_names(error, *(f"rank {rank}" for rank in range(cp_size)), *words)
+
+
+def start_in_another_order(group: dist.ProcessGroup) -> list[str]:
+    """What the first starts of a roller of tokens and one of activations raise: on one rank the second comes first."""
+    good = Microbatch.of(group)
+    states = torch.zeros(1, good.layout.local_len, 4)
+    tokens = make_roller("prefetch", group, NUM_DEPTHS)
+    activations = make_activation_roller("overlap", group, NUM_DEPTHS)
+    if group.rank() == ODD_RANK:
+        return [error_of(activations.start, {"states": states}, good.layout), error_of(good.start, tokens)]
+    return [error_of(good.start, tokens), error_of(activations.start, {"states": states}, good.layout)]
+
+
+def test_all_ranks_refuse_tokens_where_one_rank_starts_activations(ranks: RankPool):
+    for errors in ranks.run(start_in_another_order, 3):
+        for error in errors:
+            assert_names(error, *(f"cp rank {rank}" for rank in range(3)), "tensors", "activations", "states")
+
+
+def roll_dtensors(group: dist.ProcessGroup) -> list[str]:
+    """What DTensors raise, before and after a tensor that is otherwise like them."""
+    layout = packed(group.size())
+    mesh = DeviceMesh.from_group(group, device_of(group).type)
+    errors = []
+    for roller, shape, dtype in (
+        (make_roller("prefetch", group, NUM_DEPTHS), (1, layout.local_len), torch.int64),
+        (make_activation_roller("overlap", group, NUM_DEPTHS), (1, layout.local_len, 4), torch.float32),
+    ):
+        local = torch.zeros(shape, dtype=dtype, device=device_of(group))
+        sharded = DTensor.from_local(local, mesh, [Replicate()])
+        errors += [error_of(roller.start, {"x": one}, layout) for one in (sharded, local, sharded)]
+    return errors
+
+
+def test_dtensors_are_refused(ranks: RankPool):
+    first, *tokens, last, local, sharded = ranks.run(roll_dtensors, 2)[0]
+    assert [tokens[0], local] == ["nothing", "nothing"]
+    for error in (first, tokens[1], last, sharded):
+        assert_names(error, "x is a DTensor", "to_local")
 
 
 def test_symmetric_memory_is_refused_on_cpu(ranks: RankPool):

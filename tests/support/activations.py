@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from overlap_mtp import Roller, SequenceLayout
+from overlap_mtp import Roller, SequenceLayout, make_roller
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, make_activation_roller
 
+from cases import EXCHANGING, NUM_DEPTHS, Microbatch
 from exact_activations import SEQ_DIM, Activations, Tensors
 from rank_bodies import device_layout_of
 from rank_pool import device_of
@@ -55,6 +56,26 @@ def wrong_rows(batch: Activations, roller: Roller, on_device: bool = False) -> l
     rolled = rolls_of(roller, tensors, layout)
     run_backward(batch, tensors, rolled)
     return batch.wrong_rolls(rolled) + batch.wrong_gradients(gradients_of(leaves))
+
+
+def wrong_under_a_default_device(group: dist.ProcessGroup) -> list[str]:
+    """What is rolled wrongly if `torch.set_default_device` names another device than that of the batch."""
+    batch = Microbatch.of(group)
+    rows, wrong = Activations.of(group, batch.layout, NUM_DEPTHS), []
+    for schedule in EXCHANGING:
+        roller, shards = make_roller(schedule, group, NUM_DEPTHS), batch.shards()
+        with torch.device("meta"):
+            rolls = roller.start(shards, batch.layout)
+            rolls.at(NUM_DEPTHS)
+        wrong += batch.wrong(rolls)
+    for schedule in ACTIVATION_SCHEDULES:
+        roller, leaves = make_activation_roller(schedule, group, NUM_DEPTHS), leaves_of(rows)
+        tensors = {name: leaf * 1 for name, leaf in leaves.items()}
+        with torch.device("meta"):
+            rolled = rolls_of(roller, tensors, rows.layout)
+        run_backward(rows, tensors, rolled)
+        wrong += rows.wrong_rolls(rolled) + rows.wrong_gradients(gradients_of(leaves))
+    return wrong
 
 
 def gradients_of(leaves: Tensors) -> Tensors:

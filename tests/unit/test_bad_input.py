@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,12 @@ def test_fills_have_the_precision_of_their_tensor(schedule):
         roller = make_roller(schedule, None, 1, fills={"scores": fill})
         given = prepare(batch, layout, 1, fills={"scores": fill}) if schedule == "prepared" else batch
         assert roller.start(given, layout).at(1)["scores"].tolist() == [[1, 1, 1, fill]]
+    for fill in (0.0, -0.0):  # two values, although they are equal
+        batch = {"scores": torch.ones(1, 4)}
+        given = prepare(batch, layout, 1, fills={"scores": fill}) if schedule == "prepared" else batch
+        roller = make_roller(schedule, None, 1, fills={"scores": fill})
+        (last,) = roller.start(given, layout).at(1)["scores"][:, -1].tolist()
+        assert math.copysign(1, last) == math.copysign(1, fill)
     for fill, dtype in ((0.1, torch.float32), (0.5, torch.int64), (2, torch.bool), (300, torch.uint8)):
         batch = {"scores": torch.ones(1, 4).to(dtype)}
         roller = make_roller(schedule, None, 1, fills={"scores": fill})
