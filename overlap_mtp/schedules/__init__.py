@@ -52,9 +52,9 @@ def make_roller(
             more for a tail.
         ignore_index: what rolled `labels` hold past the end of a document: the label that your loss ignores. Rolled
             `padding_mask` holds 1 (True) there, all other tensors hold 0.
-        check_layouts: of sync: compare each microbatch and its layout over the ranks before its rolls, by one small
-            message that waits for the device. The other schedules always compare, at no cost. Default: whether the
-            environment variable OVERLAP_MTP_CHECK_LAYOUTS is 1.
+        check_layouts: of sync: compare each microbatch and its layout over the ranks at `start` and before each roll,
+            by a small message that waits for the device. The other schedules always compare, at no cost. Default:
+            whether the environment variable OVERLAP_MTP_CHECK_LAYOUTS is 1.
         fills: what other rolled tensors hold past the end of a document, by name. It comes before the defaults above.
         depths: of tensors that are rolled less far than num_depths, by name.
 

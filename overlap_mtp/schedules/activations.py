@@ -27,9 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import exchange_group_of
-from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec, is_plain, plain
-from overlap_mtp.exchange.row_transport import EXPECTS_GRADIENTS, RowExchange, RowTransport
+from overlap_mtp.exchange.row_transport import BACKWARD, EXPECTS_GRADIENTS, RowExchange, RowTransport
 from overlap_mtp.exchange.rows import make_row_plans
 from overlap_mtp.exchange.select import TRANSPORTS, make_row_transport
 from overlap_mtp.exchange.spec import Batch, roll_options
@@ -46,6 +45,7 @@ TIMINGS = {
     "none": Timing(is_overlapped=False, all_depths=True),
 }
 ACTIVATION_SCHEDULES = tuple(name for name in TIMINGS if name != "none")
+JOINED = 1  # added to the mark of a microbatch when its rolls are taken
 NO_PASS = -1  # in place of the number of a backward pass
 
 
@@ -83,8 +83,8 @@ def make_activation_roller(
         tp_group: the tensor-parallel ranks, if each holds a slice of its cp rank's rows (sequence parallelism). Their
             slices lie one after the other, in rank order.
         transport: as in `make_roller`. Symmetric memory is for "overlap" without a tp group: "auto" takes it then.
-        check_layouts: of sync: compare each microbatch over the cp ranks at `start`, by one small message that waits
-            for the device. The other schedules always compare, at no cost.
+        check_layouts: of sync: compare each microbatch over the cp ranks at `start`, where it is sent, and in backward,
+            by a small message that waits for the device. The other schedules always compare, at no cost.
 
     Returns:
         The roller. Its batches hold float64, float32, bfloat16 or float16, one dtype in each batch.
@@ -152,9 +152,8 @@ class ActivationRoller(PackedRoller):
             self.check_in_step()
         has_gradients = torch.is_grad_enabled() and any(one.requires_grad for one in batch.values())
         mark = self.mark + EXPECTS_GRADIENTS * has_gradients
-        if self.check_layouts:
-            assert isinstance(layout, SequenceLayout)
-            self._compare(fingerprint_of(layout.checksum, layout.batch, mark))
+        assert isinstance(layout, SequenceLayout)
+        self.compare(layout, mark)
         return ActivationRolls(self, self._transport, batch, layout, ready, mark)
 
 
@@ -166,7 +165,7 @@ class ActivationRolls(Rolls):
         roller: ActivationRoller,
         transport: RowTransport,
         batch: Batch,
-        layout: Layout,
+        layout: SequenceLayout,
         ready: torch.cuda.Event | None,
         mark: int,
     ) -> None:
@@ -176,7 +175,7 @@ class ActivationRolls(Rolls):
         self._pending: PendingExchange | None = None
         self._backward: Backward | None = None
         if mark & EXPECTS_GRADIENTS:
-            self._backward = Backward(transport, roller.backward_stopwatch)
+            self._backward = Backward(transport, roller.compare, roller.backward_stopwatch)
             self._backward.watch(self._tensors)
             given = self._tensors
             self._tensors = list(_Start.apply(self._backward, *given))  # type: ignore[no-untyped-call]
@@ -207,6 +206,7 @@ class ActivationRolls(Rolls):
         return flat
 
     def _start_exchange(self, ready: torch.cuda.Event | None = None) -> None:
+        self._roller.compare(self._layout, self._mark + JOINED)
         detached = [tensor.detach() for tensor in self._tensors]
         if ready is not None and not all(map(is_plain, detached)):
             torch.cuda.current_stream().wait_event(ready)  # what is sent is a copy, made on this stream
@@ -231,8 +231,14 @@ class Backward:
     gradient of one of its tensors is complete, and sends zeros then.
     """
 
-    def __init__(self, transport: RowTransport, stopwatch: AbstractContextManager[None]) -> None:
-        self._transport, self._stopwatch = transport, stopwatch
+    def __init__(
+        self,
+        transport: RowTransport,
+        compare: Callable[[SequenceLayout, int], None],
+        stopwatch: AbstractContextManager[None],
+    ) -> None:
+        """`compare`: as Roller.compare, before anything is exchanged."""
+        self._transport, self._compare, self._stopwatch = transport, compare, stopwatch
         self.exchange: RowExchange | None = None  # None until it is started
         self._ended_in = NO_PASS  # the last pass of autograd in which it ended
         self._watched: list[int] = []  # the tensors that have a gradient
@@ -241,6 +247,7 @@ class Backward:
     def begin(self, gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         """As RowTransport.begin_backward."""
         assert self.exchange is not None
+        self._compare(self.exchange.layout, self.exchange.mark + BACKWARD)
         with self._stopwatch:
             sums = self._transport.begin_backward(self.exchange, gradients)
         self._transport.raise_if_failed()

@@ -12,6 +12,7 @@ import torch
 
 from overlap_mtp.device_layout import DeviceLayout, Layout
 from overlap_mtp.exchange.group import ExchangeGroup, Traffic
+from overlap_mtp.exchange.plan import fingerprint_of
 from overlap_mtp.exchange.row_spec import RowSpec
 from overlap_mtp.exchange.spec import Batch, ExchangeSpec, RollOptions, check_batch, check_documents
 from overlap_mtp.layout import SequenceLayout
@@ -216,8 +217,13 @@ class Roller(ABC):
                 self.mark += MARKS  # as those of the peers, which have started another microbatch
                 raise
 
+    def compare(self, layout: SequenceLayout, mark: int) -> None:
+        """Raise RuntimeError on all ranks if another rank is about to exchange something else (`check_layouts`)."""
+        if self.check_layouts:
+            self._compare(fingerprint_of(layout.checksum, layout.batch, mark))
+
     def _compare(self, word: int) -> None:
-        """Raise RuntimeError on all ranks if another rank has another word (`check_layouts`)."""
+        """Raise RuntimeError on all ranks if another rank has another word."""
         assert self._spec is not None
         compare_microbatches(self._group, word, self._spec.device)
 

@@ -31,8 +31,10 @@ from activation_strays import (
     go_out_of_step,
     go_out_of_step_far_away,
     start_other_kinds,
+    wrong_if_sync_goes_in_another_order,
 )
 from cases import ODD_RANK
+from pretended_gpus import on_pretended_gpus
 from rank_pool import TIMEOUT_S, RankPool
 
 SLACK_S = 6
@@ -155,6 +157,15 @@ def test_sync_compares_layouts_if_it_is_asked_to(ranks: RankPool):
             else:
                 assert "started another microbatch than cp rank" in second, (case, second)
             assert third == "right", (case, third)
+
+
+@pytest.mark.parametrize("is_on_gpus", [False, True])
+def test_sync_compares_the_order_of_joins_and_of_backward_if_it_is_asked_to(ranks: RankPool, is_on_gpus):
+    """Between GPUs its messages would hold rows of the other microbatch, and nobody would notice."""
+    if is_on_gpus:
+        ranks.check(on_pretended_gpus, 4, False, wrong_if_sync_goes_in_another_order)
+    else:
+        ranks.check(wrong_if_sync_goes_in_another_order, 4)
 
 
 def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):

@@ -120,7 +120,7 @@ def test_rollers_in_another_order_are_found_out(ranks: RankPool, body, schedule)
 
 def ask_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[str]:
     """Two microbatches: one rank takes the second before the first."""
-    roller = make_roller(schedule, group, NUM_DEPTHS)
+    roller = make_roller(schedule, group, NUM_DEPTHS, check_layouts=True)
     batches = [Microbatch.of(group, shift=1000 * step) for step in range(2)]
     first, second = (batch.start(roller) for batch in batches)
     asked = [(first, 1), (second, 1), (first, 2), (second, 2)]
@@ -129,8 +129,9 @@ def ask_in_another_order(group: dist.ProcessGroup, schedule: str) -> list[str]:
     return [error_of(rolls.at, depth) for rolls, depth in asked]
 
 
-@pytest.mark.parametrize("schedule", ["merged", "overlap"])
+@pytest.mark.parametrize("schedule", ["merged", "overlap", "sync"])
 def test_depths_in_another_order_are_found_out(ranks: RankPool, schedule):
+    """`sync` compares, and would otherwise give one microbatch the tokens of the other on GPUs."""
     for errors in run(ranks, ask_in_another_order, 3, schedule):
         assert any(error.startswith("RuntimeError: ") for error in errors), errors
 

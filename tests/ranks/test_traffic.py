@@ -99,7 +99,7 @@ def count_microbatches(
     roller = make_roller(
         schedule, group, num_depths, max_documents=max_documents, check_layouts=check_layouts
     )
-    check = ["all_gather"] * check_layouts
+    check = ["all_gather"] * (1 + num_depths) * check_layouts
     counts = []
     for layout in microbatches:
         dtypes = dict(list(ALL_DTYPES.items())[:num_tensors])

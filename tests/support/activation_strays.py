@@ -122,6 +122,27 @@ def compare_by_sync(world: dist.ProcessGroup) -> dict[str, list[tuple[str, float
     return {case: outcomes_of(fresh_group(world), "sync", case, check_layouts=True) for case in COMPARED}
 
 
+def wrong_if_sync_goes_in_another_order(world: dist.ProcessGroup) -> list[str]:
+    """What is not found where `sync` compares: the odd rank takes or returns two microbatches in another order."""
+    wrong = []
+    for where in ("at", "backward"):
+        group = fresh_group(world)
+        roller = make_activation_roller("sync", group, NUM_DEPTHS, check_layouts=True)
+        batches = [batch_of(group, seed) for seed in range(2)]
+        started = [start(batch, roller, leaves_of(batch)) for batch in batches]
+        order = (1, 0) if group.rank() == ODD_RANK else (0, 1)
+        errors = []
+        if where == "at":
+            errors = [error_of(started[one][1].at, 1) for one in order]
+        else:
+            rolled = [[rolls.at(depth) for depth in range(1, NUM_DEPTHS + 1)] for _, rolls in started]
+            errors = [error_of(run_backward, batches[one], started[one][0], rolled[one]) for one in order]
+        if not all("started another microbatch" in error for error in errors):
+            wrong += [f"{where}: {errors}"]
+        wrong += wrong_rows(batches[0], roller)
+    return wrong
+
+
 # What the odd rank's roller and first batch have in place of the others', and what the errors say.
 DIFFERENT: dict[str, tuple[dict[str, Any], Callable[[Activations], Activations], list[str]]] = {
     "num_depths": ({"num_depths": 1}, lambda batch: batch, ["num_depths", "1", "2"]),
