@@ -17,7 +17,8 @@ from overlap_mtp.layout import SequenceLayout
 WORD_BYTES = 8
 IN_STEP = (
     "all ranks of a cp group must start the same batches by the same rollers in the same order, with the same layout "
-    "(cu_seqlens, valid_lengths, of_batch), and ask for the same depths; or it refused its batch"
+    "(cu_seqlens, valid_lengths, of_batch), and ask for the same depths in the same order; of activations, all or none "
+    "must need gradients, and backward must run in the same order; or it refused its batch"
 )
 LATE = ("the {carries}", "the acknowledgement")  # what the second and third word of the error flags stand for
 

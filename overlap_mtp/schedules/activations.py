@@ -69,10 +69,13 @@ def make_activation_roller(
     the tensors that `start` was given, on the rank that owns the row. Call `start` and `at` outside of recomputed
     functions, and give these the rolls as inputs: then backward sends nothing a second time.
 
-    Every rank of the cp group must run backward through its tensors if one does. Its loss need not use the rolls, if it
-    uses every tensor and none of them is a leaf, or the rolls live until backward. The losses of all ranks must use the
-    rolls of the same exchanges (times 0, if they do not count) if a step has several; or if layers have collectives in
-    backward and the schedule is sync or merged or there are tp ranks. Otherwise ranks may wait for each other in turn.
+    If one rank of the cp group gives tensors that need gradients and runs backward through them, all must. They take
+    the rolls of their exchanges, that is the first `at` of each, in the same order: it sets the order of backward. With
+    sync and merged every rank must take them.
+
+    A loss need not use the rolls, if it uses every tensor and none of them is a leaf, or the rolls live until backward.
+    It must (times 0, if they do not count) if a step has several exchanges; or if layers have collectives in backward
+    and the schedule is sync or merged or there are tp ranks. Otherwise ranks may wait for each other in turn.
 
     Args:
         schedule: "sync", "merged" or "overlap" ("none" sends nothing, for timing only).
@@ -299,8 +302,9 @@ class Backward:
         if lost:
             raise RuntimeError(
                 f"overlap_mtp: peers sent gradients of {', '.join(lost)}, but the loss of cp rank "
-                f"{self._transport.plan.cp_rank} uses neither this nor the rolls: let it use all tensors that were "
-                "given to `start`, or the rolls (times 0, if they do not count)"
+                f"{self._transport.plan.cp_rank} uses neither this nor the rolls, or this pass does not ask for its "
+                "gradient: let the loss use all tensors that were given to `start`, or the rolls (times 0, if they do "
+                "not count)"
             )
 
 

@@ -18,6 +18,7 @@ from activations import (
     shared_bits_differ,
     shared_rows_differ,
     sums_over_tp_differ,
+    wrong_if_compiled,
     wrong_under_a_default_device,
 )
 from exact_activations import SEQ_DIM
@@ -52,6 +53,10 @@ def test_the_default_device_does_not_matter(ranks: RankPool, is_on_gpus):
         ranks.check(on_pretended_gpus, 2, True, wrong_under_a_default_device)
     else:
         ranks.check(wrong_under_a_default_device, 2)
+
+
+def test_rolls_between_compiled_layers_are_those_between_eager_ones(ranks: RankPool):
+    ranks.check(wrong_if_compiled, 2)
 
 
 GRIDS = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]

@@ -78,6 +78,40 @@ def wrong_under_a_default_device(group: dist.ProcessGroup) -> list[str]:
     return wrong
 
 
+class Between(torch.nn.Module):
+    """Rolls between layers. Only the layers can be compiled."""
+
+    def __init__(self, roller: Roller, layout: SequenceLayout) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 4, dtype=torch.float64)
+        self._roller, self._layout = roller, layout
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(values)
+        return torch.tanh(self._rolled(hidden)) * hidden
+
+    @torch.compiler.disable
+    def _rolled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._roller.start({"hidden": hidden}, self._layout).at(1)["hidden"]
+
+
+def wrong_if_compiled(group: dist.ProcessGroup) -> list[str]:
+    """Schedules whose losses or gradients are others between compiled layers than between eager ones."""
+    layout, wrong = SequenceLayout.dense(8 * group.size(), group.size()), []
+    values = torch.randn(1, layout.local_len, 4, dtype=torch.float64)
+    for schedule in ACTIVATION_SCHEDULES:
+        found = []
+        for is_compiled in (False, True):
+            model = Between(make_activation_roller(schedule, group, 1), layout)
+            loss = (torch.compile(model, backend="eager") if is_compiled else model)(values).sum()
+            loss.backward()
+            found.append([loss, model.first.weight.grad, model.first.bias.grad])
+        if not all(map(torch.equal, *found)):
+            wrong.append(schedule)
+    return wrong
+
+
 def gradients_of(leaves: Tensors) -> Tensors:
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
