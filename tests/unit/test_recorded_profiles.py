@@ -105,6 +105,31 @@ def test_rows_of_hidden_states_travel_under_compute():
         assert [round(share, 3) for share in shares] == stated
 
 
+@pytest.mark.parametrize(("gpus", "steps"), [(2, 52), (4, 26)])
+def test_the_page_states_the_hidden_shares_of_the_reports(gpus, steps):
+    """Time of an exchange, what is uncovered, the share, that of the worst rank, the mean of steps, a tenth of them."""
+    report = json.loads((ROOT / f"profiles/hidden-{gpus}gpus.json").read_text())
+    page = (ROOT / "profiles/README.md").read_text()
+    for transport, name in (("prefetch:symmetric", "symmetric memory"), ("prefetch:process_group", "NCCL")):
+        (found,) = (one for one in report["schedules"] if one["name"] == transport)
+        rows = [r for r in report["rows"] if (r["schedule"], r["kind"]) == (transport, "exchange")]
+        assert found["steps"] == steps
+        time_us, hidden_us = (
+            sum(r[column] for r in rows) / steps / gpus for column in ("time_us", "hidden_us")
+        )
+        keys = ("exchange_hidden", "exchange_worst", "exchange_mean")
+        shares = [f"{100 * found[key]:.1f} %" if key in found else "" for key in keys]
+        cells = [
+            f"{time_us:.0f}",
+            f"{time_us - hidden_us:.1f}",
+            *shares,
+            f"{100 * found['exchange_p10']:.0f} %",
+        ]
+        stated = re.search(rf"^\| {name}, 2 GPUs \|.*\n?(\| \.\.\. 4 GPUs \|.*)?", page, re.MULTILINE)
+        line = stated[0].splitlines()[gpus // 4]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
+
+
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
 def test_a_recorded_export_holds_only_what_is_read(path):
     with closing(sqlite3.connect(":memory:")) as db:
