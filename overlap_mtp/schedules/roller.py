@@ -241,7 +241,8 @@ class Roller(ABC):
         """Raise RuntimeError if a peer was late or rolled by another layout, once or before. It never waits.
 
         `start` and the first `at` of an exchange do the same for their kind of batch. Replays of a CUDA graph call
-        neither, so call it now and then. It raises at each call until the roller is closed: no later rolls are right.
+        neither, so call it now and then. It knows what the device has found so far: wait for the device first if no
+        weight may change by wrong rolls. It raises at each call until the roller is closed: no later rolls are right.
         """
 
     def close(self) -> None:
