@@ -46,7 +46,8 @@ def make_roller(
         cp_group: the ranks that share a sequence; None for one rank that holds everything.
         num_depths: how many depths `at` will be asked for.
         transport: of merged, batched, overlap and prefetch: "process_group" (NCCL or gloo), "symmetric" (GPUs that
-            share memory), or "auto" for the fastest that all ranks can use.
+            share memory, with atomics between them), or "auto" for the fastest that all ranks can use. Links over PCIe
+            may lack atomics, which "auto" cannot tell: ask for "process_group" there.
         max_documents: the most documents of a packed batch. It sizes the messages: about 16 * num_depths bytes for a
             tensor and document. Empty documents at the end do not count. Those of a DeviceLayout do, and so does one
             more for a tail.
