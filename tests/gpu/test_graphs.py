@@ -129,6 +129,39 @@ def test_transports_may_go_during_a_capture(gpu_pool: RankPool, transport, is_cl
     gpu_pool.check(go_during_captures, gpu_pool.world_size, transport, is_closed)
 
 
+def replay_without_the_roller(group: dist.ProcessGroup, transport: str) -> list[str]:
+    """What is wrong with a replay if nothing but the graph is left of the roller, and others were made since."""
+    batch = Microbatch.of(group)
+    tensors = batch.shards()
+    roller = make_roller("prefetch", group, NUM_DEPTHS, transport, max_documents=8)
+    roller.start(tensors, batch.layout).at(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rolls = roller.start(tensors, batch.layout)
+        rolled = [rolls.at(depth) for depth in range(1, NUM_DEPTHS + 1)]
+    del roller, rolls
+    gc.collect()
+    wrong = []
+    for shift in (100, 200):
+        other = Microbatch.of(group, shift=shift)
+        wrong += other.wrong(
+            other.start(make_roller("batched", group, NUM_DEPTHS, transport, max_documents=8))
+        )
+    for one in rolled:
+        for tensor in one.values():
+            tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    wrong += batch.differences(rolled)
+    graph.reset()
+    return wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_graph_outlives_a_roller_that_nobody_closes(gpu_pool: RankPool, transport):
+    gpu_pool.check(replay_without_the_roller, gpu_pool.world_size, transport)
+
+
 def new_replay_layout(group: dist.ProcessGroup) -> str:
     batch, roller = Microbatch.of(group), make_roller("prefetch", group, NUM_DEPTHS)
     rolls = batch.start(roller)
