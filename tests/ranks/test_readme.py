@@ -77,6 +77,9 @@ def run_integration(group: dist.ProcessGroup) -> list[str]:
         "positions": names["position_ids"].max() < 16 * group.size(),
         "gradient": names["model"].weight.grad.full_tensor().item() == group.size(),
         "cost": names["cost"].host_us > 0,
+        "prepared": torch.equal(names["same_tokens"], defined),
+        "block": [one.tokens["labels"].tolist() for one in names["depths"]][0] == rolled["labels"].tolist(),
+        "logits": len(names["logits"]) == 2,
     }
     names["roller"].close()
     return [name for name, is_right in checks.items() if not is_right]

@@ -34,6 +34,8 @@ def test_public_names_are_those_of_their_modules():
     for name, module in overlap_mtp._MODULES.items():
         assert star[name] is getattr(import_module(f"overlap_mtp.{module}"), name)
     assert {*overlap_mtp.__all__, "__version__"} <= set(dir(overlap_mtp))
+    page = (ROOT / "docs/integration.md").read_text().partition("## All public names")[2]
+    assert [name for name in overlap_mtp.__all__ if f"`{name}" not in page] == []
     assert overlap_mtp.__getattr__("layout").SequenceLayout is overlap_mtp.SequenceLayout
     with pytest.raises(AttributeError, match="module 'overlap_mtp' has no attribute 'nonsense'"):
         overlap_mtp.nonsense  # noqa: B018
