@@ -288,7 +288,7 @@ class CudaTransport(Transport):
         self._recover_dropped()
         if len(self._free) == len(self._all):
             self.close()
-        # Otherwise the exchanges under way keep it alive, and `orphan` takes its buffers after the last one.
+        # Otherwise the exchanges under way keep it alive, and `abandon` takes its buffers after the last one.
 
     def close(self) -> None:
         self._closer.detach()

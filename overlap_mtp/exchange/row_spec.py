@@ -9,7 +9,14 @@ import torch
 
 from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.group import ExchangeGroup
-from overlap_mtp.exchange.spec import Batch, RollOptions, check_device, check_documents, check_tensors
+from overlap_mtp.exchange.spec import (
+    Batch,
+    RollOptions,
+    check_device,
+    check_documents,
+    check_tensors,
+    refuse_wrapper,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes that a row is a multiple of: kernels read and write as many at once
@@ -131,6 +138,8 @@ def check_activations(batch: Batch, layout: Layout, group: ExchangeGroup, seq_di
         )
     held, first = layout.local_len // tp_size, next(iter(batch.values()))
     for name, tensor in batch.items():
+        if hasattr(tensor, "to_local"):  # detach() makes other wrappers plain tensors
+            refuse_wrapper(name, tensor)
         if tensor.dtype not in DTYPES:
             legal = ", ".join(str(dtype)[6:] for dtype in DTYPES)
             raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}")

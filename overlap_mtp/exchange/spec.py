@@ -139,7 +139,7 @@ class ExchangeSpec(NamedTuple):
             devices = [tensor.device for tensor in tensors]
             dtypes = tuple([tensor.dtype for tensor in tensors])
             device, local_len = devices[0], layout.local_len
-            are_dense = all(one.layout == torch.strided and not is_distributed(one) for one in tensors)
+            are_dense = all(one.layout == torch.strided and not wraps(one) for one in tensors)
             if isinstance(layout, DeviceLayout):
                 devices.append(layout.cu_seqlens.device)
             are_together = devices.count(device) == len(devices)
@@ -256,11 +256,6 @@ def check_documents(layout: Layout, max_documents: int) -> None:
         )
 
 
-def is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor, which has no memory of its own. Importing the class would take half a second."""
-    return hasattr(tensor, "to_local")
-
-
 def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
     """Raise ValueError unless `batch` holds dense tensors by name, and the layout is one for this group."""
     if not isinstance(layout, Layout):
@@ -280,13 +275,22 @@ def check_tensors(batch: Batch, layout: Layout, group: ExchangeGroup) -> None:
             raise ValueError(
                 f"the names of tensors must be strings, got {name!r} of type {type(name).__name__}"
             )
-        if is_distributed(tensor):
-            raise ValueError(f"{name} is a DTensor: pass this rank's part of it, its to_local()")
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
             kind = type(tensor).__name__
             if isinstance(tensor, torch.Tensor):
                 kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
             raise ValueError(f"{name} must be a dense tensor, got {kind}")
+
+
+def wraps(tensor: torch.Tensor) -> bool:
+    """Whether it only wraps other tensors, as a DTensor does: it has no memory of its own."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def refuse_wrapper(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for a tensor that wraps others."""
+    kind = type(tensor).__name__
+    raise ValueError(f"{name} is a {kind}: pass a plain tensor of this rank (a DTensor's is its to_local())")
 
 
 def check_device(name: str, tensor: torch.Tensor, first: torch.Tensor, group: ExchangeGroup) -> None:
@@ -310,6 +314,8 @@ def check_batch(
     check_tensors(batch, layout, group)
     first = next(iter(batch.values()))
     for name, tensor in batch.items():
+        if wraps(tensor):
+            refuse_wrapper(name, tensor)
         if tensor.dtype not in INTEGER_VIEW:
             legal = ", ".join(str(dtype)[6:] for dtype in INTEGER_VIEW)
             like = "int64" if not (tensor.is_floating_point() or tensor.is_complex()) else "float32"

@@ -164,7 +164,7 @@ class PackedRolls(Rolls):
 
     def at(self, depth: int) -> Tokens:
         self._roller.check_depth(depth)
-        if self._has_failed:
+        if self._has_failed and self._transport.failure and depth <= len(self._rolled):
             raise RuntimeError(self._transport.failure)
         while len(self._rolled) < depth:
             self._roller.check_open()
@@ -193,9 +193,9 @@ class PackedRolls(Rolls):
         self._rolled += self._exchanges[-1].wait()
         self._newest, self._has_failed = self._rolled[-1], True
         self._transport.raise_if_failed()
-        self._has_failed = False
         if self._roller.is_overlapped and len(self._rolled) < self._roller.num_depths:
             self.start_next()  # travels while the MTP layer of this depth computes
+        self._has_failed = False
 
     def set_replay_layout(self, layout: SequenceLayout) -> None:
         if isinstance(layout, DeviceLayout):

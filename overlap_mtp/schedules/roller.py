@@ -146,9 +146,9 @@ class Roller(ABC):
         Raises:
             ValueError: if something is illegal or the ranks differ. At first use all ranks raise. Later only the rank
                 with the illegal batch does, and ranks that get tokens from it raise RuntimeError at this exchange or
-                the next. (With contiguous layouts these are the ranks below it: those above do not hear of it, and it
-                waits for them if its batch is of another kind.) With `sync` and no `check_layouts`, its peers wait
-                until the process group gives up.
+                the next. (With contiguous layouts only the rank right below it may. The last rank, with a batch of
+                another kind, waits until the process group gives up.) With `sync` and no `check_layouts`, its peers
+                wait until then, too.
             RuntimeError: if the roller is closed, or a peer was late, out of step or rolled by another layout. Make a
                 new cp group and new rollers then. If ranks start rollers with messages of other sizes in another order,
                 gloo ends the process.

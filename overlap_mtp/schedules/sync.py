@@ -132,12 +132,14 @@ def _exchange(
         one.wait()
 
 
+_in_graphs: list[RollByOne] = []  # kept for good: replays read their indices
+
+
 class SyncRoller(Roller):
     def __init__(self, config: RollerConfig) -> None:
         super().__init__(config)
         self._steps_of = lru_cache(maxsize=64)(RollByOne.of)
         self._failure = ""
-        self._in_graphs: list[RollByOne] = []  # kept: replays read their indices
 
     def _refuse(self) -> None:
         super()._refuse()
@@ -156,14 +158,13 @@ class SyncRoller(Roller):
         device = next(iter(batch.values())).device
         steps = self._steps_of(layout, self._group.cp_rank, device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._in_graphs.append(steps)
+            _in_graphs.append(steps)
 
         marks = cycle(range(self.mark + 1, self.mark + CHANGED))
 
         def roll(tensors: Tokens) -> Tokens:
-            self.compare(
-                layout, next(marks)
-            )  # ranks may take their rolls in another order than they started them
+            # Ranks may take their rolls in another order than they started them.
+            self.compare(layout, next(marks))
             return {
                 name: roll_by_one(tensor, steps, self.options.fills.get(name, 0), self._group, self.traffic)
                 for name, tensor in tensors.items()

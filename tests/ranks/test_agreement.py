@@ -160,7 +160,7 @@ def test_dtensors_are_refused(ranks: RankPool):
     first, *tokens, last, local, sharded = ranks.run(roll_dtensors, 2)[0]
     assert [tokens[0], local] == ["nothing", "nothing"]
     for error in (first, tokens[1], last, sharded):
-        assert_names(error, "x is a DTensor", "to_local")
+        assert_names(error, "x is a DTensor", "its to_local")
 
 
 def test_symmetric_memory_is_refused_on_cpu(ranks: RankPool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from overlap_mtp import SCHEDULES, SequenceLayout, make_roller, roll_reference, 
 
 from cases import PACKED, error_of
 from rank_bodies import DEPTHS, LIFETIMES, OWNERSHIP, gradients_differ, interleave, random_microbatch
-from rank_pool import RankPool
+from rank_pool import TIMEOUT_S, RankPool
 
 
 def held_resources() -> dict[str, int]:
@@ -84,7 +85,7 @@ def test_cp_groups_work_whatever_other_groups_their_ranks_are_in():
 
 def roll_where_two_ranks_send_nothing(world: dist.ProcessGroup) -> list[str]:
     """A new cp group's first roll, and then another collective. Only tokens of rank 1 are asked for, by rank 0."""
-    group = dist.new_group(list(range(4)))
+    group = dist.new_group(list(range(4)), timeout=timedelta(seconds=TIMEOUT_S))
     layout = SequenceLayout.packed([0, 16], 4, valid_lengths=[3])
     packed = SimpleNamespace(cu_seqlens_q=[0, 3], cu_seqlens_q_padded=[0, 16])
     full, ones = torch.arange(1, 17), torch.ones(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -188,6 +189,26 @@ def test_wrong_rolls_are_never_returned(ranks: RankPool, schedule):
     """Not to a caller who asks again, either."""
     for errors in run(ranks, ask_again, 2, schedule):
         assert all("another plan" in error for error in errors), errors
+
+
+def go_on_after_a_failure(group: dist.ProcessGroup, schedule: str) -> list[tuple[str, float]]:
+    """Errors of both depths of a microbatch, and how long they took. Rank 0 has another layout."""
+    roller = make_roller(schedule, group, NUM_DEPTHS)
+    batches = [Microbatch.of(group, variant=group.rank() == 0 and step) for step in range(2)]
+    assert outcome(batches[0], roller) == []
+    rolls, errors = batches[1].start(roller), []
+    for depth in (1, 2):
+        begin = time.monotonic()
+        errors.append((error_of(rolls.at, depth), time.monotonic() - begin))
+    return errors
+
+
+@pytest.mark.parametrize("schedule", ["merged", "overlap"])
+def test_a_rank_that_goes_on_after_a_failure_keeps_nobody_waiting(ranks: RankPool, schedule):
+    """It still starts the exchange of the next depth, which says that it is out of step."""
+    results = run(ranks, go_on_after_a_failure, 4, schedule)
+    assert all(seconds < 5 for errors in results for _, seconds in errors), results
+    assert "another plan" in results[2][1][0]
 
 
 def name_batches(group: dist.ProcessGroup, schedule: str, names: list[str]) -> list[Outcome]:

@@ -83,8 +83,9 @@ class Between(torch.nn.Module):
 
     def __init__(self, roller: Roller, layout: SequenceLayout) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(4, 4, dtype=torch.float64)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = torch.nn.Linear(4, 4, dtype=torch.float64)
         self._roller, self._layout = roller, layout
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
