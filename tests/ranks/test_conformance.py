@@ -27,6 +27,16 @@ def outcomes_of_schedule(group: dist.ProcessGroup, schedule: str) -> list[Outcom
     return check_target(load_target("overlap_mtp", schedule), cases_for(group.size(), quick=True), group)
 
 
+def outcomes_of_narrow_sums(group: dist.ProcessGroup) -> list[Outcome]:
+    """Of a correct roll whose sums have the dtype of the tensor, and may overflow."""
+    roll = plain_roll(total=lambda _, rolled: rolled.sum(dtype=rolled.dtype))
+    return check_target(FunctionTarget("narrow", roll), cases_for(group.size(), quick=True), group)
+
+
+def test_a_sum_may_have_the_dtype_of_the_tensor(ranks: RankPool):
+    assert [one for one in ranks.run(outcomes_of_narrow_sums, 2)[0] if not one.is_right] == []
+
+
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_the_correct_roll_is_right(ranks: RankPool, cp_size):
     everyone = ranks.run(outcomes_of, cp_size, None)
