@@ -15,7 +15,7 @@ import torch.distributed as dist
 from overlap_mtp.megatron.layouts import LeftToMegatronError
 from overlap_mtp.megatron.prefetch import Prefetch, can_roll
 from overlap_mtp.megatron.rolls import running
-from overlap_mtp.megatron.settings import Settings, status
+from overlap_mtp.megatron.settings import Settings, raise_if_failed, status
 
 Tensors = dict[str, torch.Tensor]
 ROLLED = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
@@ -110,7 +110,9 @@ class BegunForward:
         if self._get("compute_mtp_loss") is False:
             return ""
         cp_group, packed = _cp_group(self._model), self._get("packed_seq_params")
-        if packed is not None and getattr(packed, "cp_group", None) not in (None, cp_group):
+        own_group, own_size = (getattr(packed, name, None) for name in ("cp_group", "local_cp_size"))
+        size = None if own_group else own_size  # a batch that one rank holds alone has a size and no group
+        if own_group not in (None, cp_group) or size not in (None, cp_group.size()):
             raise LeftToMegatronError(
                 "a context-parallel group of the batch's own (dynamic context parallelism)"
             )
@@ -122,6 +124,7 @@ class BegunForward:
         prefetch = Prefetch(tensors, depths, cp_group, packed, self._settings)
         prefetch.mark_aliases(self._aliases)
         prefetch.start()
+        raise_if_failed(cp_group)  # now: this rank's message has left, so that its peers do not wait
         return prefetch.reason
 
     def _depths(self) -> dict[str, int]:

@@ -29,7 +29,10 @@ _undo: list[tuple[Any, str, Any, Any]] = []  # (owner, name, what it was before,
 
 
 class Installed:
-    """What `install` returns. As a context manager it uninstalls at its end."""
+    """What `install` returns. As a context manager it ends as it began: not installed, or with other settings."""
+
+    def __init__(self, before: Settings | None) -> None:
+        self._before = before
 
     def __enter__(self) -> Installed:
         return self
@@ -37,7 +40,10 @@ class Installed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        uninstall()
+        if self._before is None:
+            uninstall()
+        else:
+            status().settings = self._before
 
 
 def install(
@@ -70,14 +76,14 @@ def install(
         max_documents: room for packed documents. More double it, which the ranks agree on once.
 
     Returns:
-        A context manager that uninstalls.
+        A context manager. At its end the settings are those of before, or nothing is installed, as before.
 
     Raises:
         ImportError: if megatron-core is missing.
         RuntimeError: if this version of it does not roll as the drop-in expects. Nothing is patched then.
         ValueError: if a setting is illegal.
     """
-    chosen = Settings(schedule, transport, padding, layout, max_documents, unknown)
+    before, chosen = status().settings, Settings(schedule, transport, padding, layout, max_documents, unknown)
     if not _undo:
         try:
             mtp = importlib.import_module(MTP)
@@ -99,7 +105,7 @@ def install(
             _set(owner, name, patched_forward(entry))
     status().settings = chosen
     reset_status()
-    return Installed()
+    return Installed(before)
 
 
 def uninstall() -> None:
@@ -151,9 +157,12 @@ def _check(mtp: ModuleType, entries: list[tuple[type, str]], version: str) -> No
     layer = getattr(mtp, "MultiTokenPredictionLayer", None)
     embeddings = getattr(layer, "_get_embeddings", None)
     for what, function in (("its MTP layers do", embeddings), ("its MTP loss does", loss)):
-        code = getattr(function and inspect.unwrap(function), "__code__", None)
+        function = function and inspect.unwrap(function)
+        code = getattr(function, "__code__", None)
         if code is None or "roll_tensor" not in code.co_names:
             problems.append(f"{what} not roll by roll_tensor")
+        elif getattr(function, "__globals__", {}).get("roll_tensor", mtp.roll_tensor) is not mtp.roll_tensor:
+            problems.append(f"{what} not roll by {MTP}.roll_tensor: somebody has replaced one of the two")
     if problems:
         raise RuntimeError(
             f"overlap_mtp.megatron does not know this megatron-core, which says that it is {version}: "

@@ -17,6 +17,7 @@ from overlap_mtp.schedules.sync import roll_tensor as overlap_mtp_roll
 Answer = tuple[torch.Tensor | None, torch.Tensor | None]
 SUMMED = ("loss_mask",)  # the number of tokens; Megatron-LM drops the sums of all other tensors
 UNKNOWN = "a tensor that no forward has announced"
+NOT_OF_FORWARD = "a tensor that its forward does not know"
 
 # Of each forward that is running: it sends its exchange, unless it has, and says why there is none, or "".
 _running: list[Callable[[], str]] = []
@@ -49,7 +50,12 @@ def patched_roll(original: Callable[..., Answer]) -> Callable[..., Answer]:
                 return answer, answer.sum() if return_sum and mark.name in SUMMED else None
             status().fallbacks[reason] += 1
             exact = (settings.unknown, settings.padding, settings.layout) == ("exact", "exact", "zigzag")
-            if exact and reason == UNKNOWN and shifts == -1 and dims in (-1, tensor.ndim - 1):
+            if (
+                exact
+                and reason in (UNKNOWN, NOT_OF_FORWARD)
+                and shifts == -1
+                and dims in (-1, tensor.ndim - 1)
+            ):
                 with contextlib.suppress(ValueError):  # documents that we cannot roll
                     rolled, _ = overlap_mtp_roll(tensor, -1, -1, cp_group, packed_seq_params, False)
                     assert rolled is not None
@@ -67,7 +73,7 @@ def _answer(
     mark: Mark | None = getattr(tensor, MARK, None)
     reason = UNKNOWN
     if mark is None and _running:
-        reason = _running[-1]() or "a tensor that its forward does not know"
+        reason = _running[-1]() or NOT_OF_FORWARD
         mark = getattr(tensor, MARK, None)
     if mark is None:
         return None, "a tensor that needs a gradient" if tensor.requires_grad else reason

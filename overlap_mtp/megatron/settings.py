@@ -137,6 +137,12 @@ def roller_for(
     return roller
 
 
+def raise_if_failed(cp_group: dist.ProcessGroup) -> None:
+    """Raise what a GPU has found in an exchange of any kind of batch: the next batch may be of another kind."""
+    for roller in _rollers.get(cp_group, {}).values():
+        roller.raise_if_failed()
+
+
 def close() -> None:
     """Free the buffers of all exchanges. The next forward makes new ones."""
     for of_group in list(_rollers.values()):

@@ -188,11 +188,19 @@ def test_evaluation_in_inference_mode_gives_megatrons_results(four, schedule):
 
 
 def test_a_context_parallel_group_of_the_batch_is_left_to_megatron(four):
-    for outcome in compare(four, Case(documents=3), "of_a_group_of_its_own"):
+    for outcome in [
+        *compare(four, Case(documents=3), "of_a_group_of_its_own"),
+        *compare(four, Case(documents=3), "of_one_rank_alone"),
+    ]:
         assert (outcome.exchanges, outcome.answered) == (0, 0)
         [(reason, count)] = outcome.fallbacks.items()
         assert "dynamic context parallelism" in reason
         assert count == PER_BATCH
+
+
+def test_a_failure_is_raised_by_the_next_forward_whatever_its_kind(four):
+    results = four.run(on_megatron, 4, "megatron_programs", "failures_of_another_kind")
+    assert results == [[]] * 4
 
 
 @pytest.mark.skipif(MAIN, reason="main's inference runs no MTP, and needs its own engine")

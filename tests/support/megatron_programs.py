@@ -18,10 +18,12 @@ from megatron.core.transformer import multi_token_prediction
 from overlap_mtp import SequenceLayout, roll_reference
 from overlap_mtp import megatron as drop_in
 from overlap_mtp.layout import Kind
+from overlap_mtp.megatron import settings
 from overlap_mtp.megatron.prefetch import Prefetch
 
+from cases import error_of
 from megatron_models import Batch, Trial, attend, differences, plain, recorded, results, same_bits, trial_of
-from megatron_ranks import DEPTHS, VOCAB, Case
+from megatron_ranks import DEPTHS, VOCAB, Case, Model
 
 TENSORS = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")
 
@@ -147,6 +149,31 @@ def of_a_group_of_its_own(trial: Trial, case: Case) -> list[torch.Tensor]:
     output = trial.forward(batch, packed_seq_params=packed)
     trial.loss(batch, output).backward()
     return [output.detach()]
+
+
+def of_one_rank_alone(trial: Trial, case: Case) -> list[torch.Tensor]:
+    """A batch that this rank holds alone, as in dynamic context parallelism: it names a size and no group."""
+    batch = Batch.of(case, 1)
+    output = trial.forward(batch, packed_seq_params=batch.packed_seq_params(local_cp_size=1))
+    trial.loss(batch, output).backward()
+    return [output.detach()]
+
+
+def failures_of_another_kind() -> list[str]:
+    """What is wrong if a GPU finds a failure in a kind of batch, and batches of another kind follow."""
+    trial, said = trial_of(Model(cp=2)), []
+    drop_in.close()  # so that there is one roller
+    with drop_in.install():
+        for number, documents in enumerate((3, 0)):
+            batch = Batch.of(Case(Model(cp=2), documents=documents), 0)
+            said.append(error_of(trial.forward, batch))
+            if number == 0:
+                (roller,) = settings._rollers[trial.cp_group].values()
+                (transport,) = roller._transports.values()
+                transport.error_flags[3] = 1  # as a kernel does that finds illegal bounds
+        with contextlib.suppress(RuntimeError):  # again, as each forward from here on
+            drop_in.close()
+    return [] if said[0] == "nothing" and "bounds of a DeviceLayout are illegal" in said[1] else said
 
 
 def for_inference(trial: Trial, case: Case) -> list[torch.Tensor]:

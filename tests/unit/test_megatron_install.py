@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -98,6 +98,12 @@ def test_install_is_a_context_manager(megatron):
         assert drop_in.status().settings.padding == "megatron"
         assert patches(megatron)["forward"] is not before["forward"]
     assert patches(megatron) == before
+    with drop_in.install(layout="contiguous"):
+        with drop_in.install(layout="zigzag_stream"):
+            assert drop_in.status().settings.layout == "zigzag_stream"
+        assert drop_in.status().settings.layout == "contiguous"
+        assert patches(megatron)["forward"] is not before["forward"]
+    assert patches(megatron) == before
     with pytest.raises(KeyError, match="body"), drop_in.install():
         raise KeyError("body")
     assert patches(megatron) == before
@@ -190,6 +196,19 @@ def test_mtp_layers_that_do_not_roll_by_roll_tensor_are_refused(megatron, monkey
 
     monkeypatch.setattr(megatron.mtp.MultiTokenPredictionLayer, "_get_embeddings", embeddings)
     assert_refused(megatron, "MTP layers")
+
+
+@needs_megatron
+def test_a_roll_tensor_that_somebody_has_replaced_for_some_callers_is_refused(megatron, monkeypatch):
+    """The others would go on with Megatron-LM's own rolls, and nobody would count them."""
+    own = megatron.mtp.roll_tensor
+    monkeypatch.setattr(
+        megatron.mtp, "roll_tensor", wraps(own)(lambda *args, **options: own(*args, **options))
+    )
+    if hasattr(megatron.mtp, "process_mtp_loss"):  # all callers are in one module
+        drop_in.install()
+    else:
+        assert_refused(megatron, "somebody has replaced")
 
 
 @needs_megatron

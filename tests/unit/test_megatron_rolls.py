@@ -178,6 +178,8 @@ def test_unknown_tensors_are_rolled_exactly_if_the_settings_say_so(monkeypatch):
         assert rolled({"unknown": "exact"}, **options)[0] is tensor
     with running(lambda: "inference"):
         assert rolled({"unknown": "exact"})[0] is tensor
+    with running(lambda: ""):  # its exchange carries other tensors
+        assert rolled({"unknown": "exact"})[0].tolist() == exact
 
 
 def packed_params(bounds: Any, padded: Any = None) -> SimpleNamespace:
