@@ -164,15 +164,16 @@ class RollerTarget(Target):
             roller.close()
 
 
-def load_target(name: str, schedule: str = "prefetch") -> Target:
+def load_target(name: str, schedule: str = "prefetch", device: str | None = None) -> Target:
     """Find the roll to check.
 
     Args:
         name: "megatron", "overlap_mtp", or "module:function".
         schedule: of overlap_mtp. "prepared" takes other tensors than a roll and cannot be checked.
+        device: of the ranks, "cpu" or "cuda". Default: "cuda" if there is a GPU.
 
     Returns:
-        The target. For "megatron" without a GPU, this process's torch.cuda.current_device is replaced.
+        The target. For "megatron" on the CPU, this process's torch.cuda.current_device is replaced.
 
     Raises:
         ValueError: if there is no such target or schedule, or its module cannot be imported.
@@ -196,8 +197,8 @@ def load_target(name: str, schedule: str = "prefetch") -> Target:
         raise ValueError(f"{path} must be a function, got a {type(function).__name__}")
     if name != MEGATRON:
         return FunctionTarget(name, function)
-    if not torch.cuda.is_available():
-        # Its dense roll receives into tensors on the current GPU. There is none, so they belong on the CPU.
+    if device == "cpu" or not torch.cuda.is_available():
+        # Its dense roll receives into tensors on the current GPU. These belong on the CPU, as the tensor does.
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     from megatron.core.packed_seq_params import PackedSeqParams as MegatronParams
 

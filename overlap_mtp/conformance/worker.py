@@ -46,12 +46,8 @@ def worker_main(spec: WorkerSpec, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that keeps this one ends it
     if spec.is_on_loopback and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if spec.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # before anything asks: rolls then find no GPU to put tensors on
-        )
     try:
-        target = load_target(spec.target, spec.schedule)
+        target = load_target(spec.target, spec.schedule, spec.device)
     except ValueError as error:
         pipe.send((UNUSABLE, str(error)))
         return

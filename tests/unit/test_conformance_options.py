@@ -12,6 +12,8 @@ from overlap_mtp.conformance import load_target
 from overlap_mtp.conformance.__main__ import main
 from overlap_mtp.conformance.targets import packed_seq_params
 
+from megatron_ranks import needs_megatron
+
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
@@ -71,3 +73,14 @@ def test_documents_are_told_as_megatron_does():
     same = packed_seq_params(layout, "same", cpu)
     assert same.cu_seqlens_q is same.cu_seqlens_q_padded
     assert packed_seq_params(layout, "unpadded", cpu).cu_seqlens_q_padded is None
+
+
+@needs_megatron
+def test_megatrons_roll_finds_no_gpu_on_cpu_ranks(monkeypatch):
+    """Its dense roll receives into tensors on the current GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    load_target("megatron", device="cuda")
+    assert torch.cuda.current_device() == 0
+    load_target("megatron", device="cpu")
+    assert torch.cuda.current_device() == torch.device("cpu")
