@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from harness.launch import take_gpu
 from overlap_mtp.training.access import reserve_port
 from overlap_mtp.training.rendezvous import connect
 from overlap_mtp.training.watchdog import Watchdog, collectives_begun
@@ -57,11 +58,9 @@ def commit(fault: str) -> None:
 def take_steps(scenario: Scenario, rank: int, here: Path) -> None:
     fault, odd, others, backend, world_size = scenario
     deadline = timedelta(seconds=DEADLINE_S[backend])
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     store = connect(timedelta(seconds=2 if fault == "is absent" else 60))
     with Watchdog(store, rank, world_size, deadline) as watchdog:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device = take_gpu(rank) if backend == "nccl" else torch.device("cpu")
         ones = torch.ones(1, device=device)
         watchdog.phase("joining")
         if others == "join":
