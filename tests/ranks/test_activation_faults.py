@@ -159,13 +159,10 @@ def test_sync_compares_layouts_if_it_is_asked_to(ranks: RankPool):
             assert third == "right", (case, third)
 
 
-@pytest.mark.parametrize("is_on_gpus", [False, True])
-def test_sync_compares_the_order_of_joins_and_of_backward_if_it_is_asked_to(ranks: RankPool, is_on_gpus):
+@pytest.mark.parametrize("is_symmetric", [None, False])
+def test_sync_compares_the_order_of_joins_and_of_backward_if_it_is_asked_to(ranks: RankPool, is_symmetric):
     """Between GPUs its messages would hold rows of the other microbatch, and nobody would notice."""
-    if is_on_gpus:
-        ranks.check(on_pretended_gpus, 4, False, wrong_if_sync_goes_in_another_order)
-    else:
-        ranks.check(wrong_if_sync_goes_in_another_order, 4)
+    ranks.check(on_pretended_gpus, 4, is_symmetric, wrong_if_sync_goes_in_another_order)
 
 
 def test_tp_ranks_that_differ_are_an_error_on_all_ranks(ranks: RankPool):

@@ -47,12 +47,9 @@ def test_every_row_and_its_gradient_are_those_of_the_definition(
         pool.check(rows_differ, layout.cp_size, *how)
 
 
-@pytest.mark.parametrize("is_on_gpus", [False, True])
-def test_the_default_device_does_not_matter(ranks: RankPool, is_on_gpus):
-    if is_on_gpus:
-        ranks.check(on_pretended_gpus, 2, True, wrong_under_a_default_device)
-    else:
-        ranks.check(wrong_under_a_default_device, 2)
+@pytest.mark.parametrize("is_symmetric", [None, True])
+def test_the_default_device_does_not_matter(ranks: RankPool, is_symmetric):
+    ranks.check(on_pretended_gpus, 2, is_symmetric, wrong_under_a_default_device)
 
 
 def test_rolls_between_compiled_layers_are_those_between_eager_ones(ranks: RankPool):

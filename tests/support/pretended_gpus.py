@@ -139,8 +139,8 @@ def pretended_gpus(is_symmetric: bool = False) -> Iterator[None]:
 
 
 def on_pretended_gpus(
-    group: dist.ProcessGroup, is_symmetric: bool, body: Callable[..., Any], *args: Any
+    group: dist.ProcessGroup, is_symmetric: bool | None, body: Callable[..., Any], *args: Any
 ) -> Any:
-    """What a body of ranks returns within `pretended_gpus`."""
-    with pretended_gpus(is_symmetric):
+    """What a body of ranks returns within `pretended_gpus`, or on CPU ranks as they are (None)."""
+    with contextlib.nullcontext() if is_symmetric is None else pretended_gpus(is_symmetric):
         return body(group, *args)
