@@ -170,10 +170,8 @@ class CaseRun:
             slack = 8 * torch.finfo(rolled.dtype).eps * most
             if total.is_floating_point() and not most < torch.finfo(total.dtype).max:
                 return  # it may overflow
-        actual = total.double().sum().item()
-        if total.numel() == 1 and actual == rolled.sum(dtype=rolled.dtype).double().item():
-            return
-        if total.numel() != 1 or not abs(actual - wide) <= slack:
+        actual, narrow = (one.double().sum().item() for one in (total, rolled.sum(dtype=rolled.dtype)))
+        if total.numel() != 1 or not (actual == narrow or abs(actual - wide) <= slack):
             self._fault(step, f"the sum must be {wide:g}, got {actual:g}")
 
     def _fault(self, step: Step, text: str) -> None:
