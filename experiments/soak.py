@@ -178,7 +178,7 @@ class Soak:
             rolled = [rolls.at(depth) for depth in range(1, NUM_DEPTHS + 1)]
             for key, tensor in case.rolls.items():
                 self.wrong += (torch.cat([one[key] for one in rolled]) != tensor).sum()
-            self.exchanges += 1 if name == "prefetch" else NUM_DEPTHS
+            self.exchanges += 1 if name in ("prefetch", "batched") else NUM_DEPTHS
 
     def _delay(self) -> None:
         """Now and then let a stream of this rank stand still for a while."""
@@ -194,7 +194,8 @@ def soak_on_rank(device: torch.device, exchanges: int, transports: tuple[str, ..
     runs = [Soak(device, transport).run(exchanges, console) for transport in transports]
     if dist.get_rank() == 0:
         where = environment.describe(device, dist.get_world_size())
-        write_record({"experiment": "soak", "where": where, "runs": runs}, out / "soak.json")
+        record = {"experiment": "soak", "command": environment.command(), "where": where, "runs": runs}
+        write_record(record, out / "soak.json")
         console.print(runs)
 
 

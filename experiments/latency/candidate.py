@@ -72,7 +72,7 @@ class Candidate:
         A graph of a single small exchange would take as long as its launch.
         """
         graph = torch.cuda.CUDAGraph()
-        exchanges = 1 if self.method.schedule == "prefetch" else self.case.workload.depths
+        exchanges = 1 if self.method.schedule in ("prefetch", "batched") else self.case.workload.depths
         captured = max(1, 8 // exchanges)  # microbatches: a roller has buffers for eight exchanges
         argument = self._argument(self.case.layout)
         for _ in range(WARM_UPS):
