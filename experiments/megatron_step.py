@@ -193,7 +193,7 @@ class Options(ModelOptions, DropInOptions, TimingOptions, TrainingOptions, Outpu
 
     def recorded(self, problem: Problem) -> dict[str, Any]:
         """Return the settings for the record, without any path."""
-        left_out = ("out", "draw", "profile_out", "profile", "ranks", "device")
+        left_out = ("out", "draw", "profile_out", "ranks", "device")
         return {
             **{name: value for name, value in asdict(self).items() if name not in left_out},
             "checkout": self.checkout is not None,

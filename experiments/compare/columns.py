@@ -35,7 +35,8 @@ def stalls_of(row: Row) -> list[dict[str, float]]:
 def _same(mode: str, row: Row) -> str:
     if mode in (BASELINE, TIMING_ONLY):
         return "reference" if mode == BASELINE else "-"
-    return "yes" if row["rolls_equal"] and row["loss_equal"] else "NO"
+    equal = row["rolls_equal"] and row["loss_equal"] and row.get("gradients_equal", True)
+    return "yes" if equal else "NO"
 
 
 NARROW: Columns = {
@@ -73,7 +74,7 @@ def _same_of_each(mode: str, row: Row) -> str:
 
 def _host(row: Row) -> str:
     times = (row["host_us"], row.get("backward_host_us"))
-    return " + ".join(f"{one:.0f}" for one in times if one is not None)
+    return " + ".join(f"{one:.0f}" for one in times if one is not None) or "-"
 
 
 WIDE: Columns = {

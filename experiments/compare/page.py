@@ -62,7 +62,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         *([] if worth is None else [element("p", worth)]),
         element("p", meaning_of(contest), class_="quiet"),
         *([element("p", ON_CPU, class_="quiet")] if result["where"]["device"] == "CPU" else []),
-        *([element("p", PROFILED, class_="quiet")] if " --profile" in result.get("command", "") else []),
+        *([element("p", PROFILED, class_="quiet")] if _is_profiled(result) else []),
         *_times(result, contest),
         *([] if timeline is None else _timeline(timeline)),
         *_bits(result, contest),
@@ -167,3 +167,8 @@ def _flat(record: Record) -> Iterator[tuple[str, str]]:
             yield from _flat(value)
         elif value is not None and value is not False and value != "":
             yield name, "yes" if value is True else str(value)
+
+
+def _is_profiled(result: dict[str, Any]) -> bool:
+    """Older records name no profile in their settings."""
+    return bool(result["settings"].get("profile")) or " --profile" in result.get("command", "")

@@ -22,7 +22,7 @@ WARM_UPS = 3  # eager steps before a capture, as torch's documentation of CUDA g
 
 
 class Spent(NamedTuple):
-    """What the rolls of a step cost this rank. Stalls are NaN on CPU and in captured graphs."""
+    """What the rolls of a step cost this rank. Stalls are NaN on CPU, all times are in captured graphs."""
 
     host_us: float
     stall_us: float
@@ -128,9 +128,10 @@ class TimedActivations(ActivationRollers):
 
 
 def _sum(costs: list[Cost]) -> tuple[float, float]:
-    """(host µs, stall µs) of all together."""
-    stalls = [math.nan if one.stall_us is None else one.stall_us for one in costs]
-    return sum(one.host_us for one in costs), sum(stalls)
+    """(host µs, stall µs) of all together. A use without a backward adds nothing to the stall."""
+    called = [one for one in costs if one.host_us > 0]
+    stalls = [math.nan if one.stall_us is None else one.stall_us for one in called]
+    return sum(one.host_us for one in called), sum(stalls) if called else math.nan
 
 
 class CapturedStep(EagerStep):
@@ -144,6 +145,7 @@ class CapturedStep(EagerStep):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss: torch.Tensor
         self._gradients: list[torch.Tensor | None] = []
+        self._traffic = (0, 0)  # messages and bytes of a replay
 
     def load(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         if self._graph is None:
@@ -161,6 +163,10 @@ class CapturedStep(EagerStep):
             parameter.grad = gradient
         return self._loss
 
+    def spent(self) -> Spent:
+        """Return what a replay sends. Its times are not known: neither host nor streams run the calls."""
+        return Spent(math.nan, math.nan, math.nan, math.nan, *self._traffic)
+
     def _capture(self, batch: Batch, layout: SequenceLayout, counts: torch.Tensor) -> None:
         super().load(batch, layout, counts)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -172,8 +178,11 @@ class CapturedStep(EagerStep):
         torch.cuda.current_stream().wait_stream(stream)
         self.model.zero_grad()
         self._graph = torch.cuda.CUDAGraph()
+        traffic = self.timed.roller.traffic
+        messages, sent_bytes = traffic.messages, traffic.bytes
         with torch.cuda.graph(self._graph):
             self._loss = super().run()
+        self._traffic = traffic.messages - messages, traffic.bytes - sent_bytes
         self._gradients = [parameter.grad for parameter in self.model.parameters()]
 
     def close(self) -> None:
