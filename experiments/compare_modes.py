@@ -6,11 +6,14 @@
 
 Every round runs one step of each schedule on the same weights and batch, then one update. A step is forward and
 backward, without optimizer and gradient reduction; it builds and uploads the plan of its batch. Prints a table and what
-it says in one sentence; writes `results.json`, two pictures and a page, `report.html`, into `--out`.
+it says in one sentence; writes `results.json`, two pictures and a page, `report.html`, into `--out`. Exits with 1
+if bits are wrong.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +22,7 @@ import torch
 
 from compare.comparison import Comparison, Problem, Settings, Timing, open_stream
 from compare.report import publish
+from compare.sentence import wrong_bits
 from harness.activation_options import ActivationOptions
 from harness.command import (
     RankOptions,
@@ -130,6 +134,10 @@ def main() -> None:
     ON_CPU.say(options)
     arguments = problem, options.settings, options.out, options.wide
     run_on_ranks(compare_on_rank, where.ranks, where.device, *arguments)
+    if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
+        return
+    if wrong_bits(json.loads((options.out / "results.json").read_text())):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

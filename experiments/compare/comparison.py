@@ -23,6 +23,7 @@ from overlap_mtp.layout import Kind
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES
+from overlap_mtp.schedules.packed import TIMINGS
 from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.tracing import span
 from overlap_mtp.training.data import BatchStream, open_corpus
@@ -114,6 +115,10 @@ class Settings:
                 raise ValueError(
                     f"modes must be among {', '.join(legal)}{followed if transports else ''}, got {mode!r}"
                 )
+            if transport and not (problem.model.rolls_activations or schedule in TIMINGS):
+                raise ValueError(f"{schedule} has no transport to choose, got {mode!r}")
+            if transport and schedule == TIMING_ONLY:
+                raise ValueError(f"{TIMING_ONLY} sends nothing: it has no transport, got {mode!r}")
         if not {*modes} - {baseline}:
             raise ValueError(f"modes must name a schedule to compare with {baseline}, got {baseline!r} alone")
         if problem.model.rolls_activations and any(
@@ -159,6 +164,7 @@ class Step(NamedTuple):
     ms: float
     spent: Spent
     rolls_equal: bool
+    gradients_equal: bool  # True where they are not compared
     loss: torch.Tensor
 
 
@@ -226,10 +232,15 @@ class Comparison:
         """
         inputs, reference = self._inputs(index), self.contest.reference
         self._step(reference, inputs, {}, named=False)  # discarded: the first step after an update is faster
-        expected = self.steps[reference].rolled()
+        expected, wanted = self.steps[reference].rolled(), None
+        if self._compares_gradients:
+            wanted = [p.grad for p in self.model.parameters()]
         steps, gradients = {}, None
         for mode in order:
             steps[mode] = self._step(mode, inputs, expected, named=kept)
+            if wanted is not None:
+                equal = all(map(_same_bits, wanted, [p.grad for p in self.model.parameters()]))
+                steps[mode] = steps[mode]._replace(gradients_equal=equal)
             if mode != TIMING_ONLY:
                 gradients = [p.grad for p in self.model.parameters()]
         if gradients is not None and not self.problem.forward_only:
@@ -264,7 +275,12 @@ class Comparison:
         ms = 1000 * (time.perf_counter() - begin)
         rolled = step.rolled()
         equal = all(torch.equal(rolled[which], wanted) for which, wanted in expected.items())
-        return Step(ms, step.spent(), equal, loss.clone())
+        return Step(ms, step.spent(), equal, True, loss.clone())
+
+    @property
+    def _compares_gradients(self) -> bool:
+        """Whether gradients have the same bits whenever they are right. On GPUs other kernels may add in any order."""
+        return self.device.type == "cpu" and not self.problem.forward_only
 
     def _summary(self, steps: dict[str, list[Step]]) -> dict[str, Any] | None:
         """Gather all ranks' steps and return the record on rank 0. The slowest rank's time is the step's."""
@@ -272,7 +288,10 @@ class Comparison:
         for one in losses.values():
             dist.all_reduce(one, group=self.group)
         everyone = gather(
-            {mode: [(one.ms, *one.spent, one.rolls_equal) for one in steps[mode]] for mode in steps}
+            {
+                mode: [(one.ms, *one.spent, one.rolls_equal, one.gradients_equal) for one in steps[mode]]
+                for mode in steps
+            }
         )
         if everyone is None:
             return None
@@ -285,13 +304,13 @@ class Comparison:
         worst = next((mode for mode in steps if mode.partition(":")[0] == "sync"), None)
         compared = statistics.compare(times, self.contest.baseline, worst, SEED)
         rows = {}
-        for mode, (_, *costs, messages, sent_bytes, equal) in table.items():
+        for mode, (_, *costs, messages, sent_bytes, equal, gradients_equal) in table.items():
             tokens = self.problem.batch_size * self.problem.seq_len
             host_us, stall_us, backward_host_us, backward_stall_us = (one.max(0) for one in costs)
             rows[mode] = {
                 **asdict(compared[mode]),
                 "tokens_per_s": 1000 * tokens / compared[mode].median_ms,
-                "host_us": float(np.median(host_us)),
+                "host_us": _known(host_us),
                 "stall_us": _median(stall_us),
                 "messages_per_step": float(messages.sum(0).mean()),
                 "bytes_per_step": float(sent_bytes.sum(0).mean()),
@@ -299,10 +318,12 @@ class Comparison:
                 "rolls_equal": bool(equal.all()),
                 "loss_equal": bool(torch.equal(losses[mode], losses[self.contest.reference])),
             }
+            if self._compares_gradients:
+                rows[mode]["gradients_equal"] = bool(gradients_equal.all())
             if self.problem.model.rolls_activations:
                 rows[mode] |= {
                     "exchanges_per_step": len(self.steps[mode].compared),
-                    "backward_host_us": float(np.median(backward_host_us)),
+                    "backward_host_us": _known(backward_host_us),
                     "backward_stall_us": _median(backward_stall_us),
                 }
         return {
@@ -324,11 +345,22 @@ class Comparison:
         return {
             **asdict(self.problem),
             "max_documents": self.problem.max_documents,
-            **asdict(replace(self.settings, profile=None)),
+            **asdict(self.settings),
             "profile_out": None,
             "modes": list(self.steps),
             "data": "standard library" if data is None else data.name,
         }
+
+
+def _known(times_us: statistics.Times) -> float | None:
+    """Return the median, or None if they were not measured."""
+    return None if np.isnan(times_us).any() else float(np.median(times_us))
+
+
+def _same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _median(stalls_us: statistics.Times) -> dict[str, float] | None:

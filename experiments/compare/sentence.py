@@ -44,7 +44,8 @@ def sentence_of(result: dict[str, Any]) -> str:
        of `sync`'s added time that its own step does not have. It saves "all of it" if the share's 95 % interval begins
        at `SAVES_AT_LEAST` or above and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below,
        these rounds cannot tell.
-    3. Whether all schedules computed the same bits. If not, this part comes first and names those that differ.
+    3. Whether all schedules computed the same bits: of rolls and loss, on CPU of gradients too. If not, this part comes
+       first and names those that differ.
 
     With fewer than `LEAST_ROUNDS` rounds, it says so and then the third part. Without `sync`, the first part is about
     `prefetch`; without both, about the first schedule that ran. If a schedule ran over several transports, the first of
@@ -68,11 +69,17 @@ def sentence_of(result: dict[str, Any]) -> str:
         parts.append(f"{contest.overlapped} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
         parts.append(_share(early, rows[early]["efficiency"]))
-    if wrong := {mode: _wrong(row) for mode, row in rows.items() if mode != TIMING_ONLY and _wrong(row)}:
+    if wrong := wrong_bits(result):
         parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
     else:
         parts.append(f"{'all' if len(compared) > 1 else 'both'} schedules computed the same bits")
     return "; ".join(parts) + "."
+
+
+def wrong_bits(result: dict[str, Any]) -> dict[str, str]:
+    """Return what differs from the reference in a record, by mode: rolls, loss, or (compared on CPU only) gradients."""
+    found = {mode: _wrong(row) for mode, row in result["rows"].items() if mode != TIMING_ONLY}
+    return {mode: what for mode, what in found.items() if what}
 
 
 def worth_of(result: dict[str, Any]) -> str | None:
@@ -178,4 +185,4 @@ def _share(mode: str, share: dict[str, float] | None) -> str:
 
 
 def _wrong(row: Row) -> str:
-    return " and ".join(what for what in ("rolls", "loss") if not row[f"{what}_equal"])
+    return " and ".join(what for what in ("rolls", "loss", "gradients") if not row.get(f"{what}_equal", True))

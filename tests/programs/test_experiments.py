@@ -55,6 +55,7 @@ def test_compare_modes(tmp_path, documents):
     for schedule in SCHEDULES:
         assert rows[schedule]["rolls_equal"], schedule
         assert rows[schedule]["loss_equal"], schedule
+        assert rows[schedule]["gradients_equal"], schedule
         assert rows[schedule]["loss"] == rows["prepared"]["loss"] > 0
         assert len(result["times_ms"][schedule]) == 3
     assert not rows["none"]["rolls_equal"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compare.sentence import sentence_of, worth_of
+from compare.sentence import sentence_of, worth_of, wrong_bits
 
 from comparison_records import record_of
 
@@ -84,6 +84,13 @@ def test_what_sync_costs(ratio, words):
 )
 def test_what_prefetch_saves(share, words):
     assert sentence_of(record_of(SYNC | PREFETCH, {"prefetch": share})).split("; ")[1] == words
+
+
+def test_gradients_that_differ_are_said_first():
+    record = record_of(SYNC | PREFETCH, ALL)
+    record["rows"]["prefetch"]["gradients_equal"] = False
+    assert wrong_bits(record) == {"prefetch": "gradients"}
+    assert sentence_of(record).startswith("WRONG BITS in prefetch (gradients); ")
 
 
 def test_bits_that_differ_are_said_first():
