@@ -121,6 +121,7 @@ class Trainer:
         self.model, self.optimizer, self.config, self.parallel = model, optimizer, config, parallel
         self._on_phase, self._seed = on_phase, seed
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, config.schedule)
+        self._is_half_done = False  # FSDP2 holds gradients that `zero_grad` does not reach
 
     def step(
         self,
@@ -141,10 +142,16 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: on all ranks, naming the step, the loss and the batch.
-            RuntimeError: if an exchange of this step failed (`Roller.raise_if_failed`). No weight has changed.
+            RuntimeError: if an exchange of this step failed (`Roller.raise_if_failed`), or an earlier step of a sharded
+                model ended between its microbatches. No weight has changed.
             ValueError: if there are no microbatches or other numbers of them on other ranks, or a layout does not suit
                 the mesh.
         """
+        if self._is_half_done:
+            raise RuntimeError(
+                "an earlier step ended between its microbatches, and its gradients are still in the model: build the "
+                "model again and load a checkpoint"
+            )
         self._check_same_number(len(microbatches))
         dims = self.parallel.dims if self.parallel is not None else ParallelDims()
         for _, layout in microbatches:
@@ -159,14 +166,18 @@ class Trainer:
         sums, right = [], []
         for number, (batch, layout) in enumerate(microbatches):
             self._on_phase(f"{where}: microbatch {number}")
+            is_last = number == len(microbatches) - 1
             if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(number == len(microbatches) - 1)
+                self.model.set_requires_gradient_sync(is_last)
             acceptance = DraftAcceptance()
             with split_loss(self.parallel):
                 mine = self.model(batch, layout, roller, acceptance, self._mixing_keys(batch, number))
-                self._objective(mine, self._denominators(counts, number)).backward()  # type: ignore[no-untyped-call]
+                loss = self._objective(mine, self._denominators(counts, number))
+                self._is_half_done |= isinstance(self.model, FSDPModule) and not is_last
+                loss.backward()  # type: ignore[no-untyped-call]
             sums.append(mine.detach())
             right.append(torch.stack(acceptance.right))
+        self._is_half_done = False
         self._on_phase(f"{where}: losses and update")  # here the host waits for the device
         table = self._table(torch.cat([torch.stack(sums).double(), torch.stack(right).double()], -1))
         totals, hits = table.tensor_split([counts.shape[-1]], -1)

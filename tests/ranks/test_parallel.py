@@ -238,3 +238,30 @@ def test_the_error_of_a_ruined_model_does_not_vouch_for_its_weights(eight: RankP
     for message, _ in eight.run(not_finite, 8, DIMS, True):
         assert message.startswith("step 2: the ")
         assert message.endswith("left weights that are not finite: resume from a checkpoint before it")
+
+
+def step_after_a_broken_one(world: dist.ProcessGroup) -> str:
+    """Return the error of a step after one whose second microbatch has no labels."""
+    parallel = parity.mesh_of(DIMS, "cpu")
+    model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
+    layout, full = parity.layout_of("packed", 2), parity.batch_of("packed", 4, CONFIG.vocab_size)
+    good = parity.share_out(full, layout, parallel, torch.device("cpu"))
+    batch, layout = good[1]
+    unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with pytest.raises(ValueError, match="labels"):  # before any backward
+        trainer.step([(unlabelled, layout), good[1]])
+    trainer.step(good)
+    with pytest.raises(ValueError, match="labels"):
+        trainer.step([good[0], (unlabelled, layout)])
+    with pytest.raises(RuntimeError) as raised:
+        trainer.step(good)
+    model.mtp.roller.close()
+    return str(raised.value)
+
+
+def test_no_step_adds_the_gradients_of_a_broken_one(eight: RankPool):
+    for message in eight.run(step_after_a_broken_one, 8):
+        assert message.startswith(
+            "an earlier step ended between its microbatches, and its gradients are still "
+        )
