@@ -216,7 +216,7 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
     if log is not None and log.missing:
         console.print(f"{log.path} lacks {log.missing} of the steps that the checkpoint holds")
     missing = log.missing if log is not None else 0
-    profile = RecordedSteps(settings, run.steps_done, watchdog)
+    profile = RecordedSteps(settings, run.steps_done, watchdog, save_group)
     with progress_bar(console) as progress, profile:
         task, said = progress.add_task("", total=steps, completed=run.steps_done), time.monotonic()
         while run.steps_done < steps and not ended_by:

@@ -99,7 +99,11 @@ class Watchdog:
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
 
     def phase(self, text: str, allowed: timedelta = timedelta(0)) -> None:
-        """Say what this rank does from now on, for up to `allowed` if that is more than the deadline."""
+        """Say what this rank does from now on, for up to `allowed` if that is more than the deadline.
+
+        The others wait so long only while they are in this phase, too: end it with a collective. A thread that holds
+        Python's lock (GIL) for longer than a quarter of the deadline lets no heartbeat be sent, whatever is allowed.
+        """
         timeout_s = max(self.progress_timeout_s, allowed.total_seconds())
         self._phase = (self._phase[0] + 1, text, self._clock, timeout_s)
 
