@@ -128,6 +128,10 @@ class ParallelMesh:
         return self.mesh["cp"].get_group()
 
     @cached_property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.mesh["tp"].get_group()
+
+    @cached_property
     def shard_mesh(self) -> DeviceMesh:
         """dp x cp: parameters are sharded and gradients summed over it."""
         return self.mesh["dp", "cp"]._flatten("dp_cp")
@@ -140,7 +144,7 @@ class ParallelMesh:
     @property
     def groups(self) -> list[dist.ProcessGroup]:
         """The groups of all collectives of a step, except for the rolls' own exchange."""
-        return [self.data_group, self.cp_group, self.mesh["tp"].get_group()]
+        return [self.data_group, self.cp_group, self.tp_group]
 
     @property
     def dp_rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -144,15 +145,15 @@ class Trainer:
             NonFiniteLossError: on all ranks, naming the step, the loss and the batch.
             RuntimeError: if an exchange of this step failed (`Roller.raise_if_failed`), or an earlier step of a sharded
                 model ended between its microbatches. No weight has changed.
-            ValueError: if there are no microbatches or other numbers of them on other ranks, or a layout does not suit
-                the mesh.
+            ValueError: if there are no microbatches or other numbers of them on other ranks, tp ranks have other
+                layouts (or names of batches, `SequenceLayout.of_batch`), or a layout does not suit the mesh.
         """
         if self._is_half_done:
             raise RuntimeError(
                 "an earlier step ended between its microbatches, and its gradients are still in the model: build the "
                 "model again and load a checkpoint"
             )
-        self._check_same_number(len(microbatches))
+        self._check_same_on_all_ranks([layout for _, layout in microbatches])
         dims = self.parallel.dims if self.parallel is not None else ParallelDims()
         for _, layout in microbatches:
             if layout.cp_size != dims.cp:
@@ -196,13 +197,24 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * self.config.schedule(last_epoch)
 
-    def _check_same_number(self, microbatches: int) -> None:
-        most, least = microbatches, microbatches
+    def _check_same_on_all_ranks(self, layouts: Sequence[SequenceLayout]) -> None:
+        """Compare the number of microbatches, and between tp ranks the layouts and names of batches, too."""
+        most, least, differ = len(layouts), len(layouts), 0
         if self.parallel is not None:
             device = next(self.model.parameters()).device
-            bounds = torch.tensor([microbatches, -microbatches], device=device)
+            mark = zlib.crc32(repr([(one.checksum, one.batch) for one in layouts]).encode())
+            bounds = torch.tensor([most, -least, mark, -mark], device=device)
+            if self.parallel.dims.tp > 1:
+                dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.parallel.tp_group)
+            # Ranks of other tp groups learn whether one differs: all ranks raise, or none.
+            bounds = torch.stack([bounds[0], bounds[1], bounds.sum()])
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.parallel.data_group)
-            most, least = int(bounds[0]), -int(bounds[1])
+            most, least, differ = int(bounds[0]), -int(bounds[1]), int(bounds[2])
+        if differ:
+            raise ValueError(
+                "tp ranks share their tokens: give them the same batches, got other numbers, layouts or names of "
+                "batches on some"
+            )
         if least < 1 or most > least:
             raise ValueError(
                 f"a step takes at least 1 microbatch, and the same number on all ranks, got {least} to {most}: keep "

@@ -265,3 +265,29 @@ def test_no_step_adds_the_gradients_of_a_broken_one(eight: RankPool):
         assert message.startswith(
             "an earlier step ended between its microbatches, and its gradients are still "
         )
+
+
+def refusals_of_tp_ranks(world: dist.ProcessGroup) -> list[str]:
+    """Return what a step says if one tp rank of the eight has another number of microbatches, or other batches."""
+    parallel = parity.mesh_of(DIMS, "cpu")
+    model = parallelize(GPT(CONFIG, parallel.cp_group), parallel)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), TrainConfig(1), parallel)
+    layout, full = parity.layout_of("packed", 2), parity.batch_of("packed", 4, CONFIG.vocab_size)
+    mine, is_odd = parity.share_out(full, layout, parallel, torch.device("cpu")), world.rank() == 5
+    names = [f"dp rank {parallel.dp_rank}, batch {number + is_odd}" for number in range(2)]
+    named = [(batch, layout.of_batch(name)) for (batch, layout), name in zip(mine, names, strict=True)]
+    found = []
+    for microbatches in (mine[: 2 - is_odd], named):
+        with pytest.raises(ValueError, match="tp ranks share") as raised:
+            trainer.step(microbatches)
+        found.append(str(raised.value))
+    trainer.step(mine)
+    model.mtp.roller.close()
+    return found
+
+
+def test_tp_ranks_with_other_batches_are_told(eight: RankPool):
+    for messages in eight.run(refusals_of_tp_ranks, 8):
+        assert [one[:61] for one in messages] == [
+            "tp ranks share their tokens: give them the same batches, got "
+        ] * 2
