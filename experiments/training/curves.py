@@ -129,8 +129,11 @@ def _draw_one(axes: Any, losses: dict[int, float], name: str) -> None:
 
 
 def _differences(losses: dict[int, float], others: dict[int, float]) -> dict[int, float]:
-    """Return the differences of the steps that both have."""
-    return {step: losses[step] - others[step] for step in losses if step in others}
+    """Return the differences of the steps that both have: 0 if no token counted in either, inf if only in one."""
+    found = {step: losses[step] - others[step] for step in losses if step in others}
+    for step in [step for step, difference in found.items() if np.isnan(difference)]:
+        found[step] = 0 if np.isnan(losses[step]) and np.isnan(others[step]) else np.inf
+    return found
 
 
 def _table(found: dict[str, Losses]) -> str:
@@ -152,8 +155,8 @@ def _table(found: dict[str, Losses]) -> str:
             mine = losses.get(panel, {})
             largest = max(map(abs, _differences(mine, reference).values()), default=np.nan)
             difference = "" if run == name else f" ({'0, every bit' if largest == 0 else f'{largest:.2g}'})"
-            mean = np.mean([mine.get(step, np.nan) for step in last])
-            cells.append("-" if np.isnan(mean) else f"{mean:.4f}{difference}")
+            values = [mine.get(step, np.nan) for step in last]
+            cells.append("-" if np.isnan(values).all() else f"{np.nanmean(values):.4f}{difference}")
         steps = len(losses["LM"])
         short = f" ({steps} steps)" if steps < longest else ""
         lines.append(f"| `{run}`{short} | {' | '.join(cells)} |")

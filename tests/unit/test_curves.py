@@ -18,7 +18,7 @@ IDENTITY = {
 }
 
 
-def write_run(folder: Path, losses: list[float], device: str = "CPU", **identity) -> Path:
+def write_run(folder: Path, losses: list[float | None], device: str = "CPU", **identity) -> Path:
     folder.mkdir()
     record = {"identity": IDENTITY | identity, "where": {"device": device}}
     (folder / "run.json").write_text(json.dumps(record))
@@ -26,9 +26,9 @@ def write_run(folder: Path, losses: list[float], device: str = "CPU", **identity
         {
             "step": step,
             "lm_loss": loss,
-            "mtp_losses": [loss + 1, None],
+            "mtp_losses": [loss and loss + 1, None],
             "aux_loss": None,
-            "acceptance": [loss / 8, None],
+            "acceptance": [loss and loss / 8, None],
         }
         for step, loss in enumerate(losses, start=1)
     ]
@@ -49,6 +49,13 @@ def test_means_and_differences_are_those_of_the_steps_that_all_have(tmp_path):
     assert f"| `c` | 2.5000 ({same}) | 3.5000 ({same}) | - | 0.3125 ({same}) | - |" in table
     assert "settings" not in table
     assert (tmp_path / "out/losses.png").stat().st_size > 1000
+
+
+def test_steps_in_which_no_token_counts_hide_no_difference(tmp_path):
+    losses = {"a": [None, 2.0, 1.0], "b": [None, 2.0, 1.5], "c": [3.0, 2.0, 1.0], "d": [None, 2.0, 1.0]}
+    table = draw_losses([write_run(tmp_path / name, run) for name, run in losses.items()], tmp_path / "out")
+    cells = [line.split(" | ")[1] for line in table.splitlines()[4:8]]
+    assert cells == ["1.5000", "1.7500 (0.5)", "2.0000 (inf)", "1.5000 (0, every bit)"]
 
 
 @pytest.mark.parametrize(
