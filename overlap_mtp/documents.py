@@ -23,8 +23,8 @@ def pad_documents(
     """Lay documents of any lengths end to end, padded so that the ranks can share them.
 
     Args:
-        documents: 1-D tensors, arrays or lists of numbers, of one dtype. Empty ones are legal. A list becomes a
-            tensor: int64, bool or the default float dtype.
+        documents: 1-D tensors, arrays or lists of numbers, of one dtype. Empty ones are legal, of any dtype. A
+            list becomes a tensor: int64, bool or the default float dtype.
         cp_size: how many ranks share the stream.
         kind: "zigzag", "contiguous" or "zigzag_stream".
         pad_value: what padding holds.
@@ -65,7 +65,8 @@ def pad_documents(
     layout = SequenceLayout.packed(np.concatenate([[0], np.cumsum(lengths)]), cp_size, kind, valid)
     stream = _full_like(example, layout.seq_len, pad_value)
     for one, start, length in zip(documents, layout.cu_seqlens, valid, strict=False):
-        stream[start : start + length] = one
+        if length:  # an empty one may be of another kind
+            stream[start : start + length] = one
     return stream, layout
 
 

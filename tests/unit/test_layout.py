@@ -196,6 +196,9 @@ def test_pad_documents_takes_lists(make):
         assert make is np.array or same_bits(stream, expected)
         assert layout.valid_lengths.tolist() == [0, 5, 2]
     assert same_bits(pad_documents([[], []], 2)[0], torch.zeros(4, dtype=torch.int64))
+    for empty in (np.zeros(0, np.int64), torch.zeros(0), []):
+        assert pad_documents([empty, torch.arange(3)], 2)[0].tolist() == [0, 1, 2, 0]
+        assert pad_documents([np.arange(3), empty], 2)[0].tolist() == [0, 1, 2, 0]
     assert pad_documents(torch.ones(2, 3), 2)[0].tolist() == [1, 1, 1, 0] * 2
 
 
