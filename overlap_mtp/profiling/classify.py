@@ -17,7 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from overlap_mtp.profiling.intervals import NONE, Ints, Nesting, Union
+from overlap_mtp.profiling.intervals import FOREVER, NONE, Ints, Nesting, Union
 from overlap_mtp.profiling.names import NameKind, kind_of_name
 from overlap_mtp.profiling.trace import LOST, UNKNOWN, Kind, Profile, Texts, label_of
 
@@ -63,6 +63,11 @@ class Step:
     number: int
     start: int  # ns, on the host
     end: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the capture stopped before the step ended, so that the step is not there as a whole."""
+        return self.end >= FOREVER
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ def notes_on(
             "No activity could be tied to a step: the profile lacks the CUDA runtime calls. All of it counts as "
             "outside of the steps (--outside-steps)."
         )
+    if cut := max((sum(step.is_cut for step in timeline.steps) for timeline in timelines), default=0):
+        yield f"{cut} {'steps were' if cut > 1 else 'step was'} cut off by the end of the capture, and left out."
     if any((timeline.role == Role.OPAQUE).any() for timeline in timelines):
         yield "CUDA graphs were traced as a whole and count as nothing: profile with --cuda-graph-trace=node."
     if lost := sum(timeline.num_lost for timeline in timelines):

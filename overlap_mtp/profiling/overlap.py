@@ -51,7 +51,7 @@ def report_on(profiles: Sequence[Profile], outside_steps: bool = False) -> Repor
     timelines = tuple(one.timeline for one in measured)
     rows = tuple(row for one in measured for row in one.rows())
     notes = [*notes_on(profiles, timelines, any(one.is_communication.any() for one in measured))]
-    names = {step.schedule for timeline in timelines for step in timeline.steps}
+    names = {name for one in measured for name in one.steps}
     if names and not {FLOOR, BASELINE} <= names:
         notes.append(f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}.")
     totals = tuple(total for one in measured for total in one.totals())
@@ -75,16 +75,16 @@ class _Measured:
         self.timeline, self._wait = timeline, wait
         self._compute = merge(*timeline.times(timeline.role == Role.COMPUTE))
         self.is_communication: Mask = np.isin(timeline.role, COMMUNICATION)
-        self.steps = Counter(step.schedule for step in timeline.steps)
+        self.steps = Counter(step.schedule for step in timeline.steps if not step.is_cut)
         self.schedules = in_usual_order(self.steps)
-        if not self.steps:
+        if not timeline.steps:
             self.schedules = [EVERYTHING]
             self._schedule = np.zeros(timeline.start.size, np.int64)  # an index into schedules, or NONE
             return
         numbers = {name: number for number, name in enumerate(self.schedules)}
-        of_step = np.array([numbers[step.schedule] for step in timeline.steps] + [NONE], np.int64)
-        self._schedule = of_step[timeline.step]
-        outside = self._schedule == NONE
+        of_step = [NONE if step.is_cut else numbers[step.schedule] for step in timeline.steps] + [NONE]
+        self._schedule = np.array(of_step, np.int64)[timeline.step]
+        outside = timeline.step == NONE
         if outside_steps and (self.is_communication & outside).any():
             self._schedule[outside] = len(self.schedules)
             self.schedules.append(OUTSIDE)
@@ -104,7 +104,7 @@ class _Measured:
 
     def step_shares(self) -> dict[str, list[float]]:
         """The hidden fraction of the exchange in each step that has one, by schedule."""
-        mask = (self.timeline.role == Role.EXCHANGE) & (self.timeline.step != NONE)
+        mask = (self.timeline.role == Role.EXCHANGE) & (self._schedule != NONE) & (self.timeline.step != NONE)
         steps = self.timeline.steps
         found = self._overlaps(mask, self.timeline.step[mask], len(steps))
         shares: dict[str, list[float]] = {}
@@ -211,8 +211,12 @@ def _of_steps(shares: Sequence[float]) -> tuple[float | None, float | None, floa
 
 
 def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
-    """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns."""
+    """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns.
+
+    A step that is cut off on one device is left out on all.
+    """
     slowest: Counter[tuple[str, int]] = Counter()
+    cut = {(step.schedule, step.number) for one in timelines for step in one.steps if step.is_cut}
     for timeline in timelines:
         begin = np.full(len(timeline.steps), np.iinfo(np.int64).max)
         end = np.full(len(timeline.steps), np.iinfo(np.int64).min)
@@ -220,8 +224,8 @@ def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
         np.minimum.at(begin, timeline.step[inside], timeline.start[inside])
         np.maximum.at(end, timeline.step[inside], timeline.end[inside])
         for step, first, last in zip(timeline.steps, begin.tolist(), end.tolist(), strict=True):
-            if first <= last:
-                key = (step.schedule, step.number)
+            key = (step.schedule, step.number)
+            if first <= last and key not in cut:
                 slowest[key] = max(slowest[key], last - first)
     times: dict[str, list[int]] = {}
     for (schedule, _), time in slowest.items():

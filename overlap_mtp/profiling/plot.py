@@ -104,7 +104,11 @@ def _headline(timeline: DeviceTimeline, views: Sequence[View]) -> str:
 
 def _views(timeline: DeviceTimeline) -> list[View]:
     """The last step of each preferred schedule, else of two others, over each transport; else everything."""
-    steps = {step.schedule: at for at, step in enumerate(timeline.steps) if (timeline.step == at).any()}
+    steps = {
+        step.schedule: at
+        for at, step in enumerate(timeline.steps)
+        if (timeline.step == at).any() and not step.is_cut
+    }
     ordered = in_usual_order(steps)
     bases = list(dict.fromkeys(map(base_name, ordered)))
     chosen_bases = [base for base in bases if base in PREFERRED] or bases[:2]

@@ -195,6 +195,30 @@ def test_the_worst_of_several_transports_is_judged_and_none_without_prefetch(tmp
     assert report(tmp_path, "nsys", Process(77, spans[-2:], work[-2:])).judged() == (what, None)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_step_that_the_end_of_the_capture_cuts_off_is_left_out(tmp_path, others):
+    """On all ranks, and also from what is outside of steps; if no other is there, nothing can be judged."""
+    processes = []
+    for number in (0, 1):
+        spans, work = [], [Work("gemm", 1, 2, 3)]
+        for at, end in ((1000, 2100), (3000, None if number == 0 else 4000))[1 - others :]:
+            spans += [Span(f"step prefetch r{number}", at, end), Span(f"send-recv r{number}", at, at + 2)]
+            work += [Work("gemm", at + 5, at + 10, at + 210), Work("put", at + 1, at + 100, at + 110, 9)]
+            work += [Work("gemm", at + 6, at + 210, at + 1010)] if end else []
+        processes.append(Process(500 + number, spans, work, device=number))
+    profile = read_profile(write_nsys(tmp_path / "a.sqlite", processes))
+    found = report_on([profile], outside_steps=True)
+    assert "1 step was cut off by the end of the capture, and left out." in found.notes
+    times = {one.name: one.step_ms for one in found.schedules}
+    assert times == {"prefetch": 1.0 if others else None}
+    assert [(one.device, one.steps, one.communication_us) for one in found.totals] == [
+        *[("rank 0", 1, 10)] * others,
+        ("rank 1", 1 + others, 10 * (1 + others)),
+    ]
+    alone = report(tmp_path, "nsys", processes[0])
+    assert alone.judged() == ("the exchange in prefetch steps", 1 if others else None)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_kernels_of_a_cuda_graph(tmp_path, captured):
     """Nodes share the correlation of the graph's launch; their range is the one that they were captured in."""
