@@ -9,7 +9,7 @@ communication adds to a step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from statistics import mean, median
@@ -23,6 +23,8 @@ from overlap_mtp.profiling.report import DeviceTotal, Report, Row, Schedule
 from overlap_mtp.profiling.schedule_names import BASELINE, EVERYTHING, FLOOR, OUTSIDE, in_usual_order
 from overlap_mtp.profiling.trace import UNKNOWN, Profile
 from overlap_mtp.profiling.waits import has_peer, peer_waits
+
+StepTimes = dict[str, dict[int, list[int]]]  # of each schedule, in each recording; ns
 
 
 def report_on(profiles: Sequence[Profile], outside_steps: bool = False) -> Report:
@@ -44,8 +46,8 @@ def report_on(profiles: Sequence[Profile], outside_steps: bool = False) -> Repor
     else:  # one recording, whose ranks wait for each other
         groups = [[timeline for group in groups for timeline in group]]
     measured = [
-        _Measured(timeline, wait, outside_steps)
-        for group in groups
+        _Measured(timeline, wait, outside_steps, recording)
+        for recording, group in enumerate(groups)
         for timeline, wait in zip(group, peer_waits(group), strict=True)
     ]
     timelines = tuple(one.timeline for one in measured)
@@ -54,8 +56,14 @@ def report_on(profiles: Sequence[Profile], outside_steps: bool = False) -> Repor
     names = {name for one in measured for name in one.steps}
     if names and not {FLOOR, BASELINE} <= names:
         notes.append(f"No overlap efficiency: it needs steps of {BASELINE} and of {FLOOR}.")
+    times = _step_times(measured)
+    if apart := [name for name in in_usual_order(times) if _is_apart(times, name)]:
+        notes.append(
+            f"No overlap efficiency of {', '.join(apart)}: its steps, or those of {BASELINE} or {FLOOR}, are of "
+            "other recordings."
+        )
     totals = tuple(total for one in measured for total in one.totals())
-    return Report(tuple(sources), rows, _schedules(measured), tuple(notes), timelines, totals)
+    return Report(tuple(sources), rows, _schedules(measured, times), tuple(notes), timelines, totals)
 
 
 def _distinct_names(profiles: Sequence[Profile]) -> list[str]:
@@ -71,8 +79,8 @@ def _distinct_names(profiles: Sequence[Profile]) -> list[str]:
 class _Measured:
     """A timeline, its compute, and which activities belong to the steps of each schedule."""
 
-    def __init__(self, timeline: DeviceTimeline, wait: Ints, outside_steps: bool) -> None:
-        self.timeline, self._wait = timeline, wait
+    def __init__(self, timeline: DeviceTimeline, wait: Ints, outside_steps: bool, recording: int) -> None:
+        self.timeline, self._wait, self.recording = timeline, wait, recording
         self._compute = merge(*timeline.times(timeline.role == Role.COMPUTE))
         self.is_communication: Mask = np.isin(timeline.role, COMMUNICATION)
         self.steps = Counter(step.schedule for step in timeline.steps if not step.is_cut)
@@ -172,22 +180,24 @@ class _Measured:
             )
 
 
-def _schedules(measured: Sequence[_Measured]) -> tuple[Schedule, ...]:
-    times = _step_times([one.timeline for one in measured])
+def _schedules(measured: Sequence[_Measured], times: StepTimes) -> tuple[Schedule, ...]:
     exchange = [one.overlaps(one.timeline.role == Role.EXCHANGE) for one in measured]
     everything = [one.overlaps(one.is_communication) for one in measured]
     shares: dict[str, list[float]] = {}
     for one in measured:
         for name, of_steps in one.step_shares().items():
             shares.setdefault(name, []).extend(of_steps)
-    steps: Counter[str] = Counter()
+    of_recording: dict[int, Counter[str]] = {}
     for one in measured:
-        steps |= one.steps  # the larger count of each
+        of_recording[one.recording] = (
+            of_recording.get(one.recording, Counter()) | one.steps
+        )  # the larger count
+    steps = sum(of_recording.values(), Counter[str]())
     return tuple(
         Schedule(
             name,
             steps[name],
-            median(times[name]) / 1e6 if name in times else None,
+            _median(times[name]) / 1e6 if name in times else None,
             *_fractions([each[name] for each in exchange if name in each]),
             *_of_steps(shares.get(name, [])),
             *_fractions([each[name] for each in everything if name in each]),
@@ -210,33 +220,58 @@ def _of_steps(shares: Sequence[float]) -> tuple[float | None, float | None, floa
     return (mean(shares), float(np.quantile(shares, 0.1)), min(shares)) if shares else (None, None, None)
 
 
-def _step_times(timelines: Sequence[DeviceTimeline]) -> dict[str, list[int]]:
-    """For each schedule the time of each of its steps, from first to last activity, on the slowest device; ns.
+def _step_times(measured: Sequence[_Measured]) -> StepTimes:
+    """The time of each step, from first to last activity, on the slowest device of its recording; ns.
 
     A step that is cut off on one device is left out on all.
     """
-    slowest: Counter[tuple[str, int]] = Counter()
-    cut = {(step.schedule, step.number) for one in timelines for step in one.steps if step.is_cut}
-    for timeline in timelines:
+    slowest: Counter[tuple[str, int, int]] = Counter()
+    cut = {
+        (step.schedule, one.recording, step.number)
+        for one in measured
+        for step in one.timeline.steps
+        if step.is_cut
+    }
+    for one in measured:
+        timeline = one.timeline
         begin = np.full(len(timeline.steps), np.iinfo(np.int64).max)
         end = np.full(len(timeline.steps), np.iinfo(np.int64).min)
         inside = timeline.step != NONE
         np.minimum.at(begin, timeline.step[inside], timeline.start[inside])
         np.maximum.at(end, timeline.step[inside], timeline.end[inside])
         for step, first, last in zip(timeline.steps, begin.tolist(), end.tolist(), strict=True):
-            key = (step.schedule, step.number)
+            key = (step.schedule, one.recording, step.number)
             if first <= last and key not in cut:
                 slowest[key] = max(slowest[key], last - first)
-    times: dict[str, list[int]] = {}
-    for (schedule, _), time in slowest.items():
-        times.setdefault(schedule, []).append(time)
+    times: StepTimes = {}
+    for (schedule, recording, _), time in slowest.items():
+        times.setdefault(schedule, {}).setdefault(recording, []).append(time)
     return times
 
 
-def _efficiency(times: dict[str, list[int]], schedule: str) -> float | None:
-    """E = 1 - ECT / ECT_sync of median step times; None if a schedule is missing or `sync` exposes nothing."""
-    if schedule == FLOOR or not {schedule, FLOOR, BASELINE} <= set(times):
+def _median(times: Mapping[int, Sequence[int]]) -> float:
+    """The median over all recordings."""
+    return median(time for of_recording in times.values() for time in of_recording)
+
+
+def _has_efficiency(times: StepTimes, schedule: str) -> bool:
+    return schedule != FLOOR and {schedule, FLOOR, BASELINE} <= set(times)
+
+
+def _is_apart(times: StepTimes, schedule: str) -> bool:
+    """Whether the steps that the efficiency compares are of different recordings."""
+    if not _has_efficiency(times, schedule):
+        return False
+    return not set(times[schedule]) == set(times[FLOOR]) == set(times[BASELINE])
+
+
+def _efficiency(times: StepTimes, schedule: str) -> float | None:
+    """E = 1 - ECT / ECT_sync of median step times.
+
+    None if a schedule is missing or of another recording, or if `sync` exposes nothing.
+    """
+    if not _has_efficiency(times, schedule) or _is_apart(times, schedule):
         return None
-    floor = median(times[FLOOR])
-    exposed_sync = median(times[BASELINE]) - floor
-    return 1 - (median(times[schedule]) - floor) / exposed_sync if exposed_sync > 0 else None
+    floor = _median(times[FLOOR])
+    exposed_sync = _median(times[BASELINE]) - floor
+    return 1 - (_median(times[schedule]) - floor) / exposed_sync if exposed_sync > 0 else None

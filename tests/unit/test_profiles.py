@@ -1,6 +1,7 @@
 """The report on profiles made by hand: what counts as communication, as compute, as hidden."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -277,6 +278,33 @@ def test_two_recordings_at_once_are_told_apart(tmp_path):
     paths = [write_nsys(tmp_path / name, [rank(0), rank(1)]) for name in ("one", "two")]
     labels = [one.label for one in report_on([read_profile(path) for path in paths]).timelines]
     assert labels == ["one: rank 0", "one: rank 1", "two: rank 0", "two: rank 1"]
+
+
+def steps_of(path: Path, **lengths: int) -> Path:
+    """A recording of rank 0 with one step of each schedule, of so many µs."""
+    spans = [Span(f"step {name} r0", 5000 * at, 5000 * at + 9) for at, name in enumerate(lengths)]
+    starts = [(5000 * at, length) for at, length in enumerate(lengths.values())]
+    return write_nsys(
+        path, [Process(5, spans, [Work("gemm", at + 1, at + 2, at + 2 + us) for at, us in starts])]
+    )
+
+
+def test_steps_of_two_recordings_are_not_one_step(tmp_path):
+    paths = [steps_of(tmp_path / "a", prefetch=1000), steps_of(tmp_path / "b", prefetch=3000)]
+    (found,) = report_on([read_profile(path) for path in paths]).schedules
+    assert (found.steps, found.step_ms) == (2, 2.0)
+
+
+def test_efficiency_compares_steps_of_one_recording(tmp_path):
+    first = steps_of(tmp_path / "a", sync=1400, prefetch=1000)
+    second = steps_of(tmp_path / "b", prepared=900, overlap=1000)
+    apart = report_on([read_profile(path) for path in (first, second)])
+    assert {one.efficiency for one in apart.schedules} == {None}
+    assert "No overlap efficiency of sync, overlap, prefetch: its steps" in apart.notes[-1]
+    whole = [steps_of(tmp_path / name, sync=1400, prefetch=1000, prepared=900) for name in "cd"]
+    found = report_on([read_profile(path) for path in whole])
+    assert [one.efficiency for one in found.schedules] == [0, pytest.approx(1 - 100 / 500), None]
+    assert "overlap efficiency" not in " ".join(found.notes)
 
 
 def test_peer_wait_is_unknown_if_ranks_communicate_unequally(tmp_path):
