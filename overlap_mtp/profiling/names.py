@@ -22,11 +22,14 @@ LIBRARIES = re.compile(
     r"|cross_device_reduce|custom_?all_?reduce|vllm::(RankData|RankSignals|Signal)"  # vLLM and its descendants
     r"|quick_?reduce|user_?buffers|push_pull_halos"  # AITER, Transformer Engine, Apex
     r"|(trtllm|mnnvl|flashinfer)\w*(::)?\w*(all_?reduce|all_?to_?all|all_?gather|reduce_?scatter)"
-    r"|(one|two)_?shot_?all_?reduce|allreduce_fusion|ar_fusion|lamport",
+    r"|(one|two)_?shot_?all_?reduce|allreduce_fusion|(?<![a-z])ar_fusion|lamport",
     re.IGNORECASE,
 )
-EXPERTS = re.compile(  # deep_ep::layout only counts tokens
-    r"deep_?ep::(?!layout)|hybrid_?ep|pplx|mooncake_?ep|uccl|mori::|moe_?(alltoall|a2a|comm)", re.IGNORECASE
+# deep_ep::layout only counts tokens; `hybrid_epilogue` and `moe_common` are other words.
+EXPERTS = re.compile(
+    r"deep_?ep::(?!layout)|hybrid_?ep(?-i:(?![a-z]))|pplx|mooncake_?ep|uccl|mori::"
+    r"|moe_?(alltoall|a2a|comm(unicat|(?-i:(?![a-z]))))",
+    re.IGNORECASE,
 )
 SOUNDS_LIKE_IT = re.compile(
     r"all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|send_?recv|a2a|(one|two)_?shot|multi_?cast|p2p|nvlink"

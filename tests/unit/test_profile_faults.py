@@ -51,14 +51,17 @@ EACH = {  # a name for each library, and for each word that sounds like one
         msccl_run multimem_kernel one_shot_all_reduce_kernel oneShotAllReduceKernel cross_device_reduce_1stage<4>
         custom_all_reduce_kernel f(vllm::RankSignals) f(vllm::Signal*) quick_reduce::twoshot push_pull_halos_1d
         flashinfer::allgather trtllm_allreduce_kernel trtllm::reduce_scatter_kernel
-        mnnvl::all_to_all allreduce_fusion_kernel ar_fusion_kernel lamport_kernel user_buffers_sum""",
+        mnnvl::all_to_all allreduce_fusion_kernel ar_fusion_kernel trtllm_ar_fusion lamport_kernel user_buffers_sum""",
     NameKind.EXPERTS: """deepep::dispatch hybrid_ep::combine pplx_a2a mooncake_ep_dispatch uccl::dispatch
-        mori::EpDispatch moe_a2a_kernel moeAlltoAllKernel moe_comm_kernel""",
+        mori::EpDispatch moe_a2a_kernel moeAlltoAllKernel moe_comm_kernel MoeCommKernel moeCommunicate HybridEPKernel
+        hybridEpDispatch""",
     NameKind.SUSPECT: """ring_all_reduce reduce_scatter_2d all_to_all_v sendrecv_kernel a2a_kernel twoShot multicast
         p2p_copy nvlink_copy nvls_sum rdma_read ibgda_poll inter_node_sum intranode_sum cross_gpu_sum peer_copy
         symm_mem_copy halo_exchange put_signal signal_pad x_recv ipc_open barrier put_it broadcast
         x::broadcast_kernel cached_notify_combine SendKernel dispatch<decltype(a->b)>(int)""",
-    NameKind.COMPUTE: "broadcast_add_kernel sender_kernel output_kernel combine_heads input_dispatch_table",
+    NameKind.COMPUTE: """broadcast_add_kernel sender_kernel output_kernel combine_heads input_dispatch_table
+        fused_linear_fusion_kernel scalar_fusion planar_fusion hybrid_epilogue HybridEpilogueKernel moe_common
+        moe_commit MoeCommonKernel""",
 }
 
 
