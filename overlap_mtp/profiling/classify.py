@@ -3,7 +3,8 @@
 A Triton kernel that moves tokens looks like compute to a filter on names, so the innermost range of ours that holds
 the launching call decides. Names (`names`) count only if there is no such range. A kernel without a name, or with one
 that only sounds like communication, is neither: it hides nothing, and the report lists it. A kernel of a CUDA graph
-that was launched outside of an exchange belongs to the range in which it was captured.
+that was launched outside of an exchange belongs to the range in which it was captured. If that was before the profile
+began, the package's own kernels are known by their names, so that they are never compute that hides communication.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Role(IntEnum):
     EXCHANGE = 1  # communication in the ranges `pack` and `send-recv`
     MODEL = 2  # any other communication
     EXPERTS = 6  # communication of libraries like DeepEP, which send tokens to experts and back
-    LOCAL = 3  # the exchange's own work, in the ranges `join` and `unroll`
+    LOCAL = 3  # the exchange's own work: in `join` and `unroll`, or by a kernel of this package elsewhere
     NEITHER = 4  # copies between host and device; a kernel that cannot be told
     OPAQUE = 5  # a CUDA graph whose kernels were not traced
 
@@ -52,6 +53,7 @@ ROLE_OF_NAME = {
     NameKind.EXPERTS: Role.EXPERTS,
     NameKind.SUSPECT: Role.NEITHER,
     NameKind.UNNAMED: Role.NEITHER,
+    NameKind.OWN: Role.LOCAL,
 }
 
 

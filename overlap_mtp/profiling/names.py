@@ -14,6 +14,7 @@ class NameKind(IntEnum):
     SUSPECT = 2  # the name sounds like communication, but is of no library that is known here
     UNNAMED = 3
     EXPERTS = 4  # communication of a library that sends tokens to experts and back
+    OWN = 5  # a kernel of this package
 
 
 LIBRARIES = re.compile(
@@ -40,6 +41,11 @@ SOUNDS_LIKE_IT = re.compile(
     re.IGNORECASE,
 )
 INDUCTOR = re.compile(r"^triton_[a-z]{2,5}_fused_")  # torch.compile: compute, named after what was fused
+OWN_KERNELS = (
+    *("pack_kernel", "unroll_kernel", "put_unroll_kernel", "upload_kernel", "write_bounds_kernel"),
+    *("all_to_all_kernel", "row_maps_kernel", "pack_rows_kernel", "unroll_own_rows_kernel"),
+    *("unroll_received_rows_kernel", "sum_rows_kernel", "pack_sums_kernel", "add_rows_kernel"),
+)
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 SIZE = re.compile(r"[1-9]\d{0,4}")
 NESTED_NAME = re.compile(r"^_ZN?[A-Za-z]?(?=\d)")
@@ -62,7 +68,9 @@ def kind_of_name(name: str) -> NameKind:
     if LIBRARIES.search(name):
         return NameKind.COMMUNICATION
     function = CAMEL.sub("_", _function(name))
-    return NameKind.SUSPECT if SOUNDS_LIKE_IT.search(function) else NameKind.COMPUTE
+    if SOUNDS_LIKE_IT.search(function):
+        return NameKind.SUSPECT
+    return NameKind.OWN if function in OWN_KERNELS else NameKind.COMPUTE
 
 
 def _function(name: str) -> str:

@@ -1,16 +1,20 @@
 """What a profile does not tell is said, and never made up."""
 
+import re
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from overlap_mtp.profiling import ProfileError, json_stream, read_profile
-from overlap_mtp.profiling.names import NameKind, kind_of_name
+from overlap_mtp.profiling.names import OWN_KERNELS, NameKind, kind_of_name
 from overlap_mtp.profiling.trace import Kind
 
 from handmade import Process, Span, Work, write_kineto, write_nsys
 from small_traces import GEMM, NCCL, RANGE, event, group_of, grouped, report, trace
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,22 @@ EACH = {  # a name for each library, and for each word that sounds like one
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in EACH for name in EACH[kind].split()])
 def test_each_library_and_each_suspicious_word_is_known(kind, name):
     assert kind_of_name(name) == kind
+
+
+def test_the_kernels_of_this_package_are_known_by_name_and_hide_nothing(tmp_path):
+    """They are in no range if their graph was captured before the profile began."""
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    defined = {
+        name for text in sources for name in re.findall(r"^@triton\.jit.*\ndef (\w+_kernel)\(", text, re.M)
+    }
+    launched = {name for text in sources for name in re.findall(r"\bLaunch\((\w+_kernel),", text)}
+    assert launched < defined == set(OWN_KERNELS)
+    assert {kind_of_name(name) for name in OWN_KERNELS} == {NameKind.OWN, NameKind.SUSPECT}
+    for name in OWN_KERNELS:
+        kernel = event(name, 0, 10, **{"graph node id": 5})
+        found = report(trace(tmp_path / "a.json", kernel, event(NCCL, 3, 3, 8)))
+        assert [row.hidden_us for row in found.rows if row.kind == "model"] == [0]
+    assert kind_of_name("unrolled_elementwise_kernel") == NameKind.COMPUTE
 
 
 def test_what_only_sounds_like_communication_hides_nothing_and_is_listed(tmp_path):
