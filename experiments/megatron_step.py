@@ -151,6 +151,8 @@ class Options(ModelOptions, DropInOptions, TimingOptions, TrainingOptions, Outpu
         DropInSettings(self.schedule, self.transport)  # raises if one is illegal
         if (self.profile or self.transport == "symmetric") and not self.on_gpu:
             raise ValueError("--profile and --transport symmetric need GPUs")
+        if self.profile and not self.rounds:
+            raise ValueError("--profile records rounds, got --rounds 0")
         if self.profile and len(self.documents) > 1:
             raise ValueError("--profile needs one number of documents, as in --documents 32")
         dtype = torch.bfloat16 if self.on_gpu else torch.float32

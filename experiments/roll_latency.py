@@ -116,6 +116,7 @@ def time_on_rank(device: torch.device, options: Options) -> None:
         console.print("skipped: megatron (install megatron-core to time it)")
     record = {
         "experiment": "roll_latency",
+        "command": environment.command(),
         "where": environment.describe(device, dist.get_world_size()),
         "megatron_core": version,
         "settings": {name: one for name, one in asdict(options).items() if name not in ("out", "where")},

@@ -207,6 +207,8 @@ def main() -> None:
         check_least(options, exchanges=1)
         where, out = options.where, options.out
         where.check()
+        if where.count < 2:
+            raise ValueError(f"a soak needs at least 2 ranks, got {where.count}")
         check_out(out, "soak.json")
     ON_CPU.say(options)
     run_on_ranks(soak_on_rank, where.ranks, where.device, options.exchanges, where.chosen, out)

@@ -10,6 +10,8 @@ each schedule of each record in `--out`.
 from __future__ import annotations
 
 import gc
+import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 from compare.comparison import Comparison, Problem, Settings, Timing
 from compare.report import markdown_of, publish, read_record
+from compare.sentence import wrong_bits
 from harness.command import (
     NumbersFrom0,
     RankOptions,
@@ -114,6 +117,10 @@ def main() -> None:
         write_summary(options.out)  # reads what is there already
     ON_CPU.say(options)
     run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
+    if os.environ.get("RANK", "0") != "0":  # rank 0 has the records
+        return
+    if any(wrong_bits(json.loads((options.out / f"{name}.json").read_text())) for name in problems):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

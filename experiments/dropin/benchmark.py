@@ -67,6 +67,7 @@ def run(
     where = environment.describe(device, dist.get_world_size())
     record: dict[str, Any] = {
         "experiment": "megatron_step",
+        "command": environment.command(),
         "where": {**where, "megatron_core": megatron.core.__version__},
         "settings": settings,
         "parameters": subject.model.num_parameters,
