@@ -46,9 +46,10 @@ class Checkpoints:
     """The last `keep` checkpoints of one run, in a folder that all ranks of `group` share.
 
     A checkpoint is a folder `step-00000100` (`step-00000100-2` if that step was saved again). It holds the tensors in
-    torch's distributed format, `state.pt` (parameter groups, scheduler, random generators) and `run.json` (plain
-    numbers, and the size and CRC-32 of every file). Its name begins with a dot until all of it is on disk, and again
-    while it is deleted. So a folder `step-*` is complete, whenever the run dies. Only one run at a time may write.
+    torch's distributed format, `state.pt` (parameter groups, scheduler, and torch's random generators of the CPU and of
+    each rank's GPU) and `run.json` (plain numbers, and the size and CRC-32 of every file). Its name begins with a dot
+    until all of it is on disk, and again while it is deleted. So a folder `step-*` is complete, whenever the run dies.
+    Only one run at a time may write.
 
     Args:
         sizes: of the mesh. Random generators are restored only at the same sizes and number of ranks.
@@ -107,8 +108,8 @@ class Checkpoints:
     ) -> Path:
         """Write the checkpoint of `step`, then delete all but the last `keep`. Collective over the group.
 
-        Call it between steps: gradients are not saved. It changes nothing in the run, not even a random generator. A
-        step that was saved before is saved again beside the old one, which is then deleted.
+        Call it between steps: gradients are not saved. It changes nothing in the run, not even torch's random
+        generators. A step that was saved before is saved again beside the old one, which is then deleted.
 
         Args:
             progress: JSON values for `load` to return, for example the position in the data. Rank 0's are saved.
