@@ -108,7 +108,10 @@ class Watchdog:
         self._phase = (self._phase[0] + 1, text, self._clock, timeout_s)
 
     def follow(self, *counts: Callable[[], int]) -> None:
-        """Add counters of work that all ranks do equally; in one phase, a lower sum means less progress."""
+        """Add counters of work that all ranks do equally; in one phase, a lower sum means less progress.
+
+        They are called in another thread. If one raises, all ranks end and name this one.
+        """
         self._followed += counts
 
     @property
@@ -182,12 +185,20 @@ class Watchdog:
             now = time.monotonic()
             # If this process was stopped, it did not watch in that time.
             self._clock += min(now - before, self.heartbeat_timeout_s / 2)
-            before, count = now, sum(one() for one in self._followed)
-            if count != self._count[0]:
-                self._count = (count, self._clock)
-            self._diagnosis = self._diagnosis or self._find_gone() or self._find_late()
+            before = now
+            self._diagnosis = self._diagnosis or self._add_up() or self._find_gone() or self._find_late()
         if self._diagnosis:
             self._conclude()
+
+    def _add_up(self) -> str:
+        """Add up what is followed. Name this rank if that fails: nobody would watch from then on."""
+        try:
+            count = sum(one() for one in self._followed)
+        except Exception as error:
+            return f'rank {self.rank} failed in "{self._phase[1]}": a counter that it follows raised {error!r:.300}'
+        if count != self._count[0]:
+            self._count = (count, self._clock)
+        return ""
 
     def _find_gone(self) -> str:
         """Name a rank that is gone, else one that failed, else the holder of the store if it is gone."""

@@ -76,6 +76,14 @@ def test_the_ranks_with_the_least_progress_are_named(ranks, phases, counts, what
     ranks.assert_all_say(what)
 
 
+def test_a_rank_whose_counter_raises_is_named(ranks):
+    for watchdog in ranks.make(0, 0):
+        watchdog.__enter__()
+    ranks.made[1].follow({}.popitem)
+    said = "a counter that it follows raised KeyError('popitem(): dictionary is empty')"
+    ranks.assert_all_say(f'rank 1 failed in "start": {said}')
+
+
 def test_ranks_that_advance_or_are_all_equally_far_are_left_alone(ranks):
     """A rank that is behind matters only if this rank stands still."""
     made, done = ranks.make(0, 0), [0, 1]
