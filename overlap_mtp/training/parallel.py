@@ -82,8 +82,11 @@ class ParallelDims:
         if seq_len < 1:
             raise ValueError(f"seq_len must be >= 1, got {seq_len}")
         _divides("seq_len", seq_len, f"{'2 * ' if kind == 'zigzag' else ''}cp", length_unit(self.cp, kind))
-        # Sequence parallelism splits the tokens of a cp rank again.
-        _divides("seq_len / cp", seq_len // self.cp, "tp", self.tp)
+        self.check_local_length(seq_len // self.cp)
+
+    def check_local_length(self, local_len: int) -> None:
+        """Check only the tokens of a cp rank: sequence parallelism splits them again."""
+        _divides("seq_len / cp", local_len, "tp", self.tp)
 
     def check_model(self, config: ModelConfig) -> None:
         """Check only the model."""

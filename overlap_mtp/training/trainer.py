@@ -160,7 +160,7 @@ class Trainer:
                 raise ValueError(
                     f"the layout's cp_size must be the mesh's cp = {dims.cp}, got {layout.cp_size}"
                 )
-            dims.check_length(layout.seq_len, layout.kind)
+            dims.check_local_length(layout.local_len)
         self.optimizer.zero_grad()
         weights = self._table(torch.stack([self._weights(*one) for one in microbatches]))
         counts, sizes = weights[..., :-2], weights[..., -2:].sum((0, 1))

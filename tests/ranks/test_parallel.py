@@ -114,6 +114,7 @@ class Setting:
     recompute: bool = False
     bfloat16: bool = False
     weight: float = 1.0  # of each token that counts
+    tail: int = 0  # tokens after the packed documents
 
 
 DIMS = ParallelDims(2, 2, 2)
@@ -138,7 +139,11 @@ def step(world: dist.ProcessGroup | None, dims: ParallelDims | None, setting: Se
         documents = "packed" if number % 2 else "dense"
         layout = parity.layout_of(documents, cp)
         full = parity.batch_of(documents, 4, setting.config.vocab_size)
-        full = {name: tensor[number, None] for name, tensor in full.items()}
+        if documents == "packed" and setting.tail:  # in place of the last document
+            layout = SequenceLayout.packed(
+                [0, 64, 64, 192], cp, valid_lengths=[61, 0, 128], seq_len=192 + setting.tail
+            )
+        full = {name: tensor[number, None, : layout.seq_len] for name, tensor in full.items()}
         full["loss_mask"][:, : 50 * number if number < 3 else None] = 0
         full["loss_mask"] *= setting.weight
         if setting.config.derive_labels:
@@ -163,6 +168,8 @@ DETACHED = Setting(replace(CONFIG, num_experts=4, detach_mtp=True))
     [
         ((4, 1, 2), DETACHED),
         ((1, 8, 1), DETACHED),
+        ((1, 8, 1), Setting(replace(CONFIG, num_experts=4), tail=56)),  # 248 tokens are no multiple of 2 * cp
+        ((2, 2, 2), Setting(replace(CONFIG, num_experts=4, derive_labels=True), tail=52)),
         ((2, 2, 2), Setting(ALL_AT_ONCE, "batch", "prepared")),
         ((2, 2, 2), Setting(replace(ALL_AT_ONCE, detach_mtp=True), "token", "overlap", recompute=True)),
     ],
