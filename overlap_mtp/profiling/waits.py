@@ -26,7 +26,8 @@ def peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
     """Return for each activity of each timeline its duration less that of its shortest participant (ns), or UNKNOWN.
 
     Kernels of the exchange in one step that did not run at the same time did not wait for each other: their wait
-    is 0.
+    is 0. Traces of torch.profiler do not tell their hosts, whose clocks may differ. So, in several files, this holds
+    only if others of the step did run at the same time.
 
     Args:
         timelines: those of one recording.
@@ -36,17 +37,17 @@ def peer_waits(timelines: Sequence[DeviceTimeline]) -> list[Ints]:
     for number, timeline in enumerate(timelines):
         _collect(number, timeline, everyone)
     num_communicating = len({number for members in everyone.values() for number in members})
-    for key, members in everyone.items():
-        if not _are_all_there(key, members, timelines, num_communicating):
-            continue
-        start = np.stack([timelines[number].start[each] for number, each in members.items()])
-        end = np.stack([timelines[number].end[each] for number, each in members.items()])
-        own = end - start
-        meet = start.max(0) <= end.min(0)
-        apart = 0 if key[1] == Role.EXCHANGE and _steps_meet(key, members, timelines) else UNKNOWN
-        for (number, each), wait in zip(
-            members.items(), np.where(meet, own - own.min(0), apart), strict=True
-        ):
+    paired = [
+        (key, members, _durations(members, timelines))
+        for key, members in everyone.items()
+        if _are_all_there(key, members, timelines, num_communicating)
+    ]
+    met = {(key[0], frozenset(members)) for key, members, (_, meet) in paired if meet.any()}
+    for key, members, (own, meet) in paired:
+        agree = _is_one_file(members, timelines) or (key[0], frozenset(members)) in met
+        ran_apart = key[1] == Role.EXCHANGE and agree and _steps_meet(key, members, timelines)
+        found = np.where(meet, own - own.min(0), 0 if ran_apart else UNKNOWN)
+        for (number, each), wait in zip(members.items(), found, strict=True):
             waits[number][each] = wait
     return waits
 
@@ -93,6 +94,18 @@ def _are_all_there(
         return False
     ranks = [timelines[number].rank for number in members]
     return len(ranks) == len(group.ranks) and set(ranks) == set(group.ranks)
+
+
+def _durations(members: Members, timelines: Sequence[DeviceTimeline]) -> tuple[Ints, Mask]:
+    """How long each activity takes, and whether those that belong together run at the same time."""
+    start = np.stack([timelines[number].start[each] for number, each in members.items()])
+    end = np.stack([timelines[number].end[each] for number, each in members.items()])
+    return end - start, start.max(0) <= end.min(0)
+
+
+def _is_one_file(members: Members, timelines: Sequence[DeviceTimeline]) -> bool:
+    """Whether one file holds all of these, so that they surely have one clock."""
+    return len({id(timelines[number].profile) for number in members}) == 1
 
 
 def _steps_meet(key: Key, members: Members, timelines: Sequence[DeviceTimeline]) -> bool:

@@ -4,7 +4,7 @@ import pytest
 
 from overlap_mtp.profiling import read_profile
 
-from handmade import Process, Span, Work, write_nsys
+from handmade import Process, Span, Work, write_kineto, write_nsys
 from small_traces import NCCL, event, group_of, grouped, report, trace, waits
 
 
@@ -80,6 +80,20 @@ def test_kernels_of_one_step_that_ran_apart_waited_for_nothing(tmp_path, step, l
         work = [Work("put", at + 1, at + 10 + 30 * rank, at + 20 + 30 * rank)]
         processes.append(Process(rank, spans, work, device=rank))
     assert waits(report(write_nsys(tmp_path / "a", processes))) == [expected] * 2
+
+
+@pytest.mark.parametrize(("late", "expected"), [(0, [0, 0, 0, 0]), (200, [None] * 4)])
+def test_kernels_in_several_files_that_ran_apart_need_others_that_met(tmp_path, late, expected):
+    """The clock of another host may be off, by less than a step takes."""
+    files = []
+    for rank, off in ((0, 0), (1, late)):
+        spans = [Span(f"step prefetch r{rank}", off, off + 900), Span(f"send-recv r{rank}", off, off + 5)]
+        put = Work("put", off + 1, off + 10 + 90 * rank, off + 20 + 90 * rank)
+        reduce = Work(NCCL, off + 6, off + 300, off + 390)
+        files.append(
+            write_kineto(tmp_path / f"{rank}.json", Process(rank, spans, [put, reduce], device=rank))
+        )
+    assert waits(report(*files)) == expected
 
 
 def reducing(rank, *spans, name=NCCL):
