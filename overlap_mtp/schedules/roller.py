@@ -108,8 +108,7 @@ class Roller(ABC):
         # The first mark of the last microbatch, started or refused after the first use. Ranks whose exchanges have
         # different marks are out of step.
         self.mark = self._number * MARKS * 2**16
-        self._agreed: Spec | None = None  # what all ranks agreed on last
-        self._spec: Spec | None = None  # of the last batch that could be started
+        self._spec: Spec | None = None  # of the last batch that could be started: all ranks agreed on it
         self._spec_of: Callable[[Batch, Layout], Spec] = partial(
             ExchangeSpec.of,
             group=self._group,
@@ -166,18 +165,17 @@ class Roller(ABC):
             if is_new:
                 self._check(batch, layout, spec)
         except Exception as error:
-            if self._agreed is None:
+            if self._spec is None:
                 agree(self._group, self.name, None, str(error))
             else:
                 self._refuse()
             raise
         if is_new:
-            if spec != self._agreed:
-                if self._agreed is not None:
-                    self._announce_change()
-                agree(self._group, self.name, spec, number=self._number)
+            if self._spec is not None:
+                self._announce_change()
+            agree(self._group, self.name, spec, number=self._number)
             self._adopt(spec, layout)
-            self._agreed = self._spec = spec
+            self._spec = spec
         self.mark += MARKS
         if ready is not None and not self.is_overlapped:
             torch.cuda.current_stream().wait_event(ready)
