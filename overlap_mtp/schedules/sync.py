@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,24 +34,19 @@ def next_tokens(layout: SequenceLayout, cp_rank: int) -> tuple[IntArray, IntArra
     return np.where(runs.end < layout.valid_ends[runs.document], holder, NO_RANK), local_index
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """The messages of one document: which tokens go to and come from the ranks below and above.
+class Message(NamedTuple):
+    """One token, to or from the rank below or above."""
 
-    The fields are indices into `RollByOne.sent` and `RollByOne.received`; None if nothing moves.
-    """
-
-    to_lower: int | None
-    from_lower: int | None
-    from_upper: int | None
-    to_upper: int | None
+    is_sent: bool
+    peer: int
+    row: int  # of `RollByOne.sent` or `RollByOne.received`
 
 
 @dataclass(frozen=True)
 class RollByOne:
     """How a rank rolls tensors of one layout by one. All tensors are int64 local indices, on the tensors' device."""
 
-    boundaries: list[Boundary]  # one a document that crosses ranks here
+    boundaries: list[list[Message]]  # of each document that crosses ranks here
     sent: torch.Tensor  # tokens that leave
     received: torch.Tensor  # where tokens arrive, in the rolled tensor
     moved: torch.Tensor  # [2, n]: from and to, if a run takes the first token of another run of this rank
@@ -74,10 +69,10 @@ class RollByOne:
                 gives[int(documents[at]), peer] = len(sent)
                 sent.append(int(my_index[at]))
         lower, upper = cp_rank - 1, cp_rank + 1
+        # In this order no two ranks wait for each other: of two, the upper sends first and the lower receives first.
+        order = (gives, lower), (wants, lower), (wants, upper), (gives, upper)
         boundaries = [
-            Boundary(
-                gives.get((d, lower)), wants.get((d, lower)), wants.get((d, upper)), gives.get((d, upper))
-            )
+            [Message(rows is gives, peer, rows[d, peer]) for rows, peer in order if (d, peer) in rows]
             for d in sorted({document for document, _ in [*wants, *gives]})
         ]
         own = holder == cp_rank
@@ -99,9 +94,9 @@ def roll_by_one(
         sent = tensor[..., steps.sent].movedim(-1, 0).contiguous()  # a row a token
         received = tensor.new_empty((steps.received.numel(), *tensor.shape[:-1]))
         with span("send-recv"):
-            for document, boundary in enumerate(steps.boundaries):
+            for document, messages in enumerate(steps.boundaries):
                 with group.named_errors(f"the roll of document {document}, shape {list(tensor.shape)},"):
-                    _exchange(sent, received, boundary, group, traffic)
+                    _exchange(sent, received, messages, group, traffic)
         rolled[..., steps.received] = received.movedim(0, -1)
     if steps.kept.numel():
         rolled[..., steps.kept] = tensor[..., steps.kept]
@@ -109,24 +104,18 @@ def roll_by_one(
 
 
 def _exchange(
-    sent: torch.Tensor, received: torch.Tensor, boundary: Boundary, group: ExchangeGroup, traffic: Traffic
+    sent: torch.Tensor,
+    received: torch.Tensor,
+    messages: list[Message],
+    group: ExchangeGroup,
+    traffic: Traffic,
 ) -> None:
     work: list[dist.Work | None] = []
-
-    def send(row: int | None, peer: int) -> None:
-        if row is not None:
-            work.append(dist.isend(sent[row], group.global_rank(peer), group=group.process_group))
-            traffic.add(1, sent[row].nbytes)
-
-    def receive(row: int | None, peer: int) -> None:
-        if row is not None:
-            work.append(dist.irecv(received[row], group.global_rank(peer), group=group.process_group))
-
-    # In this order no two ranks wait for each other: of two ranks the upper sends first and the lower receives first.
-    send(boundary.to_lower, group.cp_rank - 1)
-    receive(boundary.from_lower, group.cp_rank - 1)
-    receive(boundary.from_upper, group.cp_rank + 1)
-    send(boundary.to_upper, group.cp_rank + 1)
+    for is_sent, peer, row in messages:
+        call, token = (dist.isend, sent[row]) if is_sent else (dist.irecv, received[row])
+        work.append(call(token, group.global_rank(peer), group=group.process_group))
+        if is_sent:
+            traffic.add(1, token.nbytes)
     for one in work:
         assert one is not None
         one.wait()
