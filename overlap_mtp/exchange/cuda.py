@@ -161,9 +161,9 @@ class CudaTransport(Transport):
     def _send(self, buffers: ExchangeBuffers, number: int) -> None:
         """Launch pack and send/recv on the current stream."""
 
-    @abstractmethod
     def _count(self, layout: Layout) -> None:
         """Add an exchange to `traffic`."""
+        self.traffic.add(len(self.plan.destinations), self._message_bytes)
 
     def start(
         self,
@@ -297,7 +297,7 @@ class CudaTransport(Transport):
         self._free.clear()
         self._outputs.clear()
         self._dropped.clear()
-        self.raise_if_failed()
+        super().close()
 
     def _take(self) -> ExchangeBuffers:
         """Take the buffers that have been free for longest, or make some."""

@@ -91,9 +91,3 @@ class GlooTransport(Transport):
 
     def take_back(self, exchange: PendingExchange) -> None:
         """Do nothing: gloo holds the buffers until the message is sent."""
-
-    def retire(self) -> None:
-        """Do nothing: buffers belong to their exchange."""
-
-    def close(self) -> None:
-        self.raise_if_failed()

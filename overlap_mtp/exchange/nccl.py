@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from overlap_mtp.device_layout import Layout
 from overlap_mtp.exchange.cuda import CudaTransport, ExchangeBuffers
 from overlap_mtp.exchange.transport import TransportConfig
 from overlap_mtp.kernels.launch import Launch
@@ -50,9 +49,6 @@ class NcclTransport(CudaTransport):
             list(self.plan.send_rows),
             group=self.group.process_group,
         )
-
-    def _count(self, layout: Layout) -> None:
-        self.traffic.add(len(self.plan.destinations), self._message_bytes)
 
     def _bind(self, buffers: ExchangeBuffers, first: Launch | None) -> None:
         if not hasattr(buffers, "send_buffer"):  # a capture binds buffers again

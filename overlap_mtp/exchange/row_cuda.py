@@ -169,10 +169,8 @@ class CudaRowTransport(RowTransport):
         return super().finish(exchange)
 
     def take_back(self, exchange: PendingExchange) -> None:
-        rows: RowExchange = exchange.buffers
-        rows.held.let_go()
-        rows.depths = []
-        exchange.buffers = None
+        exchange.buffers.held.let_go()
+        super().take_back(exchange)
 
     def close(self) -> None:
         """Free the buffers. Those of exchanges whose backward is still to come follow when the transport is gone."""
@@ -180,7 +178,7 @@ class CudaRowTransport(RowTransport):
         while self._free:
             orphan([self._discard()])
         free_orphans()
-        self.raise_if_failed()
+        super().close()
 
     def _begin(self, exchange: RowExchange, ready: torch.cuda.Event | None = None) -> None:
         lease: Lease = exchange.held

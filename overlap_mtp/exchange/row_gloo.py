@@ -13,7 +13,7 @@ import torch.distributed as dist
 from overlap_mtp.exchange.group import ExchangeGroup
 from overlap_mtp.exchange.row_transport import RowExchange, RowTransport, Tensors
 from overlap_mtp.exchange.rows import Round, RowMaps, RowPlan
-from overlap_mtp.exchange.transport import PendingExchange, TransportConfig
+from overlap_mtp.exchange.transport import TransportConfig
 from overlap_mtp.kernels import row_reference
 
 
@@ -38,14 +38,6 @@ class GlooRowTransport(RowTransport):
         self._maps_of = lru_cache(maxsize=8)(partial(RowMaps.of, plan=self.rows))
         # Of a sum over tp ranks, each rank writes its own rows only; with `none`, nobody writes those of peers.
         self._allocate = torch.zeros if tp_group is not None or self.schedule == "none" else torch.empty
-
-    def take_back(self, exchange: PendingExchange) -> None:
-        """Let the exchange go. What is under way stays in `group.unfinished`; the next `start` waits for it."""
-        exchange.buffers.depths = []
-        exchange.buffers = None
-
-    def close(self) -> None:
-        self.raise_if_failed()
 
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
         exchange.maps = self._maps_of(exchange.layout)

@@ -87,6 +87,10 @@ class RowTransport(Transport):
         depths, rows.depths, rows.tensors = rows.depths, [], []
         return [dict(zip(self.spec.names, depth, strict=True)) for depth in depths]
 
+    def take_back(self, exchange: PendingExchange) -> None:
+        exchange.buffers.depths = []
+        exchange.buffers = None
+
     def begin_backward(self, exchange: RowExchange, gradients: list[Tensors]) -> Tensors:
         """Add up the gradients of the own rows, and send those of the rows that came from peers.
 
@@ -116,9 +120,6 @@ class RowTransport(Transport):
             self._add(exchange)
         sums, exchange.sums, exchange.gradients = exchange.sums, [], []
         return sums
-
-    def retire(self) -> None:
-        """Do nothing: what exchanges use is freed after the last of them."""
 
     @abstractmethod
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:

@@ -125,13 +125,12 @@ class Transport(ABC):
     def take_back(self, exchange: PendingExchange) -> None:
         """Take the buffers of an exchange that nobody waits for. It launches nothing (`PendingExchange.drop`)."""
 
-    @abstractmethod
-    def retire(self) -> None:
+    def retire(self) -> None:  # noqa: B027 - most keep no buffers for later exchanges
         """Start no more exchanges. Those under way can still be waited for; then the buffers are freed."""
 
-    @abstractmethod
     def close(self) -> None:
         """Free the buffers after everything that uses them has run. Raise what `raise_if_failed` raises."""
+        self.raise_if_failed()
 
     def set_replay_layout(self, exchange: PendingExchange, layout: SequenceLayout) -> None:
         """Give an exchange that was captured in a CUDA graph other documents for the replays to come."""
