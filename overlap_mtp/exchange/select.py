@@ -6,10 +6,10 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from overlap_mtp.exchange.group import ExchangeGroup
@@ -58,17 +58,12 @@ def between_gpus(config: TransportConfig) -> Transport:
     if name == "process_group" or group.cp_size == 1:
         return NcclTransport(config)
 
-    def allocate() -> torch.Tensor:
+    def prepare() -> Callable[[], Transport]:
         from overlap_mtp.exchange import symmetric  # here: torch may lack symmetric memory
 
-        return symmetric.allocate(config)
+        return partial(symmetric.SymmetricTransport, config, symmetric.allocate(config))
 
-    def make(memory: torch.Tensor) -> Transport:
-        from overlap_mtp.exchange.symmetric import SymmetricTransport
-
-        return SymmetricTransport(config, memory)
-
-    return _make_symmetric(group, name, "tokens", allocate, make) or NcclTransport(config)
+    return _make_symmetric(group, name, "tokens", prepare) or NcclTransport(config)
 
 
 def make_row_transport(
@@ -106,17 +101,12 @@ def rows_between_gpus(
     if name == "process_group" or group.cp_size == 1 or tp_group or config.spec.schedule != "overlap":
         return NcclRowTransport(config, plans, tp_group)
 
-    def allocate() -> torch.Tensor:
-        from overlap_mtp.exchange import row_symmetric  # here: torch may lack symmetric memory
+    def prepare() -> Callable[[], RowTransport]:
+        from overlap_mtp.exchange import row_symmetric as symmetric  # here: torch may lack symmetric memory
 
-        return row_symmetric.allocate(config, plans)
+        return partial(symmetric.SymmetricRowTransport, config, plans, symmetric.allocate(config, plans))
 
-    def make(memory: torch.Tensor) -> RowTransport:
-        from overlap_mtp.exchange.row_symmetric import SymmetricRowTransport
-
-        return SymmetricRowTransport(config, plans, memory)
-
-    made = _make_symmetric(group, name, "activations", allocate, make)
+    made = _make_symmetric(group, name, "activations", prepare)
     return made or NcclRowTransport(config, plans, tp_group)
 
 
@@ -126,13 +116,11 @@ def _refuse_symmetric_on_cpu(config: TransportConfig) -> None:
 
 
 def _make_symmetric(
-    group: ExchangeGroup,
-    asked: str,
-    carries: str,
-    allocate: Callable[[], torch.Tensor],
-    make: Callable[[torch.Tensor], Made],
+    group: ExchangeGroup, asked: str, carries: str, prepare: Callable[[], Callable[[], Made]]
 ) -> Made | None:
     """A transport over symmetric memory if all ranks can share it, else None. Collective.
+
+    `prepare` allocates the memory, and returns what makes the transport.
 
     Raises:
         ValueError: if nothing else was asked for.
@@ -141,9 +129,9 @@ def _make_symmetric(
     reason = said or _why_not_shared(group)
     if not reason:
         # Two steps, because the second one waits for all ranks, and a rank may fail in the first.
-        memory, reason = _made_together(allocate, group)
-        if memory is not None:
-            transport, reason = _made_together(lambda: make(memory), group)
+        make, reason = _made_together(prepare, group)
+        if make is not None:
+            transport, reason = _made_together(make, group)
     if asked == "symmetric" and reason:
         raise ValueError(f"transport symmetric does not work here: {reason}")
     if group.cp_rank == 0 and said is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch.distributed as dist
 
@@ -30,8 +32,7 @@ def choose(group: dist.ProcessGroup, failing: str, asked: tuple[str, ...]) -> li
                     made_on,
                     one,
                     "activations",
-                    lambda: step("allocate", "memory"),  # type: ignore[arg-type, return-value]
-                    lambda memory: step("make", f"transport with {memory}"),
+                    lambda: partial(step, "make", f"transport with {step('allocate', 'memory')}"),
                 )
             )
         except ValueError as error:
