@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overlap_mtp.exchange.rows import HEADER, NOTHING, RowPlan
+from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan
 from overlap_mtp.kernels.common import (
     CU_AT,
     bounds_of,
@@ -205,21 +205,6 @@ def row_maps_kernel(
             map_slots(metadata, plan_table, row_table, returned_to, returned, row, length, C)
 
 
-class DeviceMaps(NamedTuple):
-    """The maps of a batch of up to some length, int32. They differ from `RowMaps` in these things:
-
-    - `source` and `own_back` are flat, and have room behind their [num_depths, S];
-    - `returned_to` has a slot for each token that may leave. It holds NOTHING if the batch does not use the slot.
-    """
-
-    packed: torch.Tensor
-    source: torch.Tensor
-    own_back: torch.Tensor
-    in_back: torch.Tensor
-    returned_to: torch.Tensor
-    returned: torch.Tensor
-
-
 @dataclass(frozen=True)
 class RowMapper:
     """Makes the maps of the batches of a plan, on a device."""
@@ -243,17 +228,22 @@ class RowMapper:
         tables = (torch.from_numpy(table).to(device) for table in (plan.tokens.table, row_table))
         return cls(constants, *tables)
 
-    def allocate(self, length: int) -> DeviceMaps:
-        """Allocate maps. They fit every batch of at most `length` rows on this rank."""
+    def allocate(self, length: int) -> RowMaps:
+        """Allocate maps that fit every batch of at most `length` rows on this rank. They differ from `RowMaps.of`:
+
+        - they are int32;
+        - `source` and `own_back` are flat, and have room behind their [num_depths, S];
+        - `returned_to` has a slot for each token that may leave. It holds NOTHING if the batch does not use the slot.
+        """
         c = self.constants
         num_in, uses = c.num_heads + c.num_received, c.num_uses + (c.tp_size > 1)
         mapped = (c.num_depths * length,)
         shapes = [(c.num_sent + c.num_heads,), mapped, mapped, (c.num_depths, num_in)]
         shapes += [(c.num_slots,), (uses, c.num_slots)]
         device = self.row_table.device
-        return DeviceMaps(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+        return RowMaps(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
 
-    def bind(self, metadata: torch.Tensor, maps: DeviceMaps, block: int = 128) -> Launch:
+    def bind(self, metadata: torch.Tensor, maps: RowMaps, block: int = 128) -> Launch:
         """Bind the kernel that makes the maps of a batch.
 
         Args:

@@ -38,7 +38,7 @@ class RowExchange:
     depths: list[Tensors]  # the rolls, until the join
     gradients: list[Tensors] = field(default_factory=list)  # those of the rolls, while they may be read
     sums: Tensors = field(default_factory=list)  # of the gradients, from the begin of backward to its end
-    maps: Any = field(init=False)  # RowMaps, or the same on a device
+    maps: Any = field(init=False)  # RowMaps
     buffer: torch.Tensor = field(init=False)  # [rows of the plan, elements of a row], of what is under way
     is_backward: bool = False
     posted: Any = None  # what is under way, as the transport keeps it

@@ -253,8 +253,7 @@ def _first_use(layout: SequenceLayout, plan: RowPlan) -> IntArray:
     return np.where(is_used, depth, 0)
 
 
-@dataclass(frozen=True)
-class RowMaps:
+class RowMaps(NamedTuple):
     """Where the rows of one batch go on one rank, as indices: int64, NOTHING for none, HEADER for headers.
 
     S is the number of rows that this rank holds: L, or L / tp_size. `out` and `in` rows are those of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ def with_map(name: str, change: Callable[[torch.Tensor], None]) -> Patch:
             maps = correct(*args, **options)
             index = getattr(maps, name).clone()
             change(index)
-            return replace(maps, **{name: index})
+            return maps._replace(**{name: index})
 
         patched.setattr(RowMaps, "of", of)
 

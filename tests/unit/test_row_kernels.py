@@ -11,7 +11,7 @@ from overlap_mtp.exchange.plan import make_metadata
 from overlap_mtp.exchange.row_spec import ALIGNMENT, DTYPES, RowSpec
 from overlap_mtp.exchange.rows import HEADER, NOTHING, RowMaps, RowPlan, make_row_plans
 from overlap_mtp.kernels import row_reference
-from overlap_mtp.kernels.row_maps import DeviceMaps, RowMapper
+from overlap_mtp.kernels.row_maps import RowMapper
 from overlap_mtp.kernels.rows import BoundRows, RowConstants
 from overlap_mtp.layout import SequenceLayout
 
@@ -203,7 +203,7 @@ def test_a_wrong_header_is_reported(direction, dtype):
     assert flags_of(FINGERPRINT, FINGERPRINT ^ 1 << 62) == [2, 0, 0, 0]
 
 
-def uses(maps: RowMaps | DeviceMaps) -> dict[int, list[int]]:
+def uses(maps: RowMaps) -> dict[int, list[int]]:
     """The rows of the buffer that are added to each own row, in order."""
     found = {}
     for own, at in zip(maps.returned_to.tolist(), maps.returned.T.tolist(), strict=True):
