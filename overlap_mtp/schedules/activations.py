@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from overlap_mtp.device_layout import Layout
-from overlap_mtp.exchange.group import exchange_group_of
+from overlap_mtp.exchange.group import ExchangeGroup, exchange_group_of
 from overlap_mtp.exchange.row_spec import RowSpec, is_plain, plain
 from overlap_mtp.exchange.row_transport import BACKWARD, EXPECTS_GRADIENTS, RowExchange, RowTransport
 from overlap_mtp.exchange.rows import make_row_plans
@@ -99,15 +99,15 @@ def make_activation_roller(
         raise ValueError(f"schedule must be one of {', '.join(ACTIVATION_SCHEDULES)}, got {schedule!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
-    is_shared = tp_group is not None and tp_group.size() > 1
-    if transport == "symmetric" and (schedule != "overlap" or is_shared):
+    shared = exchange_group_of(tp_group) if tp_group is not None and tp_group.size() > 1 else None
+    if transport == "symmetric" and (schedule != "overlap" or shared):
         raise ValueError("symmetric memory carries activations of schedule overlap, without a tp group")
     if seq_dim not in (0, 1):
         raise ValueError(f"seq_dim must be 0 or 1, got {seq_dim}")
     options = roll_options(num_depths, max_documents, IGNORE_INDEX, None, None)
     checks = check_layouts and schedule == "sync"
     config = RollerConfig(schedule, exchange_group_of(cp_group), transport, options, IGNORE_INDEX, checks)
-    return ActivationRoller(config, seq_dim, tp_group)
+    return ActivationRoller(config, seq_dim, shared)
 
 
 class ActivationRoller(PackedRoller):
@@ -116,12 +116,11 @@ class ActivationRoller(PackedRoller):
     reads_device_bounds = False
     timings = TIMINGS
 
-    def __init__(self, config: RollerConfig, seq_dim: int, tp_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, config: RollerConfig, seq_dim: int, tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)
         self.backward_stopwatch: AbstractContextManager[None] = contextlib.nullcontext()  # around its calls
-        is_shared = tp_group is not None and tp_group.size() > 1
-        self._tp_group = exchange_group_of(tp_group) if is_shared else None
-        self._tp = (self._tp_group.cp_rank, self._tp_group.cp_size) if self._tp_group else (0, 1)
+        self._tp_group = tp_group
+        self._tp = (tp_group.cp_rank, tp_group.cp_size) if tp_group else (0, 1)
         self._spec_of = partial(
             RowSpec.of,
             group=self._group,
