@@ -79,7 +79,7 @@ class ExchangeBuffers:
     send: Launch  # pack or put_unroll; after write_bounds for a DeviceLayout
     unroll: Launch | None = None  # None if the rolls are written where they are sent
     constants: ExchangeConstants
-    retired: tuple[Launch, ...] = ()
+    retired: tuple[Launch | None, ...] = ()
     shared: object = None  # keeps the peers' memory mapped
     is_captured = False  # a CUDA graph uses them: no other exchange may
 
@@ -101,11 +101,8 @@ class ExchangeBuffers:
         self.host_metadata.write(layout, [*addresses, *outputs.addresses], mark)
         self.tensors, self.outputs = tensors, outputs
         if isinstance(layout, DeviceLayout):
-            self.tensors = [
-                *tensors,
-                layout.cu_seqlens,
-                *([] if layout.cu_valid is None else [layout.cu_valid]),
-            ]
+            bounds = (layout.cu_seqlens, layout.cu_valid)
+            self.tensors = [*tensors, *(one for one in bounds if one is not None)]
 
     def free(self) -> None:
         """Free the kernels' graphs and the shared memory. It must not run during a capture."""
@@ -331,7 +328,7 @@ class CudaTransport(Transport):
             )
         buffers = self._free.popleft()
         # No graph may be freed while another is being captured.
-        buffers.retired = buffers.send, *([] if buffers.unroll is None else [buffers.unroll])
+        buffers.retired = buffers.send, buffers.unroll
         self._bind_all(buffers, is_replayable=True)
         buffers.is_captured = self.has_captures = True
         return buffers

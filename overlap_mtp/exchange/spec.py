@@ -307,9 +307,7 @@ def check_device(name: str, tensor: torch.Tensor, first: torch.Tensor, group: Ex
         )
 
 
-def check_batch(
-    batch: Batch, layout: Layout, group: ExchangeGroup, fills: Mapping[str, float] | None = None
-) -> None:
+def check_batch(batch: Batch, layout: Layout, group: ExchangeGroup, fills: Mapping[str, float]) -> None:
     """Raise ValueError unless `batch` holds tensors that can be rolled together over this group."""
     check_tensors(batch, layout, group)
     first = next(iter(batch.values()))
@@ -323,7 +321,7 @@ def check_batch(
                 "roll its real and its imaginary part" if tensor.is_complex() else f"convert it to {like}"
             )
             raise ValueError(f"{name} must be one of {legal}, got {str(tensor.dtype)[6:]}: {advice}")
-        check_fill(name, tensor.dtype, (fills or {}).get(name, 0))
+        check_fill(name, tensor.dtype, fills.get(name, 0))
         if tensor.ndim < 1 or tensor.shape[-1] != layout.local_len:
             raise ValueError(
                 f"{name} must have the layout's local length {layout.local_len} as its last dimension, got shape "
