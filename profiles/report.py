@@ -103,6 +103,9 @@ def main() -> int:
                 f"at least {percent(options.min_hidden)} is wanted",
             )
             message = f"{percent(fraction)} of {what} is hidden on the worst device, {wanted}"
+            if any(timeline.has_ours for timeline in report.timelines):
+                unit = "µs of a step" if any(timeline.steps for timeline in report.timelines) else "µs in all"
+                message += f"; join and unroll take {report.join_us():,.1f} {unit} on the slowest device"
         console.print(f"{'ok' if passed else 'FAILED'}: {message}", soft_wrap=True)
         return int(not passed)
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from overlap_mtp.profiling.classify import DeviceTimeline
+from overlap_mtp.profiling.classify import IN_BACKWARD, DeviceTimeline
 from overlap_mtp.profiling.schedule_names import EVERYTHING, JUDGED, base_name
 
+JOINS = ("join", "unroll")  # where the compute waits for the exchange
 JSON_VERSION = 5  # 4 did not say how much single steps hide in the mean
 
 
@@ -94,6 +95,21 @@ class Report:
             found = [share for share in shares if share is not None]
             return f"the exchange in {JUDGED} steps", min(found, default=None)
         return "the exchange", by_name[EVERYTHING].exchange_worst
+
+    def join_us(self) -> float:
+        """Return how long the ranges `join` and `unroll` take beside what `judged` looks at, on the slowest device.
+
+        In µs of a mean step, or of the whole profile if it has no steps. A kernel there may wait for the peers: an
+        exchange can be hidden while the step stands still at its join.
+        """
+        has_steps = any(timeline.steps for timeline in self.timelines)
+        times: dict[tuple[str, str], float] = {}
+        for row in self.rows:
+            judged = base_name(row.schedule) == JUDGED if has_steps else row.schedule == EVERYTHING
+            if judged and row.range.removesuffix(IN_BACKWARD) in JOINS:
+                key = row.device, row.schedule
+                times[key] = times.get(key, 0) + row.time_us / max(1, row.steps)
+        return max(times.values(), default=0)
 
     def as_json(self) -> dict[str, Any]:
         """Return everything but the activities themselves."""

@@ -130,7 +130,8 @@ def test_the_command_reports_and_judges(tmp_path, monkeypatch, capsys):
         (
             (path, "--json", out / "a.json", "--min-hidden", 0.5),
             0,
-            "ok: 50.0 % of the exchange in prefetch steps",
+            "ok: 50.0 % of the exchange in prefetch steps is hidden on the worst device, at least 50.0 % is wanted; "
+            "join and unroll take 0.0 µs of a step on the slowest device",
         ),
         ((path, "--min-hidden", 0.51, "--plot", out / "a.png"), 1, "FAILED: 50.0 % of the exchange"),
         ((quiet, "--min-hidden", 0), 1, "nothing to judge"),

@@ -196,6 +196,28 @@ def test_the_worst_of_several_transports_is_judged_and_none_without_prefetch(tmp
     assert report(tmp_path, "nsys", Process(77, spans[-2:], work[-2:])).judged() == (what, None)
 
 
+def test_what_is_judged_comes_with_the_time_at_the_join(tmp_path):
+    """Over the ranges and both directions of the slowest device, in a mean step of the judged schedule."""
+    processes = []
+    for number in (0, 1):
+        spans, work = [], []
+        for at, name in ((0, "prefetch"), (1000, "prefetch"), (2000, "sync")):
+            spans += [Span(f"step {name} r{number}", at, at + 900), Span(f"unroll r{number}", at + 1, at + 3)]
+            spans += [
+                Span(f"backward r{number}", at + 10, at + 50),
+                Span(f"join r{number}", at + 11, at + 13),
+            ]
+            work += [
+                Work("wait", at + 2, at + 20, at + 60 + 10 * number),
+                Work("add", at + 12, at + 100, at + 108),
+            ]
+        processes.append(Process(500 + number, spans, work, device=number))
+    assert report(tmp_path, "nsys", *processes).join_us() == 50 + 8
+    (tmp_path / "all.sqlite").unlink()
+    whole = Process(5, [Span("unroll r0", 0, 9)], [Work("wait", 1, 2, 9), Work("wait", 2, 10, 12)])
+    assert report(tmp_path, "nsys", whole).join_us() == 9
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_step_that_the_end_of_the_capture_cuts_off_is_left_out(tmp_path, others):
     """On all ranks, and also from what is outside of steps; if no other is there, nothing can be judged."""
