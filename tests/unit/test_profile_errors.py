@@ -103,7 +103,7 @@ LESS = {  # what an export lacks -> how to take it away, and the row that is lef
         "rank 0 | outside steps | no range | model | 20.0 | 10.0",
     ),
     "ranges": ("DROP TABLE NVTX_EVENTS", "process 77 device 0 | all | no range | model | 20.0 | 10.0"),
-    "ends of ranges": ("UPDATE NVTX_EVENTS SET end = NULL", f"{OURS} | 40.0 | 0.0"),
+    "ends of ranges": ("UPDATE NVTX_EVENTS SET end = NULL WHERE start > 0", f"{OURS} | 40.0 | 0.0"),
     "the end of a kernel": (NO_END, f"{OURS} | 0.0 | 0.0"),
 }
 
