@@ -31,6 +31,7 @@ from overlap_mtp.training.trainer import global_counts, reduce_gradients
 
 TIMING_ONLY = "none"
 SEED = 0
+Gradients = list[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -231,18 +232,16 @@ class Comparison:
         Steps are named in profiles if they are `kept`.
         """
         inputs, reference = self._inputs(index), self.contest.reference
-        self._step(reference, inputs, {}, named=False)  # discarded: the first step after an update is faster
-        expected, wanted = self.steps[reference].rolled(), None
-        if self._compares_gradients:
-            wanted = [p.grad for p in self.model.parameters()]
+        self._step(
+            reference, inputs, {}, None, named=False
+        )  # discarded: the first step after an update is faster
+        expected = self.steps[reference].rolled()
+        right = self._gradients() if self._compares_gradients else None
         steps, gradients = {}, None
         for mode in order:
-            steps[mode] = self._step(mode, inputs, expected, named=kept)
-            if wanted is not None:
-                equal = all(map(_same_bits, wanted, [p.grad for p in self.model.parameters()]))
-                steps[mode] = steps[mode]._replace(gradients_equal=equal)
+            steps[mode] = self._step(mode, inputs, expected, right, named=kept)
             if mode != TIMING_ONLY:
-                gradients = [p.grad for p in self.model.parameters()]
+                gradients = self._gradients()
         if gradients is not None and not self.problem.forward_only:
             for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
@@ -259,7 +258,12 @@ class Comparison:
         counts = global_counts(self.model, [(plain, layout)], self.group)
         return RoundInputs(plain, prepared, layout, counts)
 
-    def _step(self, mode: str, inputs: RoundInputs, expected: Rolled, named: bool) -> Step:
+    def _gradients(self) -> Gradients:
+        return [parameter.grad for parameter in self.model.parameters()]
+
+    def _step(
+        self, mode: str, inputs: RoundInputs, expected: Rolled, right: Gradients | None, named: bool
+    ) -> Step:
         step = self.steps[mode]
         # Rounds that are not timed verify that the ranks are in step.
         step.timed.roller.check_layouts = step.timed.roller.name == "sync" and not named
@@ -275,7 +279,8 @@ class Comparison:
         ms = 1000 * (time.perf_counter() - begin)
         rolled = step.rolled()
         equal = all(torch.equal(rolled[which], wanted) for which, wanted in expected.items())
-        return Step(ms, step.spent(), equal, True, loss.clone())
+        gradients_equal = right is None or all(map(_same_bits, right, self._gradients()))
+        return Step(ms, step.spent(), equal, gradients_equal, loss.clone())
 
     @property
     def _compares_gradients(self) -> bool:

@@ -303,7 +303,7 @@ def test_two_recordings_at_once_are_told_apart(tmp_path):
 
 
 def steps_of(path: Path, **lengths: int) -> Path:
-    """A recording of rank 0 with one step of each schedule, of so many µs."""
+    """Record rank 0 with one step of each schedule. `lengths`: how many µs each takes."""
     spans = [Span(f"step {name} r0", 5000 * at, 5000 * at + 9) for at, name in enumerate(lengths)]
     starts = [(5000 * at, length) for at, length in enumerate(lengths.values())]
     return write_nsys(
