@@ -23,6 +23,7 @@ import train
 
 from compare.page import page_of
 from compare.sentence import sentence_of
+from soaks.load import CASES, LOADS, make_layout
 
 ROOT = Path(__file__).parents[2]
 SCHEDULES = ["sync", "merged", "batched", "overlap", "prefetch", "prepared"]
@@ -147,24 +148,26 @@ def test_roll_latency(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"roll_latency.json", "roll_latency.png"}
 
 
-@pytest.mark.parametrize("load", soak.LOADS)
+@pytest.mark.parametrize("load", LOADS)
 def test_soak_needs_tokens_of_peers(load):
     for ranks in (2, 4):
         crossing = 0
-        for seed in range(soak.CASES):
-            layout = soak.make_layout(load, random.Random(seed), ranks)
+        for seed in range(CASES):
+            layout = make_layout(load, random.Random(seed), ranks, 512)
             for rank in range(ranks):
                 positions = layout.positions(rank)
                 crossing += (layout.valid(rank, 1) & ~np.isin(positions + 1, positions)).sum()
-        assert crossing > soak.CASES * (ranks - 1) // 2
+        assert crossing > CASES * (ranks - 1) // 2
 
 
 def test_soak(tmp_path):
-    run("soak", "--exchanges", "40", "--out", str(tmp_path))
-    [found] = read_record(tmp_path / "soak.json")["runs"]
-    assert found["transport"] == "process_group"
-    assert found["exchanges"] >= 40
-    assert found["wrong_words"] == 0
+    run("soak", "--exchanges", "40", "--activations", "30", "--out", str(tmp_path))
+    tokens, activations = read_record(tmp_path / "soak.json")["runs"]
+    assert (tokens["carries"], activations["carries"]) == ("tokens", "activations")
+    for found, exchanges in ((tokens, 40), (activations, 30)):
+        assert found["transport"] == "process_group"
+        assert found["exchanges"] >= exchanges
+        assert found["wrong_words"] == 0
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,8 @@ def test_soak(tmp_path):
         (roll_latency, "--ranks 4 --seq-len 256 --documents 33", "--documents must be in [0, 32]"),
         (roll_latency, "--rounds 1", "--rounds must be at least 2, got 1"),
         (soak, "--transports pigeon", "transports must be among auto, process_group, symmetric"),
-        (soak, "--exchanges 0", "--exchanges must be at least 1, got 0"),
+        (soak, "--exchanges -1", "--exchanges must be at least 0, got -1"),
+        (soak, "--exchanges 0 --activations 0", "--exchanges and --activations must not both be 0"),
     ],
 )
 def test_bad_arguments_are_said_before_ranks_start(program, arguments, message, monkeypatch, capsys):
