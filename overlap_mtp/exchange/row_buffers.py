@@ -104,6 +104,7 @@ class Lease:
         self.writes_ahead = writes_ahead  # own rows of rolls, before the join
         self.stream = stream  # that the exchange was started from
         self.backward_stream: torch.cuda.Stream | None = None  # the same of the last backward
+        self.used_on: torch.cuda.Stream | None = None  # where `joined` was recorded last
         self.has_written = False  # what its backward carries
         self._in_use: tuple[Sequence[torch.Tensor], torch.cuda.Stream] | None = None
 

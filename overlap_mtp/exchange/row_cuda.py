@@ -108,6 +108,7 @@ class CudaRowTransport(RowTransport):
             lease.buffers.last_use.synchronize()
         lease.has_written, exchange.buffer = True, lease.buffers.gradient_rows
         lease.backward_stream = torch.cuda.current_stream(self.device)
+        self._wait_for_last_use(lease, lease.backward_stream)  # of a join that this backward does not follow
         addresses = [tensor.data_ptr() for tensor in _own_gradients(exchange)]
         lease.buffers.write_backward(addresses, self._fingerprint(exchange))
 
@@ -129,7 +130,7 @@ class CudaRowTransport(RowTransport):
         lease: Lease = exchange.held
         with self._unroll_span:
             (lease.buffers.unroll if lease.writes_ahead else lease.buffers.unroll_all).replay()
-        self._note_use(lease.buffers)
+        self._note_use(lease)
         lease.joined()
 
     def _pack_gradients(self, exchange: RowExchange) -> None:
@@ -145,15 +146,29 @@ class CudaRowTransport(RowTransport):
         lease: Lease = exchange.held
         with self._unroll_span:
             lease.buffers.add.replay()
-        self._note_use(lease.buffers)
+        self._note_use(lease)
         if lease.backward_stream == torch.cuda.current_stream(self.device):
             lease.joined()
         else:  # the one that the gradients belong to has not waited
             lease.let_go()
 
-    def _note_use(self, buffers: RowBuffers) -> None:
-        buffers.joined.record(torch.cuda.current_stream(self.device))
-        buffers.last_use = buffers.joined
+    def wait_for_sums(self, exchange: RowExchange, sums: Tensors) -> None:
+        current = torch.cuda.current_stream(self.device)
+        if self._wait_for_last_use(exchange.held, current):
+            for one in sums:
+                one.record_stream(current)
+
+    def _note_use(self, lease: Lease) -> None:
+        lease.used_on = torch.cuda.current_stream(self.device)
+        lease.buffers.joined.record(lease.used_on)
+        lease.buffers.last_use = lease.buffers.joined
+
+    def _wait_for_last_use(self, lease: Lease, stream: torch.cuda.Stream) -> bool:
+        """Let a stream wait for what another one did last, and say whether it was another one."""
+        is_elsewhere = lease.used_on not in (None, stream)
+        if is_elsewhere:
+            stream.wait_event(lease.buffers.joined)
+        return is_elsewhere
 
     def finish(self, exchange: PendingExchange) -> Rolled:
         rows, current = exchange.buffers, torch.cuda.current_stream(self.device)
@@ -188,7 +203,7 @@ class CudaRowTransport(RowTransport):
             try:
                 self._pack_and_send(exchange)
             finally:
-                self._note_use(buffers)
+                self._note_use(lease)
             return
         if exchange.is_backward:
             sent, tensors = buffers.returned, _own_gradients(exchange)

@@ -121,6 +121,9 @@ class RowTransport(Transport):
         sums, exchange.sums, exchange.gradients = exchange.sums, [], []
         return sums
 
+    def wait_for_sums(self, exchange: RowExchange, sums: Tensors) -> None:
+        """Let the current stream read sums that `end_backward` may have returned on another one."""
+
     @abstractmethod
     def _open(self, exchange: RowExchange, writes_ahead: bool) -> None:
         """Give an exchange its maps and its buffer.

@@ -273,6 +273,7 @@ class Backward:
                 # A hook on a leaf lives as long as the tensor, which may be a parameter.
                 this = weakref.ref(self) if tensor.is_leaf else lambda: self
                 handle = tensor.register_hook(partial(_take_part, this, number))  # type: ignore[no-untyped-call]
+                _run_first(tensor, handle.id)
                 if tensor.is_leaf:
                     weakref.finalize(self, handle.remove).atexit = False
 
@@ -292,11 +293,17 @@ class Backward:
         if gradient is None:  # a hook must return None, too: `_check_late` says what is lost
             return None
         late = self._late.pop(number, None)
-        return None if late is None else gradient + late
+        if late is None:
+            return None
+        self._transport.wait_for_sums(self.exchange, [late])  # the hook of another tensor may have ended it
+        return gradient + late
 
     def _check_late(self) -> None:
         """At the end of a pass: raise RuntimeError if a gradient of peers belongs to a tensor without one here."""
         late, self._late = self._late, {}
+        if late:
+            assert self.exchange is not None
+            self._transport.wait_for_sums(self.exchange, list(late.values()))
         lost = [self._transport.spec.names[one] for one, gradient in late.items() if gradient.any()]
         if lost:
             raise RuntimeError(
@@ -317,6 +324,12 @@ def _take_part(
 ) -> torch.Tensor | None:
     one = backward()
     return None if one is None else one.take_part(number, gradient)
+
+
+def _run_first(tensor: torch.Tensor, number: int) -> None:
+    """Let a hook run before those that were registered earlier: they must see what peers add, as they do elsewhere."""
+    hooks: dict[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
+    hooks.update({one: hooks.pop(one) for one in [*hooks] if one != number})
 
 
 def _run_late(node: Any, tensors: list[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from activation_mutants import LOSING, MUTANTS, wrong_with
 from activations import (
     bits_differ,
     count_traffic,
+    gradients_under_a_hook,
     rows_differ,
     shared_bits_differ,
     shared_rows_differ,
@@ -54,6 +55,12 @@ def test_the_default_device_does_not_matter(ranks: RankPool, is_symmetric):
 
 def test_rolls_between_compiled_layers_are_those_between_eager_ones(ranks: RankPool):
     ranks.check(wrong_if_compiled, 2)
+
+
+def test_hooks_that_are_older_than_the_rolls_see_what_peers_add(ranks: RankPool):
+    first, second = ranks.run(gradients_under_a_hook, 2)
+    assert first == [[0.5, 1.0, 1.0, 1.0]] * 2
+    assert second == [[1.0, 0.5, 0.5, 0.5]] * 2
 
 
 GRIDS = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]

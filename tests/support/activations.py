@@ -296,3 +296,27 @@ def roll_over(group: dist.ProcessGroup, transport: str, body: Callable[..., Any]
         found = body(group, *args)
     assert any(used)
     return found
+
+
+def gradients_under_a_hook(group: dist.ProcessGroup) -> list[list[float]]:
+    """The gradient of each row, halved by a hook that is older than the rolls; if this rank uses them, and if not.
+
+    Rank 0 always uses them.
+    """
+    layout, found = SequenceLayout.dense(8, 2, "contiguous"), []
+    for factor in (0, None):
+        roller = make_activation_roller("overlap", group, 1)
+        leaf = torch.ones(1, 4, 2, requires_grad=True)
+        born = leaf * 1
+        born.register_hook(lambda gradient: gradient / 2)
+        rolled = roller.start({"a": born}, layout).at(1)["a"]
+        loss = born.sum()
+        if group.rank() == 0:
+            loss = loss + rolled.sum()
+        elif factor is not None:
+            loss = loss + factor * rolled.sum()
+        loss.backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad[0, :, 0].tolist())
+        roller.close()
+    return found

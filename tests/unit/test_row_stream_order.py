@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from overlap_mtp.layout import SequenceLayout
+from overlap_mtp.schedules import activations
 from overlap_mtp.schedules.activations import ActivationRoller, make_activation_roller
 
 from pretended_gpus import pretended_gpus
@@ -217,6 +218,42 @@ def test_a_join_after_backward_waits_for_it(calls: Calls, roller: ActivationRoll
     calls.take()
     rolls.at(1)
     assert calls.take() == ["compute waits for joined", *JOIN[1:]]
+
+
+@pytest.mark.parametrize("schedule", ["overlap", "merged"])
+def test_a_backward_that_a_hook_starts_waits_for_a_join_on_another_stream(calls: Calls, schedule: str):
+    roller = make_activation_roller(schedule, None, num_depths=2)
+    tensor = torch.ones(1, 16, 4, requires_grad=True) * 1
+    rolls = roller.start({"a": tensor}, LAYOUT)
+    compute, calls.current = calls.current, calls.stream("other")
+    rolls.at(1)
+    calls.current = compute
+    calls.take()
+    tensor.sum().backward()
+    assert calls.take()[:2] == ["compute waits for joined", "forked on compute"]
+
+
+def test_a_tensor_of_another_stream_waits_for_the_backward_that_a_hook_started(
+    calls: Calls, roller: ActivationRoller
+):
+    streams = {"a": calls.stream("of a"), "b": calls.stream("of b")}
+    tensors = {name: torch.ones(1, 16, 4, requires_grad=True) * 1 for name in "ab"}
+    take_part = activations._take_part
+
+    def take_part_on_own_stream(this: Any, number: int, gradient: Any) -> Any:
+        calls.current = streams["ab"[number]]
+        return take_part(this, number, gradient)
+
+    with mock.patch.object(activations, "_take_part", take_part_on_own_stream):
+        rolls = roller.start(tensors, LAYOUT)
+    calls.take()
+    sum(tensor.sum() for tensor in tensors.values()).backward()
+    log = calls.take()
+    [ended_on] = [one[-1] for one in log if one.startswith("joined on")]
+    other = "ab".replace(ended_on, "")
+    assert log[-1] == f"of {other} waits for joined"
+    assert {stream for _, stream in calls.recorded} >= {f"of {other}"}
+    del rolls
 
 
 def test_an_exchange_is_not_captured(calls: Calls, roller: ActivationRoller):
