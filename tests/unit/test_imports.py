@@ -38,7 +38,9 @@ MAY_IMPORT["overlap_mtp.conformance"] = {
 }
 MAY_IMPORT["profiles"] = {"overlap_mtp.profiling"}
 MAY_IMPORT["harness"] = {*MAY_IMPORT, "harness"} - {"profiles"}
-MAY_IMPORT |= {part: {*MAY_IMPORT["harness"], part} for part in ("compare", "dropin", "latency", "training")}
+MAY_IMPORT |= {
+    part: {*MAY_IMPORT["harness"], part} for part in ("compare", "dropin", "latency", "soaks", "training")
+}
 PROGRAMS = {name for name in MODULES if "." not in name}  # of experiments/: they may import everything
 MAY_IMPORT |= {program: {*MAY_IMPORT, *PROGRAMS} for program in PROGRAMS}
 
