@@ -49,21 +49,14 @@ def make_transport(config: TransportConfig) -> Transport:
 
 def between_gpus(config: TransportConfig) -> Transport:
     """The transport of tokens between GPUs, as `make_transport`."""
-    # Imported only here: Triton compiles for a GPU.
-    from overlap_mtp.exchange.cuda import free_orphans
-    from overlap_mtp.exchange.nccl import NcclTransport
-
-    group, name = config.group, config.spec.transport
-    free_orphans()  # here, because a wait delays no step, and before more is allocated
-    if name == "process_group" or group.cp_size == 1:
-        return NcclTransport(config)
+    from overlap_mtp.exchange.nccl import NcclTransport  # here: Triton compiles for a GPU
 
     def prepare() -> Callable[[], Transport]:
         from overlap_mtp.exchange import symmetric  # here: torch may lack symmetric memory
 
         return partial(symmetric.SymmetricTransport, config, symmetric.allocate(config))
 
-    return _make_symmetric(group, name, "tokens", prepare) or NcclTransport(config)
+    return _make_symmetric(config, "tokens", prepare) or NcclTransport(config)
 
 
 def make_row_transport(
@@ -92,21 +85,15 @@ def rows_between_gpus(
     config: TransportConfig, plans: list[RowPlan], tp_group: ExchangeGroup | None
 ) -> RowTransport:
     """The transport of activations between GPUs, as `make_row_transport`."""
-    # Imported only here: Triton compiles for a GPU.
-    from overlap_mtp.exchange.cuda import free_orphans
-    from overlap_mtp.exchange.row_nccl import NcclRowTransport
-
-    group, name = config.group, config.spec.transport
-    free_orphans()
-    if name == "process_group" or group.cp_size == 1 or tp_group or config.spec.schedule != "overlap":
-        return NcclRowTransport(config, plans, tp_group)
+    from overlap_mtp.exchange.row_nccl import NcclRowTransport  # here: Triton compiles for a GPU
 
     def prepare() -> Callable[[], RowTransport]:
         from overlap_mtp.exchange import row_symmetric as symmetric  # here: torch may lack symmetric memory
 
         return partial(symmetric.SymmetricRowTransport, config, plans, symmetric.allocate(config, plans))
 
-    made = _make_symmetric(group, name, "activations", prepare)
+    may_be_symmetric = tp_group is None and config.spec.schedule == "overlap"
+    made = _make_symmetric(config, "activations", prepare) if may_be_symmetric else None
     return made or NcclRowTransport(config, plans, tp_group)
 
 
@@ -116,15 +103,21 @@ def _refuse_symmetric_on_cpu(config: TransportConfig) -> None:
 
 
 def _make_symmetric(
-    group: ExchangeGroup, asked: str, carries: str, prepare: Callable[[], Callable[[], Made]]
+    config: TransportConfig, carries: str, prepare: Callable[[], Callable[[], Made]]
 ) -> Made | None:
-    """A transport over symmetric memory if all ranks can share it, else None. Collective.
+    """A transport over symmetric memory if it is wanted and all ranks can share it, else None. Collective.
 
     `prepare` allocates the memory, and returns what makes the transport.
 
     Raises:
         ValueError: if nothing else was asked for.
     """
+    from overlap_mtp.exchange.cuda import free_orphans
+
+    free_orphans()  # here, because a wait delays no step, and before more is allocated
+    group, asked = config.group, config.spec.transport
+    if asked == "process_group" or group.cp_size == 1:
+        return None
     said, transport = group.why_not_symmetric.get(carries), None
     reason = said or _why_not_shared(group)
     if not reason:
