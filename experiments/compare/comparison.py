@@ -23,7 +23,7 @@ from overlap_mtp.layout import Kind
 from overlap_mtp.model.config import ModelConfig
 from overlap_mtp.model.gpt import GPT
 from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES
-from overlap_mtp.schedules.packed import TIMINGS
+from overlap_mtp.schedules.packed import PACKED_SCHEDULES
 from overlap_mtp.schedules.roller import Roller
 from overlap_mtp.tracing import span
 from overlap_mtp.training.data import BatchStream, open_corpus
@@ -116,7 +116,7 @@ class Settings:
                 raise ValueError(
                     f"modes must be among {', '.join(legal)}{followed if transports else ''}, got {mode!r}"
                 )
-            if transport and not (problem.model.rolls_activations or schedule in TIMINGS):
+            if transport and not (problem.model.rolls_activations or schedule in PACKED_SCHEDULES):
                 raise ValueError(f"{schedule} has no transport to choose, got {mode!r}")
             if transport and schedule == TIMING_ONLY:
                 raise ValueError(f"{TIMING_ONLY} sends nothing: it has no transport, got {mode!r}")

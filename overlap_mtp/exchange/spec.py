@@ -88,7 +88,7 @@ def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
 class ExchangeSpec(NamedTuple):
     """Everything that fixes the exchanges of a kind of batch, except the documents' bounds.
 
-    Two batches of one spec use the same messages. Making one takes a few microseconds, so it is made for each batch.
+    Two batches of one spec use the same messages.
     """
 
     schedule: str
@@ -132,33 +132,16 @@ class ExchangeSpec(NamedTuple):
         Raises:
             ValueError: if the tensors do not fit the layout or one another.
         """
-        try:
-            names = tuple(sorted(batch))
-            tensors = [batch[name] for name in names]
-            shapes = [tensor.shape for tensor in tensors]
-            devices = [tensor.device for tensor in tensors]
-            dtypes = tuple([tensor.dtype for tensor in tensors])
-            device, local_len = devices[0], layout.local_len
-            are_dense = all(one.layout == torch.strided and not wraps(one) for one in tensors)
-            if isinstance(layout, DeviceLayout):
-                devices.append(layout.cu_seqlens.device)
-            are_together = devices.count(device) == len(devices)
-            fit_layout = layout.cp_size == group.cp_size and all(
-                shape[-1:] == (local_len,) for shape in shapes
-            )
-        except Exception:
-            check_batch(batch, layout, group, options.fills)
-            raise
-        if not (are_dense and are_together and fit_layout):
-            check_batch(batch, layout, group, options.fills)
-        num_depths, max_documents = options.num_depths, options.max_documents
-        check_documents(layout, max_documents)
-        asked = (schedule, transport, num_depths, max_documents)
+        check_batch(batch, layout, group, options.fills)
+        check_documents(layout, options.max_documents)
+        names = tuple(sorted(batch))
+        tensors = [batch[name] for name in names]
+        asked = (schedule, transport, options.num_depths, options.max_documents)
         of_layout = (layout.kind, layout.is_packed, 0 if layout.is_packed else layout.seq_len)
-        on_device = isinstance(layout, DeviceLayout)
-        fills = tuple([options.fills.get(name, 0) for name in names])
-        depths = tuple([options.depths.get(name, num_depths) for name in names])
-        leading = tuple([shape[:-1] for shape in shapes])
+        dtypes, leading = tuple(one.dtype for one in tensors), tuple(one.shape[:-1] for one in tensors)
+        fills = tuple(options.fills.get(name, 0) for name in names)
+        depths = tuple(options.depths.get(name, options.num_depths) for name in names)
+        on_device, device = isinstance(layout, DeviceLayout), tensors[0].device
         return cls(*asked, *of_layout, on_device, names, dtypes, leading, fills, depths, device)
 
     def describe(self) -> dict[str, object]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, TIMINGS, make_activation_roller
+from overlap_mtp.schedules.activations import ACTIVATION_SCHEDULES, WITH_NONE, make_activation_roller
 from overlap_mtp.schedules.roller import Roller, Rolls
 
 
@@ -52,7 +52,7 @@ class ActivationRollers:
         max_documents: int,
         transport: str = "auto",
     ) -> None:
-        if schedule not in TIMINGS:
+        if schedule not in WITH_NONE:
             legal = ", ".join(ACTIVATION_SCHEDULES)
             raise ValueError(f"activation_schedule must be one of {legal}, got {schedule!r}")
         self._schedule, self._cp_group, self._max_documents = schedule, cp_group, max_documents

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.exchange.select import TRANSPORTS
 from overlap_mtp.exchange.spec import roll_options
-from overlap_mtp.schedules.packed import TIMINGS, PackedRoller
+from overlap_mtp.schedules.packed import PACKED_SCHEDULES, PackedRoller
 from overlap_mtp.schedules.prepared import PreparedRoller
 from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls
 from overlap_mtp.schedules.sync import SyncRoller
@@ -18,7 +18,7 @@ from overlap_mtp.tensors import IGNORE_INDEX
 
 _ROLLERS: dict[str, type[Roller]] = {
     "sync": SyncRoller,
-    **dict.fromkeys(TIMINGS, PackedRoller),
+    **dict.fromkeys(PACKED_SCHEDULES, PackedRoller),
     "prepared": PreparedRoller,
     "none": PreparedRoller,
 }
@@ -75,7 +75,7 @@ def make_roller(
     config = RollerConfig(
         schedule,
         exchange_group_of(cp_group),
-        transport if schedule in TIMINGS else "",
+        transport if schedule in PACKED_SCHEDULES else "",
         options,
         ignore_index,
         check_layouts and schedule == "sync",

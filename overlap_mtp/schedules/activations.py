@@ -34,17 +34,12 @@ from overlap_mtp.exchange.select import TRANSPORTS, make_row_transport
 from overlap_mtp.exchange.spec import Batch, roll_options
 from overlap_mtp.exchange.transport import PendingExchange, Transport, TransportConfig
 from overlap_mtp.layout import SequenceLayout
-from overlap_mtp.schedules.packed import PackedRoller, Timing
-from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls, Spec, Tokens
+from overlap_mtp.schedules.packed import PackedRoller
+from overlap_mtp.schedules.roller import Roller, RollerConfig, Rolls, Tokens
 from overlap_mtp.tensors import IGNORE_INDEX
 
-TIMINGS = {
-    "sync": Timing(is_overlapped=False, all_depths=True),
-    "merged": Timing(is_overlapped=False, all_depths=True),
-    "overlap": Timing(is_overlapped=True, all_depths=True),
-    "none": Timing(is_overlapped=False, all_depths=True),
-}
-ACTIVATION_SCHEDULES = tuple(name for name in TIMINGS if name != "none")
+ACTIVATION_SCHEDULES = ("sync", "merged", "overlap")
+WITH_NONE = (*ACTIVATION_SCHEDULES, "none")
 JOINED = 1  # added to the mark of a microbatch when its rolls are taken
 NO_PASS = -1  # in place of the number of a backward pass
 
@@ -95,8 +90,10 @@ def make_activation_roller(
     Raises:
         ValueError: if the schedule or the transport is unknown or they do not go together, or a size is below 1.
     """
-    if schedule not in TIMINGS:
-        raise ValueError(f"schedule must be one of {', '.join(ACTIVATION_SCHEDULES)}, got {schedule!r}")
+    if schedule not in WITH_NONE:
+        raise ValueError(
+            f"schedule of activations must be one of {', '.join(ACTIVATION_SCHEDULES)}, got {schedule!r}"
+        )
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
     shared = exchange_group_of(tp_group) if tp_group is not None and tp_group.size() > 1 else None
@@ -114,7 +111,6 @@ class ActivationRoller(PackedRoller):
     """A roller whose rolls are differentiable."""
 
     reads_device_bounds = False
-    timings = TIMINGS
 
     def __init__(self, config: RollerConfig, seq_dim: int, tp_group: ExchangeGroup | None) -> None:
         super().__init__(config)
@@ -130,9 +126,6 @@ class ActivationRoller(PackedRoller):
             seq_dim=seq_dim,
             tp_size=self._tp[1],
         )
-
-    def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
-        """Do nothing: RowSpec.of has checked the batch."""
 
     def _make_transport(self, spec: RowSpec, layout: Layout) -> Transport:
         assert isinstance(layout, SequenceLayout)

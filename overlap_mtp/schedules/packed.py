@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,33 +25,19 @@ from overlap_mtp.layout import SequenceLayout
 from overlap_mtp.schedules.roller import CHANGED, MARKS, REFUSED, Roller, RollerConfig, Rolls, Spec, Tokens
 
 MAX_TRANSPORTS = 8  # of a roller, for different kinds of batch; those in CUDA graphs come on top
-
-
-class Timing(NamedTuple):
-    """When the exchanges of a schedule happen."""
-
-    is_overlapped: bool  # on the side stream, started as early as possible
-    all_depths: bool  # one exchange carries them all; otherwise one exchange each
-
-
-TIMINGS = {
-    "merged": Timing(is_overlapped=False, all_depths=False),
-    "batched": Timing(is_overlapped=False, all_depths=True),
-    "overlap": Timing(is_overlapped=True, all_depths=False),
-    "prefetch": Timing(is_overlapped=True, all_depths=True),
-}
+PACKED_SCHEDULES = ("merged", "batched", "overlap", "prefetch")
+OVERLAPPED = ("overlap", "prefetch")  # on the side stream, started as early as possible
+BY_DEPTH = ("merged", "overlap")  # an exchange for each depth; otherwise one carries them all
 
 
 class PackedRoller(Roller):
     """A roller whose exchanges carry all tensors and documents at once."""
 
     reads_device_bounds = True
-    timings = TIMINGS
 
     def __init__(self, config: RollerConfig) -> None:
         super().__init__(config)
-        self.is_overlapped, all_depths = self.timings[self.name]
-        self._depths_per_exchange = self.num_depths if all_depths else 1
+        self.is_overlapped = self.name in OVERLAPPED
         self._asked_transport = config.transport
         self._transports: dict[Spec, Transport] = {}
         self._transport: Transport | None = None  # for the spec of the last batch
@@ -73,7 +59,8 @@ class PackedRoller(Roller):
 
     def _make_transport(self, spec: Any, layout: Layout) -> Transport:
         pattern = layout.pattern() if isinstance(layout, DeviceLayout) else layout
-        plans = make_plans(pattern, self._depths_per_exchange, self.max_documents)
+        depths = 1 if self.name in BY_DEPTH else self.num_depths
+        plans = make_plans(pattern, depths, self.max_documents)
         return make_transport(
             TransportConfig(self._group, plans, spec, self.traffic, self.is_overlapped, layout.local_len)
         )

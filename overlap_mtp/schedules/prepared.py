@@ -68,8 +68,7 @@ class PreparedRoller(Roller):
     def _start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None) -> Rolls:
         return PreparedRolls(self, detached(batch))
 
-    def _check(self, batch: Batch, layout: Layout, spec: Spec) -> None:
-        super()._check(batch, layout, spec)
+    def _check(self, spec: Spec) -> None:
         if self.name == "none":
             return
         wanted = (
