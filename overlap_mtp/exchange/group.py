@@ -36,7 +36,7 @@ class ExchangeGroup:
     """A process group for exchanges alone, so that no other traffic delays them, and their side stream.
 
     The process group is made at first use, by all ranks of `cp_group` together, whatever other groups they are in. It
-    is destroyed when the next one is made after `cp_group` is gone: so at most one outlives its cp group.
+    is destroyed when the next one is made after `cp_group` is gone.
     """
 
     def __init__(self, cp_group: dist.ProcessGroup | None) -> None:
@@ -151,9 +151,17 @@ def _release_groups() -> None:
 
 
 def exchange_group_of(cp_group: dist.ProcessGroup | None) -> ExchangeGroup:
-    """The exchange group of a cp group. None stands for a group of one rank."""
+    """The exchange group of a cp group. None stands for a group of one rank.
+
+    Raises:
+        ValueError: if it is no process group.
+    """
     if cp_group is None:
         return ExchangeGroup(None)
+    if not isinstance(cp_group, dist.ProcessGroup):
+        got = type(cp_group).__name__
+        why = "this rank is not in the group" if isinstance(cp_group, int) else f"got a {got}"
+        raise ValueError(f"a group of ranks must be a ProcessGroup (of a DeviceMesh: get_group), but {why}")
     if cp_group not in _GROUPS:
         _GROUPS[cp_group] = ExchangeGroup(cp_group)
     return _GROUPS[cp_group]

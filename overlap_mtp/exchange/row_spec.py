@@ -150,9 +150,11 @@ def check_activations(batch: Batch, layout: Layout, group: ExchangeGroup, seq_di
             )
         if tensor.ndim not in (2, 3) or not 0 <= seq_dim < tensor.ndim - 1 or tensor.shape[seq_dim] != held:
             share = f", divided by the tp group's {tp_size} ranks" if tp_size > 1 else ""
+            first_fits = seq_dim == 1 and tensor.ndim in (2, 3) and tensor.shape[0] == held
+            hint = ": for [L, B, H] or [L, H] make the roller with seq_dim=0" if first_fits else ""
             raise ValueError(
                 f"dimension {seq_dim} (seq_dim) of {name} must be the layout's local length {layout.local_len}{share}, "
-                f"and its last dimension the hidden one, got shape {list(tensor.shape)}"
+                f"and its last dimension the hidden one, got shape {list(tensor.shape)}{hint}"
             )
         if tensor.numel() == 0:
             raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -18,7 +20,7 @@ def agree(
     schedule: str,
     spec: ExchangeSpec | RowSpec | None,
     error: str | None = None,
-    number: int = 0,
+    more: Mapping[str, object] | None = None,
 ) -> None:
     """Let all ranks know what each of them has. Collective and blocking.
 
@@ -27,12 +29,12 @@ def agree(
         schedule: for error messages.
         spec: of this rank's batch; None if it has an error.
         error: what is wrong on this rank.
-        number: of the roller among those of the group.
+        more: what else all ranks must share, by name.
 
     Raises:
         ValueError: on all ranks, if one of them has an error or two specs differ.
     """
-    mine = (spec and {**spec.describe(), "number of the roller": number}, error)
+    mine = (spec and {**spec.describe(), **(more or {})}, error)
     everyone: list[tuple[Described | None, str | None]] = [mine] * group.cp_size
     if group.cp_size > 1:
         with group.named_errors(f"the agreement before the first exchange of {schedule!r}"):

@@ -123,6 +123,8 @@ class Roller(ABC):
     def start(self, batch: Batch, layout: Layout, ready: torch.cuda.Event | None = None) -> Rolls:
         """Start what the schedule can start. On CUDA it does not wait for the device.
 
+        But prepared, sync and all schedules of activations wait to read the bounds of a DeviceLayout.
+
         All ranks of the cp group call this in the same order with the same layout. At first use, and whenever names,
         dtypes, batch size or kind of layout change, the ranks agree on them, which blocks. If two kinds of batch
         alternate, use a roller for each. Use a roller from one stream at a time, or from streams that wait for each
@@ -131,7 +133,7 @@ class Roller(ABC):
         Args:
             batch: this rank's tensors by name, [..., local_len] each (for example [B, local_len]) and on one device;
                 bool, uint8, int8, int32, int64, float16, bfloat16, float32 or float64. `labels` must be able to hold
-                the roller's `ignore_index`. Names with None are left out.
+                the roller's `ignore_index`. Names with None are left out. Of activations: as `make_activation_roller`.
             layout: of the batch. Only schedules that pack, on GPUs, use a DeviceLayout as it is.
             ready: a CUDA event after which the batch, and the bounds of a DeviceLayout, may be read. Default: after all
                 work queued on the current stream. An earlier event lets an overlapped exchange begin in the middle of a
@@ -145,9 +147,9 @@ class Roller(ABC):
         Raises:
             ValueError: if something is illegal or the ranks differ. At first use all ranks raise. Later only the rank
                 with the illegal batch does, and ranks that get tokens from it raise RuntimeError at this exchange or
-                the next. (With contiguous layouts only the rank right below it may. The last rank, with a batch of
-                another kind, waits until the process group gives up.) With `sync` and no `check_layouts`, its peers
-                wait until then, too.
+                the next. With contiguous layouts only the rank right below it raises; if the last rank has a batch
+                of another kind, it waits until the process group gives up. With `sync` and no `check_layouts`, its
+                peers wait until then, too.
             RuntimeError: if the roller is closed, or a peer was late, out of step or rolled by another layout. Make a
                 new cp group and new rollers then. If ranks start rollers with messages of other sizes in another order,
                 gloo ends the process.
@@ -173,7 +175,8 @@ class Roller(ABC):
         if is_new:
             if self._spec is not None:
                 self._announce_change()
-            agree(self._group, self.name, spec, number=self._number)
+            more = {"number of the roller": self._number, "check_layouts": self.check_layouts}
+            agree(self._group, self.name, spec, more=more)
             self._adopt(spec, layout)
             self._spec = spec
         self.mark += MARKS
@@ -238,11 +241,14 @@ class Roller(ABC):
         """Make what batches of a new spec need. Collective."""
 
     def raise_if_failed(self) -> None:  # noqa: B027 - most schedules find out when they roll
-        """Raise RuntimeError if a peer was late or rolled by another layout, once or before. It never waits.
+        """Say if a peer was late or rolled by another layout. It never waits. Of `sync` it does nothing.
 
         `start` and the first `at` of an exchange do the same for their kind of batch. Replays of a CUDA graph call
         neither, so call it now and then. It knows what the device has found so far: wait for the device first if no
         weight may change by wrong rolls. It raises at each call until the roller is closed: no later rolls are right.
+
+        Raises:
+            RuntimeError: if so, now or before.
         """
 
     def close(self) -> None:

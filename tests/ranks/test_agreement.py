@@ -115,6 +115,7 @@ def refused_rollers(group: dist.ProcessGroup, usual: dict, odd: dict, schedules:
         ({}, {"fills": {"input_ids": 7}}, SCHEDULES, ["fills", "0", "7"]),
         ({}, {"depths": {"input_ids": 1}}, SCHEDULES, ["depths", "1", "2"]),
         ({}, {"schedule": "overlap"}, ["prefetch"], ["overlap", "prefetch"]),
+        ({"check_layouts": False}, {"check_layouts": True}, ["sync"], ["check_layouts", "False", "True"]),
         ({}, {"transport": "process_group"}, PACKED, ["transport", "auto", "process_group"]),
     ],
 )

@@ -20,6 +20,7 @@ ILLEGAL = {
     "two dtypes": ({"a": LEGAL, "b": LEGAL.double()}, LAYOUT, "must have one dtype, got float32 and float64"),
     "too long": ({"a": LEGAL.repeat(1, 2, 1)}, LAYOUT, "must be the layout's local length 8"),
     "one tensor too long": ({"a": LEGAL, "b": LEGAL.repeat(1, 2, 1)}, LAYOUT, "of b must be the layout's"),
+    "the sequence first": ({"a": LEGAL[0]}, LAYOUT, "make the roller with seq_dim=0"),
     "no hidden dimension": ({"a": LEGAL[..., 0]}, LAYOUT, "its last dimension the hidden one"),
     "a fourth dimension": ({"a": LEGAL[..., None]}, LAYOUT, "its last dimension the hidden one"),
     "empty rows": ({"a": LEGAL[..., :0]}, LAYOUT, "a must not be empty"),
