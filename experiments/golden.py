@@ -8,6 +8,7 @@ A small model with experts takes twenty steps in float64 on CPU ranks, at a few 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ TP_CP = [(1, 1), (1, 2), (2, 1), (2, 2)]
 DOCUMENTS = ("dense", "packed")
 STEPS = 20
 TOTAL = STEPS * len(DOCUMENTS) * len(TP_CP)
+TOLD = 1e-12  # a relative change that is larger is printed
 BATCHES = 4  # that repeat, so that the model learns
 CONFIG = replace(parity.CONFIG, num_experts=4)
 
@@ -95,8 +97,33 @@ def moved(old: dict[str, Values], new: dict[str, Values]) -> dict[str, float]:
     for name in before.keys() & after.keys():
         if len(before[name]) == len(after[name]):
             pairs = zip(before[name], after[name], strict=True)
-            changes[name] = max(abs(x - y) / max(abs(x), 1e-30) for x, y in pairs)
+            changes[name] = max(_change(x, y) for x, y in pairs)
     return changes
+
+
+def _change(x: float, y: float) -> float:
+    """Return the relative change from x to y; infinite if only one of them is finite, or NaN."""
+    if x == y or (math.isnan(x) and math.isnan(y)):
+        return 0
+    change = abs(x - y) / max(abs(x), 1e-30)
+    return math.inf if math.isnan(change) else change
+
+
+def said_of(old: dict[str, Values], new: dict[str, Values]) -> list[str]:
+    """Return a line for each loss that moved by more than TOLD; if none did, how many values differ at all."""
+    changes = {name: change for name, change in moved(old, new).items() if change > TOLD}
+    if changes:
+        return [f"{name} moved by {change:.1e}" for name, change in changes.items()]
+    differ = sum(
+        repr(x) != repr(y)  # a number's text tells all its bits
+        for run, values in new.items()
+        for name, losses in values.items()
+        for x, y in zip(old[run][name], losses, strict=True)
+    )
+    if not differ:
+        return ["every bit is the same"]
+    values_differ = "1 value differs in its" if differ == 1 else f"{differ} values differ in their"
+    return [f"nothing moved by more than {TOLD}, but {values_differ} last digits"]
 
 
 def main() -> None:
@@ -107,11 +134,8 @@ def main() -> None:
     for documents, found in compute().items():
         path = path_of(documents)
         before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        changes = {name: change for name, change in moved(before, found).items() if change > 1e-12}
-        for name, change in changes.items():
-            print(f"{documents}, {name}: moved by {change:.1e}")
-        if not changes:
-            print(f"{documents}: nothing moved by more than 1e-12")
+        for line in said_of(before, found):
+            print(f"{documents}: {line}")
         write_record(found, path)
 
 
