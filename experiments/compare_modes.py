@@ -42,8 +42,8 @@ ABOUT = """Compare the schedules in interleaved training steps on real text.
 
 The table has a row for each schedule: its step time, the ratio to the step of `prepared`, whose loader has rolled the \
 batch so that nothing is sent, the stall (how long rolls held up the compute stream), the messages of all ranks, and \
-whether rolls and loss have the same bits as those of `prepared`. Intervals are 95 % over rounds. `none` does not roll \
-at all: its tokens are wrong, and its time shows what a step without any exchange takes.
+whether rolls, loss and (on CPU ranks) gradients have the same bits as those of `prepared`. Intervals are 95 % over \
+rounds. `none` does not roll at all: its tokens are wrong, and its time shows what a step without any exchange takes.
 
 If the model rolls activations (--mtp-inputs embeddings, --hidden-state-mixing, --distillation tv), schedules of \
 these are compared: with the step of `none`, and with the bits of `merged`. Tokens are prepared."""

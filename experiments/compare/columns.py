@@ -69,7 +69,10 @@ def _efficiency(mode: str, row: Row) -> str:
 def _same_of_each(mode: str, row: Row) -> str:
     if mode in (BASELINE, TIMING_ONLY):
         return "the reference" if mode == BASELINE else "timing only"
-    return ", ".join("yes" if row[which] else "NO" for which in ("rolls_equal", "loss_equal"))
+    cells = ["yes" if row[which] else "NO" for which in ("rolls_equal", "loss_equal")]
+    if "gradients_equal" in row:
+        cells.append(f"gradients {'yes' if row['gradients_equal'] else 'NO'}")
+    return ", ".join(cells)
 
 
 def _host(row: Row) -> str:

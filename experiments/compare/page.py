@@ -13,7 +13,7 @@ from compare.bars import bars_of
 from compare.columns import NARROW, NARROW_CAPTION
 from compare.comparison import TIMING_ONLY, Contest
 from compare.markup import element, html_of
-from compare.sentence import contest_in, meaning_of, sentence_of, worth_of
+from compare.sentence import contest_in, meaning_of, sentence_of, worth_of, wrong_bits
 from harness import plots
 
 PICTURES = {
@@ -44,9 +44,6 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
     """
     sentence, worth, subject = sentence_of(result), worth_of(result), plots.caption(result)
     contest = contest_in(result)
-    right = all(
-        row["rolls_equal"] and row["loss_equal"] for m, row in result["rows"].items() if m != TIMING_ONLY
-    )
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -58,7 +55,7 @@ def page_of(result: Record, timeline: Path | None = None) -> str:
         "main",
         element("h1", "What the boundary exchange costs"),
         element("p", f"{subject}, {result['where']['date']}", class_="quiet"),
-        element("p", sentence, class_="sentence" if right else "sentence wrong"),
+        element("p", sentence, class_="sentence wrong" if wrong_bits(result) else "sentence"),
         *([] if worth is None else [element("p", worth)]),
         element("p", meaning_of(contest), class_="quiet"),
         *([element("p", ON_CPU, class_="quiet")] if result["where"]["device"] == "CPU" else []),
@@ -113,15 +110,17 @@ def _timeline(picture: Path) -> Iterator[Element]:
 
 def _bits(result: Record, contest: Contest) -> Iterator[Element]:
     yield element("h2", "Bits")
-    lines = []
+    with_gradients = all("gradients_equal" in row for row in result["rows"].values())
+    compared, lines = ["rolls", "loss", *(["gradients"] if with_gradients else [])], []
     for mode, row in result["rows"].items():
-        cells = ["equal" if row[f"{what}_equal"] else "DIFFERENT" for what in ("rolls", "loss")]
+        cells = ["equal" if row[f"{what}_equal"] else "DIFFERENT" for what in compared]
         if mode == TIMING_ONLY:
-            cells = 2 * ["timing only"]
+            cells = len(compared) * ["timing only"]
         lines.append([mode, *cells, f"{row['loss']:.5f}"])
-    yield _table("Bits", ["schedule", "rolls", "loss", "last loss"], lines)
+    yield _table("Bits", ["schedule", *compared, "last loss"], lines)
+    tensors = "rolled tensors and all gradients" if with_gradients else "rolled tensors"
     words = (
-        f"In each timed step, all rolled tensors on all ranks were compared with those that {contest.reference} gives, "
+        f"In each timed step, all {tensors} on all ranks were compared with those that {contest.reference} gives, "
         f"and the loss with that of {contest.reference}, bit for bit."
     )
     yield element("p", words, class_="quiet")

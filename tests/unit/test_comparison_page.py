@@ -203,6 +203,25 @@ def test_wrong_bits_stand_out():
     assert [p["class"] for p in page.all("p") if "sentence" in p["class"]] == ["sentence"]
 
 
+def test_gradients_are_shown_where_they_were_compared():
+    record = record_of(RATIOS)
+    text = page_of(record)
+    assert "gradients" not in text
+    for row in record["rows"].values():
+        row["gradients_equal"] = True
+    page = Reader(page_of(record))
+    assert "schedulerollslossgradientslast loss" in page.texts["tr"]
+    assert "syncequalequalequal5.12345" in page.texts["tr"]
+    assert "nonetiming onlytiming onlytiming only5.12345" in page.texts["tr"]
+    assert any(
+        "all rolled tensors and all gradients on all ranks were compared" in p for p in page.texts["p"]
+    )
+    record["rows"]["sync"]["gradients_equal"] = False
+    page = Reader(page_of(record))
+    assert [p["class"] for p in page.all("p") if "sentence" in p["class"]] == ["sentence wrong"]
+    assert "syncequalequalDIFFERENT5.12345" in page.texts["tr"]
+
+
 def test_settings_that_are_0_are_shown_and_those_that_are_not_set_are_not():
     record = record_of(RATIOS)
     record["settings"] |= {"seed": 0, "profile": None, "compiled": False, "captured": True, "name": ""}

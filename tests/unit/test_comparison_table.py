@@ -78,6 +78,16 @@ def test_the_summary_of_a_sweep_keeps_its_columns():
     assert lines[-1].endswith("| the reference |")
 
 
+def test_all_columns_hold_gradients_where_they_were_compared():
+    record = record_of(RATIOS)
+    for row in record["rows"].values():
+        row["gradients_equal"] = True
+    record["rows"]["merged"]["gradients_equal"] = False
+    _, _, sync, merged, *_ = markdown_of({"one": record}).splitlines()
+    assert sync.endswith("| yes, yes, gradients yes |")
+    assert merged.endswith("| yes, yes, gradients NO |")
+
+
 def test_a_file_that_is_no_record(tmp_path):
     (tmp_path / "x.json").write_text('{"experiment": "soak"}')
     assert read_record(tmp_path / "x.json") is None
