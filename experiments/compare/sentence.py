@@ -43,7 +43,8 @@ def sentence_of(result: dict[str, Any]) -> str:
     2. What `prefetch` (of activations: `overlap`) saves, if `sync` costs anything: its efficiency, which is the share
        of `sync`'s added time that its own step does not have. It saves "all of it" if the share's 95 % interval begins
        at `SAVES_AT_LEAST` or above and reaches 100 % (rounded to whole percent). If the interval begins at 0 or below,
-       these rounds cannot tell.
+       these rounds cannot tell. If it saves a share, but perhaps by its merged messages alone, this part says so: the
+       steps of `batched` (of activations: `merged`) may be as short, as in `worth_of`.
     3. Whether all schedules computed the same bits: of rolls and loss, on CPU of gradients too. If not, this part comes
        first and names those that differ.
 
@@ -68,7 +69,7 @@ def sentence_of(result: dict[str, Any]) -> str:
     elif early is None:
         parts.append(f"{contest.overlapped} did not run")
     elif rows[sync]["ratio"]["low"] > 1:
-        parts.append(_share(early, rows[early]["efficiency"]))
+        parts.append(_share(early, rows[early]["efficiency"]) + _doubt(early, result))
     if wrong := wrong_bits(result):
         parts.insert(0, "WRONG BITS in " + ", ".join(f"{mode} ({what})" for mode, what in wrong.items()))
     else:
@@ -182,6 +183,16 @@ def _share(mode: str, share: dict[str, float] | None) -> str:
     if high - low > 100 * WIDE:
         return f"{mode} saves between {low:.0f} and {high:.0f} % of it"
     return f"{mode} saves {value:.0f} % of it"
+
+
+def _doubt(mode: str, result: dict[str, Any]) -> str:
+    """Return what to add to a share that merging messages, without sending early, may save as well."""
+    contest, times, share = contest_in(result), result["times_ms"], result["rows"][mode]["efficiency"]
+    merged = times.get(mode.replace(contest.overlapped, contest.merging), [])
+    if share is None or share["low"] <= 0 or len(merged) < LEAST_ROUNDS:
+        return ""
+    saved = statistics.median(np.array(merged) - np.array(times[mode]), SEED)
+    return ", though sending early saves nothing that these rounds could tell" if saved.low <= 0 else ""
 
 
 def _wrong(row: Row) -> str:

@@ -86,6 +86,32 @@ def test_what_prefetch_saves(share, words):
     assert sentence_of(record_of(SYNC | PREFETCH, {"prefetch": share})).split("; ")[1] == words
 
 
+DOUBT = ", though sending early saves nothing that these rounds could tell"
+
+
+@pytest.mark.parametrize(
+    ("merged_ms", "share", "doubt"),
+    [
+        ([4.5, 5.5] * 4, ALL["prefetch"], DOUBT),  # around prefetch
+        ([4.0] * 8, ALL["prefetch"], DOUBT),  # shorter than prefetch
+        ([6.0] * 8, ALL["prefetch"], ""),
+        ([5.0] * 5, ALL["prefetch"], ""),  # too few rounds
+        ([5.0] * 8, (0.3, -0.1, 0.8), ""),  # perhaps there is nothing that merging could save
+        ([5.0] * 8, None, ""),
+    ],
+)
+def test_the_sentence_and_the_worth_agree_on_sending_early(merged_ms, share, doubt):
+    modes = SYNC | {"batched": (1.01, 0.98, 1.03)} | PREFETCH
+    record = record_of(modes, {"prefetch": share})
+    rounds = len(merged_ms)
+    record["times_ms"] |= {"sync": [9.0] * rounds, "batched": merged_ms, "prefetch": [5.0] * rounds}
+    said = sentence_of(record).split("; ")[1]
+    assert (DOUBT in said) == bool(doubt)
+    assert said.endswith(doubt)
+    if doubt:
+        assert " saves nothing that these rounds" in str(worth_of(record)) or "costs" in str(worth_of(record))
+
+
 def test_gradients_that_differ_are_said_first():
     record = record_of(SYNC | PREFETCH, ALL)
     record["rows"]["prefetch"]["gradients_equal"] = False
