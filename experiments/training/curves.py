@@ -101,7 +101,7 @@ def _draw(found: dict[str, Losses], path: Path) -> None:
                 )
         grid[0][column].set_title(panel, fontsize=9)
         if panel.startswith(ACCEPTED):
-            grid[0][column].yaxis.set_major_formatter("{x:.0%}")
+            grid[0][column].yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
         grid[-1][column].set_xlabel("step")
     for axes in grid.flat:
         axes.grid(alpha=0.3)

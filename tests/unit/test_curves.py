@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.plots import subplots
+from training import curves
 from training.curves import draw_losses
 
 IDENTITY = {
@@ -49,6 +51,21 @@ def test_means_and_differences_are_those_of_the_steps_that_all_have(tmp_path):
     assert f"| `c` | 2.5000 ({same}) | 3.5000 ({same}) | - | 0.3125 ({same}) | - |" in table
     assert "settings" not in table
     assert (tmp_path / "out/losses.png").stat().st_size > 1000
+
+
+def test_shares_of_drafts_are_percent_with_the_digits_that_they_need(tmp_path, monkeypatch):
+    drawn = []
+
+    def kept(*size, **options):
+        drawn.append(subplots(*size, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(curves, "subplots", kept)
+    draw_losses([write_run(tmp_path / "a", [3.0, 2.0])], tmp_path / "out")
+    [(_, [[*_, axes]])] = drawn
+    formatter = axes.yaxis.get_major_formatter()
+    shown = [formatter(share, 0) for share in (0, 0.025, 0.05, 0.075, 0.1 + 0.2, 0.1225, 1)]
+    assert shown == ["0%", "2.5%", "5%", "7.5%", "30%", "12.25%", "100%"]
 
 
 def test_steps_in_which_no_token_counts_hide_no_difference(tmp_path):
