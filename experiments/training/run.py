@@ -225,13 +225,14 @@ def train_on_rank(device: torch.device, settings: RunSettings, watchdog: Watchdo
             record = run.step()
             for one in logs:
                 one.write(record)
-            progress.update(task, completed=run.steps_done, description=line_of(record))
+            line = line_of(record, device.type == "cuda" and not settings.share_gpus)
+            progress.update(task, completed=run.steps_done, description=line)
             is_line_due = (
                 run.steps_done % max(1, steps // LINES) == 0 or time.monotonic() - said > LINE_EVERY_S
             )
             if not console.is_terminal and is_line_due:
                 said = time.monotonic()
-                console.print(f"{run.steps_done}/{steps} {line_of(record)}")
+                console.print(f"{run.steps_done}/{steps} {line}")
             ended_by = _signal_to_any(save_group, device)
             is_due = settings.save_every and run.steps_done % settings.save_every == 0
             if is_due or ended_by or run.steps_done == steps:
@@ -274,8 +275,8 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
 
 
-def line_of(record: dict[str, Any]) -> str:
-    """Return a step's record as one line."""
+def line_of(record: dict[str, Any], on_gpu: bool) -> str:
+    """Return a step's record as one line. `on_gpu`: each rank has a GPU of its own."""
 
     def joined(values: list[float | None], form: str) -> str:
         return " ".join("-" if value is None else format(value, form) for value in values)
@@ -284,7 +285,9 @@ def line_of(record: dict[str, Any]) -> str:
     if record["aux_loss"] is not None:
         parts.append(f"aux {record['aux_loss']:.3f}")
     parts += [f"accepted {joined(record['acceptance'], '.0%')}", f"{record['tokens_per_s']:,.0f} tokens/s"]
-    parts += [f"{record['tflops_per_gpu']:.3g} TFLOP/s a GPU", f"MFU {joined([record['mfu']], '.1%')}"]
+    parts.append(f"{record['tflops_per_gpu']:.3g} TFLOP/s a {'GPU' if on_gpu else 'rank'}")
+    if record["mfu"] is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
     if record["stall_us"] is not None:
         parts.append(f"stall {record['stall_us']:.0f} µs")
     return ", ".join([*parts, f"{record['memory_gib']:.1f} GiB"])

@@ -78,7 +78,7 @@ def test_a_run_trains_and_reports_it(straight):
         begin = f"{step['step']}/{STEPS} LM {step['lm_loss']:.3f}, MTP {step['mtp_losses'][0]:.3f}"
         line = next(line for line in lines if line.startswith(begin))
         assert all(
-            word in line for word in ("aux", "accepted", "tokens/s", "TFLOP/s a GPU, MFU ", "%, ", "GiB")
+            word in line for word in ("aux", "accepted", "tokens/s", "TFLOP/s a rank, MFU ", "%, ", "GiB")
         )
     kept = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000006", "step-00000008"]

@@ -103,7 +103,7 @@ def test_the_progress_bar_shows_steps_and_the_last_record():
     record |= {"stall_us": 7.4, "memory_gib": 1.5}
     with progress_bar(Console(file=screen, force_terminal=True, width=200)) as progress:
         task = progress.add_task("", total=8)
-        progress.update(task, completed=3, description=line_of(record))
+        progress.update(task, completed=3, description=line_of(record, on_gpu=True))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     line = "LM 2.500, MTP 3.500 4.500, aux 1.250, accepted 50% 25%, 12,346 tokens/s, "
     line += "412 TFLOP/s a GPU, MFU 41.7%, stall 7 µs, 1.5 GiB"
@@ -113,8 +113,9 @@ def test_the_progress_bar_shows_steps_and_the_last_record():
         "acceptance": [0.5, None],
         "mfu": None,
     }  # no token counts at depth 2
-    assert "MTP 3.500 -, aux 1.250, accepted 50% -, " in line_of(record)
-    assert "412 TFLOP/s a GPU, MFU -, " in line_of(record)
+    assert "MTP 3.500 -, aux 1.250, accepted 50% -, " in line_of(record, on_gpu=True)
+    assert "412 TFLOP/s a GPU, stall" in line_of(record, on_gpu=True)
+    assert "412 TFLOP/s a rank, stall" in line_of(record, on_gpu=False)
 
 
 @pytest.mark.parametrize(
