@@ -26,10 +26,11 @@ LIBRARIES = re.compile(
     r"|(one|two)_?shot_?all_?reduce|allreduce_fusion|(?<![a-z])ar_fusion|lamport",
     re.IGNORECASE,
 )
+# A word ends here: no small letter follows, and in capitals no capital, unless it begins a word such as `Kernel`.
+END = r"(?-i:(?![a-z]|(?<=[A-Z])[A-Z](?![a-z\d])))"
 # deep_ep::layout only counts tokens; `hybrid_epilogue` and `moe_common` are other words.
 EXPERTS = re.compile(
-    r"deep_?ep::(?!layout)|hybrid_?ep(?-i:(?![a-z]))|pplx|mooncake_?ep|uccl|mori::"
-    r"|moe_?(alltoall|a2a|comm(unicat|(?-i:(?![a-z]))))",
+    rf"deep_?ep::(?!layout)|hybrid_?ep{END}|pplx|mooncake_?ep|uccl|mori::|moe_?(alltoall|a2a|comm(unicat|{END}))",
     re.IGNORECASE,
 )
 SOUNDS_LIKE_IT = re.compile(

@@ -58,14 +58,16 @@ EACH = {  # a name for each library, and for each word that sounds like one
         mnnvl::all_to_all allreduce_fusion_kernel ar_fusion_kernel trtllm_ar_fusion lamport_kernel user_buffers_sum""",
     NameKind.EXPERTS: """deepep::dispatch hybrid_ep::combine pplx_a2a mooncake_ep_dispatch uccl::dispatch
         mori::EpDispatch moe_a2a_kernel moeAlltoAllKernel moe_comm_kernel MoeCommKernel moeCommunicate HybridEPKernel
-        hybridEpDispatch""",
+        hybridEpDispatch moe_commKernel moeCommKernel MOE_COMM MOE_COMM_KERNEL MoECOMMKernel MOE_COMMUNICATE
+        moe_comm2 HYBRID_EP HYBRID_EP_COMBINE HybridEP HybridEPA2A hybrid_epKernel""",
     NameKind.SUSPECT: """ring_all_reduce reduce_scatter_2d all_to_all_v sendrecv_kernel a2a_kernel twoShot multicast
         p2p_copy nvlink_copy nvls_sum rdma_read ibgda_poll inter_node_sum intranode_sum cross_gpu_sum peer_copy
         symm_mem_copy halo_exchange put_signal signal_pad x_recv ipc_open barrier put_it broadcast
         x::broadcast_kernel cached_notify_combine SendKernel dispatch<decltype(a->b)>(int)""",
     NameKind.COMPUTE: """broadcast_add_kernel sender_kernel output_kernel combine_heads input_dispatch_table
         fused_linear_fusion_kernel scalar_fusion planar_fusion hybrid_epilogue HybridEpilogueKernel moe_common
-        moe_commit MoeCommonKernel""",
+        moe_commit MoeCommonKernel MOE_COMMON MOE_COMMON_KERNEL MOECOMMON MOE_COMMIT MOE_COMMS HYBRID_EPILOGUE
+        HYBRID_EPILOGUE_KERNEL hybridEpilogue""",
 }
 
 
