@@ -6,6 +6,7 @@ Systems user guide describes the schema under "SQLite Schema Reference".
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -40,6 +41,11 @@ TABLES = {
     Kind.GRAPH: "CUPTI_ACTIVITY_KIND_GRAPH_TRACE",
 }
 CALLS, RANGES, NODES = "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS", "CUDA_GRAPH_NODE_EVENTS"
+DIAGNOSTICS = "DIAGNOSTIC_EVENT"  # what Nsight Systems says of its own recording
+MISSING = re.compile(
+    r"not all .* (collected|captured)|events? (were|was|have been) (dropped|lost)", re.IGNORECASE
+)
+MOST_SAID, LONGEST_SAID = 5, 300  # texts that say so, and characters of each that are read
 PUSH_POP, START_END, DOMAIN_CREATED = 59, 60, 75  # NVTX_EVENTS.eventType
 WITHIN_DEVICE, BETWEEN_DEVICES = (5, 6, 7, 8), 10  # copyKind, as CUpti_ActivityMemcpyKind
 # The columns that a table must have (`..._MORE`: may have).
@@ -87,12 +93,17 @@ def tables_of(db: sqlite3.Connection, schema: str = "main") -> list[str]:
     return [str(name) for (name,) in rows.fetchall()]
 
 
+def says_missing(text: object) -> bool:
+    """Return whether a text of DIAGNOSTICS says that events are missing."""
+    return MISSING.search(printable(text)[:LONGEST_SAID]) is not None
+
+
 class _Export:
     """An open export."""
 
     def __init__(self, connection: sqlite3.Connection, name: str, size: int) -> None:
         self._db, self._name, self._most_rows = connection, name, size // LEAST_ROW_BYTES
-        wanted = {*TABLES.values(), CALLS, RANGES, NODES, "StringIds", "META_DATA_EXPORT"}
+        wanted = {*TABLES.values(), CALLS, RANGES, NODES, DIAGNOSTICS, "StringIds", "META_DATA_EXPORT"}
         tables = tables_of(connection)
         self._is_export = any(table.startswith(("CUPTI_", "META_DATA_", "NVTX_")) for table in tables)
         self._columns = {
@@ -143,6 +154,9 @@ class _Export:
             yield (
                 f"{self._name}: {backwards:,} activities end before they begin, or have no end, and count as no time."
             )
+        said = {printable(text) for (text,) in self._rows(DIAGNOSTICS, (), ("text",)) if says_missing(text)}
+        for text in sorted(said)[:MOST_SAID]:
+            yield f"{self._name}: Nsight Systems says that events are missing: {text[:LONGEST_SAID]}"
 
     def _check(self) -> None:
         if not self._is_export:

@@ -3,7 +3,8 @@
     python -m overlap_mtp.profiling.shrink out/modes.sqlite profiles/modes.sqlite.gz
 
 An export of Nsight Systems holds the environment, host name, command line and paths of the machine. Of the ranges
-only those of this project are kept, or all of them if there are none of this project. Folders are cut from all texts.
+only those of this project are kept, or all of them if there are none of this project. Of its diagnostics only those
+are kept which say that events are missing. Folders are cut from all texts.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def _shrink_nsys(source: Path, target: Path) -> None:
     with closing(sqlite3.connect(target)) as db:
         db.create_function("without_folders", 1, without_folders, deterministic=True)
         db.create_function("is_ours", 1, is_label, deterministic=True)
+        db.create_function("says_missing", 1, nsys.says_missing, deterministic=True)
         db.text_factory = lambda text: text.decode("utf-8", "replace")
         db.execute("ATTACH ? AS source", (str(source),))
         tables = set(nsys.tables_of(db, "source"))
@@ -100,7 +102,8 @@ def _shrink_nsys(source: Path, target: Path) -> None:
             strings.append(f"SELECT textId FROM main.{nsys.RANGES}")
         _copy(db, "META_DATA_EXPORT", ("name", "value"), "name = 'EXPORT_SCHEMA_VERSION'")
         _copy(db, "StringIds", ("id", "value"), f"id IN ({' UNION '.join(strings) or 'NULL'})")
-        for table, column in (("StringIds", "value"), (nsys.RANGES, "text")):
+        _copy(db, nsys.DIAGNOSTICS, ("text",), "says_missing(text)")
+        for table, column in (("StringIds", "value"), (nsys.RANGES, "text"), (nsys.DIAGNOSTICS, "text")):
             if column in _columns(db, table):
                 db.execute(f"UPDATE main.{table} SET {column} = without_folders({column})")
         db.commit()

@@ -23,6 +23,7 @@ TABLES = {  # the columns that are read, and a few others
     "CUPTI_ACTIVITY_KIND_MEMSET": f"{ACTIVITY}, graphNodeId, bytes",
     "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": f"{ACTIVITY}, graphId",
     "CUDA_GRAPH_NODE_EVENTS": "start, globalTid, nameId, graphNodeId, originalGraphNodeId",
+    "DIAGNOSTIC_EVENT": "timestamp, timestampType, source, severity, text, globalPid",
 }
 
 
@@ -117,8 +118,17 @@ class _Export:
             self.add("CUPTI_ACTIVITY_KIND_KERNEL", *row, work.graph_node, *names)
 
 
-def write_nsys(path: Path, processes: Sequence[Process], version: str = "3.20.2") -> Path:
-    """Write an SQLite export of Nsight Systems, with an environment such as a real one has."""
+def write_nsys(
+    path: Path, processes: Sequence[Process], version: str = "3.20.2", said: Sequence[str] = ()
+) -> Path:
+    """Write an SQLite export of Nsight Systems, with an environment such as a real one has.
+
+    Args:
+        path: the file.
+        processes: what ran.
+        version: of the schema.
+        said: what Nsight Systems says of its recording.
+    """
     export = _Export()
     for process in processes:
         export.process(process)
@@ -126,6 +136,8 @@ def write_nsys(path: Path, processes: Sequence[Process], version: str = "3.20.2"
     export.add("META_DATA_EXPORT", "EXPORT_COMMAND", "/home/someone/nsys export secret-host.nsys-rep")
     export.add("TARGET_INFO_SYSTEM_ENV", "Hostname", "secret-host")
     export.add("ProcessStreams", export.string("/home/someone/log"), export.string("TOKEN=x"))
+    for text in said:
+        export.add("DIAGNOSTIC_EVENT", 0, 1, 2, 3, text, 4)
     with closing(sqlite3.connect(path)) as db:
         for table, rows in export.rows.items():
             db.execute(f"CREATE TABLE {table} ({TABLES[table]})")

@@ -110,6 +110,33 @@ def test_kernels_without_names_are_not_no_communication(tmp_path):
     assert "No communication" not in " ".join(found.notes)
 
 
+def test_events_that_nsight_systems_lost_are_said(tmp_path):
+    lost = [
+        "Not all NVTX events might have been collected.",
+        "12 CUDA events were dropped",
+        "An event was lost",
+    ]
+    other = [
+        "Number of CUDA events collected: 1,234.",
+        "All events were captured.",
+        "a" * 999 + " events were lost",
+    ]
+    work = [Process(7, work=[Work(NCCL, 1, 3, 6)])]
+    found = report(write_nsys(tmp_path / "a", work, said=[*lost, *other, *lost]))
+    said = [note for note in found.notes if "Nsight" in note]
+    assert said == [f"a: Nsight Systems says that events are missing: {text}" for text in sorted(lost)]
+    assert "Nsight" not in " ".join(report(write_nsys(tmp_path / "b", work, said=other)).notes)
+    many = [f"{number} events were lost" for number in range(9)]
+    assert "\n".join(report(write_nsys(tmp_path / "c", work, said=many)).notes).count("Nsight") == 5
+
+
+def test_what_nsight_systems_says_in_other_columns_is_not_read(tmp_path):
+    path = write_nsys(tmp_path / "a", [Process(7, work=[Work(NCCL, 1, 3, 6)])], said=["1 event was lost"])
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE DIAGNOSTIC_EVENT RENAME text TO message")
+    assert "Nsight" not in " ".join(report(path).notes)
+
+
 def test_messages_of_experts_are_communication_of_their_own_kind(tmp_path):
     kernel = event("void deep_ep::intranode::combine<8>()", 3, 6, 8)
     found = report(trace(tmp_path / "a.json", event(GEMM, 0, 5), kernel))

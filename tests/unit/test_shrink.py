@@ -58,6 +58,19 @@ def test_a_shrunk_profile_of_another_project_keeps_its_ranges(tmp_path, form):
     assert b"someone" not in plain
 
 
+def test_a_shrunk_profile_still_says_that_events_are_missing(tmp_path):
+    lost = "Not all CUDA events might have been collected: see /home/someone/log."
+    said = [lost, "Process 7 of secret-host was launched by someone.", "Number of CUDA events collected: 9."]
+    source, target = tmp_path / "full", tmp_path / "small.gz"
+    shrink(write_nsys(source, [Process(77, STEP, WORK)], said=said), target)
+    plain = gzip.decompress(target.read_bytes())
+    assert not [secret for secret in (*SECRETS, b"Number of CUDA events") if secret in plain]
+    words = (
+        "Nsight Systems says that events are missing: Not all CUDA events might have been collected: see log."
+    )
+    assert read_profile(target).notes == [f"small.gz: {words}"]
+
+
 def test_what_is_no_profile_is_not_shrunk(tmp_path):
     (tmp_path / "words").write_text("words")
     with pytest.raises(ProfileError, match="not a profile"):
