@@ -56,6 +56,12 @@ class Options:
     def problems(self) -> dict[str, Problem]:
         """Return what to compare, by name. Raises ValueError for anything illegal."""
         check_among(self, directions=DIRECTIONS)
+        comparisons = len(self.presets) * len(self.documents) * len(self.directions)
+        if self.settings.profile == "nsys" and comparisons > 1:
+            raise ValueError(
+                f"--profile nsys records one comparison, got {comparisons}: give one value each to --presets, "
+                "--documents and --directions, or take --profile torch"
+            )
         suffix = ("-compile" if self.settings.compiled else "") + ("-graph" if self.settings.captured else "")
         return {
             f"{preset}-{documents or 'dense'}-{direction}{suffix}": self._problem(

@@ -195,6 +195,12 @@ def test_soak(tmp_path):
         (sweep, "--presets tiny --documents dense", "--documents: must be whole numbers of at least 0"),
         (sweep, "--presets tiny --directions back", "directions must be among train, forward"),
         (sweep, "--presets tiny --documents 500", "num_documents (--documents) must be in [1, 127]"),
+        (
+            sweep,
+            "--profile nsys --documents 0,4,8",
+            "--profile nsys records one comparison, got 3: give one value",
+        ),
+        (sweep, "--profile nsys --documents 0", "--profile and modes over :symmetric need GPUs"),
         (roll_latency, "--modes sync,fast", "modes must be among"),
         (roll_latency, "--depths 1,two", "--depths: must be whole numbers of at least 1"),
         (roll_latency, "--documents 1.5", "--documents: must be whole numbers of at least 0"),
