@@ -12,8 +12,6 @@ if bits are wrong.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +29,7 @@ from harness.command import (
     check_least,
     check_out,
     default_is,
+    exit_with_1_if,
     parse_options,
     usage_errors,
 )
@@ -134,10 +133,7 @@ def main() -> None:
     ON_CPU.say(options)
     arguments = problem, options.settings, options.out, options.wide
     run_on_ranks(compare_on_rank, where.ranks, where.device, *arguments)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
-        return
-    if wrong_bits(json.loads((options.out / "results.json").read_text())):
-        raise SystemExit(1)
+    exit_with_1_if(wrong_bits, options.out / "results.json")
 
 
 if __name__ == "__main__":

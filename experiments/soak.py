@@ -11,8 +11,6 @@ until acknowledgements are missing. Writes `soak.json` into `--out`; exits with 
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from harness.command import (
     TransportOptions,
     check_least,
     check_out,
+    exit_with_1_if,
     parse_options,
     usage_errors,
     write_record,
@@ -93,10 +92,7 @@ def main() -> None:
         check_out(out, "soak.json")
     ON_CPU.say(options)
     run_on_ranks(soak_on_rank, where.ranks, where.device, exchanges, where.chosen, out)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 has the record
-        return
-    if any(run["wrong_words"] for run in json.loads((out / "soak.json").read_text())["runs"]):
-        raise SystemExit(1)
+    exit_with_1_if(lambda record: any(run["wrong_words"] for run in record["runs"]), out / "soak.json")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ each schedule of each record in `--out`.
 from __future__ import annotations
 
 import gc
-import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from harness.command import (
     Words,
     check_among,
     check_out,
+    exit_with_1_if,
     parse_options,
     usage_errors,
 )
@@ -123,10 +122,7 @@ def main() -> None:
         write_summary(options.out)  # reads what is there already
     ON_CPU.say(options)
     run_on_ranks(sweep_on_rank, where.ranks, where.device, problems, options.settings, options.out)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 has the records
-        return
-    if any(wrong_bits(json.loads((options.out / f"{name}.json").read_text())) for name in problems):
-        raise SystemExit(1)
+    exit_with_1_if(wrong_bits, *(options.out / f"{name}.json" for name in problems))
 
 
 if __name__ == "__main__":

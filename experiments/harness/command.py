@@ -303,3 +303,15 @@ def write_record(record: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def exit_with_1_if(is_wrong: Callable[[dict[str, Any]], object], *paths: Path) -> None:
+    """End the process with status 1 if a record is wrong. Other ranks than rank 0, which has the records, return.
+
+    Args:
+        is_wrong: tells it from a record.
+        paths: of the records.
+    """
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    if is_rank_0 and any(is_wrong(json.loads(path.read_text())) for path in paths):
+        raise SystemExit(1)

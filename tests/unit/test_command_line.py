@@ -23,7 +23,7 @@ from rich.console import Console
 from compare.report import markdown_of
 from dropin.report import title_of
 from harness import progress
-from harness.command import parse_options
+from harness.command import exit_with_1_if, parse_options, write_record
 from harness.progress import Progress, duration, with_progress
 from training.settings import RunSettings
 
@@ -261,3 +261,16 @@ def test_records_of_earlier_names_are_read():
     assert "h4096, 2 MTP layers, 4 microbatches, prefetch over auto" in title_of(step)
     dense = EXPERIMENTS / "results/step_time/2xH200/default/h4096-dense-train.json"
     assert "| dense | sync |" in markdown_of({"dense": json.loads(dense.read_text())})
+
+
+def test_a_wrong_record_ends_rank_0_with_1(tmp_path, monkeypatch):
+    good, bad = (write_record({"wrong": wrong}, tmp_path / f"{wrong}.json") for wrong in (0, 3))
+    monkeypatch.setenv("RANK", "0")
+    exit_with_1_if(lambda record: record["wrong"], good, good)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        exit_with_1_if(lambda record: record["wrong"], good, bad)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        exit_with_1_if(lambda record: record["wrong"], bad)
+    monkeypatch.setenv("RANK", "1")
+    exit_with_1_if(lambda record: record["wrong"], bad, tmp_path / "on another machine.json")
