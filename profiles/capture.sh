@@ -8,9 +8,9 @@
 #
 # Beside the profile it writes a page (.html) with the comparison and the timeline of its steps.
 # The full report, for the GUI of Nsight Systems, stays in out/profiles; it holds the environment of the machine.
-# With --torch-profiler, OUT is a folder that gets one trace for each rank. Environment variables: PYTHON (default
-# .venv/bin/python, else python3), NSYS (the nsys to use), PROGRAM (to record another one than compare_modes, which takes
-# the same --profile: experiments/megatron_step.py).
+# With --torch-profiler, OUT is a folder that gets one trace for each rank, and loses those of other ranks.
+# Environment variables: PYTHON (default .venv/bin/python, else python3), NSYS (the nsys to use), PROGRAM (to record
+# another one than compare_modes, which takes the same --profile: experiments/megatron_step.py).
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -59,6 +59,10 @@ if $use_torch; then
     "$python" "$program" --out "$work/compare" --profile torch --profile-out "$work" "$@"
     traces=("$work"/rank*.json.gz)
     [[ -e ${traces[0]} ]] || fail "$program wrote no trace"
+    # A report on the folder would mix traces of an earlier run with those of this one.
+    for old in "$folder"/rank[0-9]*.json.gz; do
+        [[ -e $work/${old##*/} ]] || rm -f "$old"
+    done
     for trace in "${traces[@]}"; do
         "$python" -m overlap_mtp.profiling.shrink "$trace" "$folder/${trace##*/}"
         echo "wrote $folder/${trace##*/}"

@@ -74,7 +74,8 @@ def test_capture_with_the_profiler_of_torch(tmp_path):
     record["command"] = "python experiments/compare_modes.py --profile torch --rounds 2"
     (tmp_path / "results.json").write_text(json.dumps(record))
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/rank9.json.gz").write_text("of an earlier run, and no profile")
+    for name in ("rank0.json.gz", "rank9.json.gz", "rank9.json"):
+        (tmp_path / "a" / name).write_text("of an earlier run, and no profile")
     done = capture(tmp_path, "--torch-profiler", "a.sqlite.gz", "--rounds", "2", PYTHON=python)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "a" / "report.html").read_text()
@@ -82,6 +83,18 @@ def test_capture_with_the_profiler_of_torch(tmp_path):
     assert "A profiler recorded these steps" in page
     assert "--profile torch" in (tmp_path / "log").read_text()
     assert rows(tmp_path / "a" / "rank0.json.gz") == rows(tmp_path / "full")
+    kept = {path.name for path in (tmp_path / "a").iterdir()}
+    assert kept == {"rank0.json.gz", "rank9.json", "report.html"}
+
+
+def test_a_capture_without_a_trace_leaves_those_of_an_earlier_run(tmp_path):
+    python = script(tmp_path / "python", "exit 0")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/rank9.json.gz").write_text("of an earlier run")
+    done = capture(tmp_path, "--torch-profiler", "a", PYTHON=python)
+    assert done.returncode == 2
+    assert "wrote no trace" in done.stderr
+    assert (tmp_path / "a/rank9.json.gz").exists()
 
 
 def test_capture_says_what_is_missing(tmp_path):
