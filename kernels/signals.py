@@ -38,7 +38,10 @@ def is_any(condition):
 
 @triton.jit
 def wait_signal(flag, seq_no, timeout, ON_GPU: tl.constexpr):
-    """Wait until a flag has reached `seq_no`. False if it has not after `timeout` (ns on GPUs, otherwise turns)."""
+    """Wait until a flag, or each of THREADS flags, has reached `seq_no`.
+
+    False for one that has not after `timeout` (ns on GPUs, otherwise turns).
+    """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     waited = tl.zeros_like(timeout)
     begin = waited

@@ -1,4 +1,4 @@
-"""Activations between GPUs of one host by their own stores: symmetric memory, and one kernel that exchanges rows."""
+"""Activations between GPUs of one host by their own stores: symmetric memory, and kernels that exchange rows."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def directions_of(plans: list[RowPlan], row_words: int) -> tuple[Direction, Dire
 
 
 class SymmetricRowTransport(CudaRowTransport):
-    """`all_to_all` sends and receives in one kernel, in the graph that packs. Schedule `overlap` without tp ranks.
+    """`all_to_all` sends and receives in the graph that packs. Schedule `overlap` without tp ranks.
 
     It needs GPUs that can write to each other's memory. If a peer never comes, the wait ends after the exchange group's
     timeout, and `raise_if_failed` then raises. Forward and backward have memory and sequence numbers of their own.
@@ -103,7 +103,7 @@ class SymmetricRowTransport(CudaRowTransport):
             fixed = (
                 torch.tensor(peers, dtype=torch.int64, device=self.device),
                 memory[begin:end],
-                torch.zeros(constants.num_programs, dtype=torch.int64, device=self.device),
+                torch.zeros(constants.num_putting, dtype=torch.int64, device=self.device),
                 self.error_flags,
                 timeout,
             )

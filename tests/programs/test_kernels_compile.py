@@ -75,7 +75,7 @@ def row_kernels() -> list[dict[str, object]]:
     """What the kernels of activations become, for two depths and rows of 4096 elements in bfloat16."""
     from overlap_mtp import SequenceLayout
     from overlap_mtp.exchange.row_spec import RowSpec
-    from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
+    from overlap_mtp.kernels.all_to_all import AllToAllConstants, put_words, take_words
     from overlap_mtp.kernels.rows import BoundRows, RowConstants
 
     layout = SequenceLayout.packed([0, 24, 48], 3)
@@ -88,9 +88,11 @@ def row_kernels() -> list[dict[str, object]]:
     launches += [bound.unroll_received_rows(index, rows, table, table), bound.sum_rows(index)]
     launches += [bound.pack_sums(index, rows), bound.add_rows(index[0], index, rows, table, table)]
     words = torch.zeros(1)
-    launches.append(
-        all_to_all((words,) * 7, AllToAllConstants.of(3, 1, 2, 2, (4, 4096, 16384, 20000, 2048, 8)))
-    )
+    exchange = (words,) * 7, AllToAllConstants.of(3, 1, 2, 2, (4, 4096, 16384, 20000, 2048, 8))
+    take = take_words(*exchange)
+    launches += [put_words(*exchange), take]
+    assert take.first is not None
+    assert compiled(take.first._kernel, ROWS, "*i32", take.first._constants)["cubin"]  # it moves nothing
     return [compiled(one._kernel, ROWS, "*i32", one._constants) for one in launches]
 
 
@@ -115,7 +117,7 @@ def test_kernels_compile_for_a_gpu():
 def test_kernels_of_activations_compile_and_move_16_bytes_at_a_time():
     found = run_compiling(__file__, "activations")
     rows, words = ["ld.global.v4.b32", "st.global.v4.b32"], ["ld.global.v2.b64", "st.global.v2.b64"]
-    assert found == rows * 6 + words + ["compiled"] * 3
+    assert found == rows * 6 + words * 2 + ["compiled"] * 3
 
 
 def print_all(what: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from overlap_mtp.exchange.symmetric import MemoryLayout
 from overlap_mtp.kernels import all_to_all as all_to_all_module
-from overlap_mtp.kernels.all_to_all import AllToAllConstants, all_to_all
+from overlap_mtp.kernels.all_to_all import AllToAllConstants, put_words, take_words
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"
@@ -33,7 +33,7 @@ class Ranks:
         )
         self.memories = [torch.zeros(self.places.num_words, dtype=torch.int64) for _ in words]
         self.seq_nos = [
-            torch.zeros(self.constants(rank).num_programs, dtype=torch.int64) for rank in range(size)
+            torch.zeros(self.constants(rank).num_putting, dtype=torch.int64) for rank in range(size)
         ]
         self.error_flags = [torch.zeros(4, dtype=torch.int32) for _ in words]
         self.timeouts = [torch.tensor([TIMEOUT]) for _ in words]
@@ -68,10 +68,10 @@ class Ranks:
             self.error_flags[rank],
             self.timeouts[rank],
         )
-        putting = constants.num_destinations * constants.put_shares + 1
-        programs = (0, putting) if puts else (putting, None)
-        if programs[1] is not None or constants.num_programs > putting:
-            all_to_all((sent, received, *own), constants, *programs)()
+        if puts:
+            put_words((sent, received, *own), constants)()
+        elif constants.num_sources:
+            take_words((sent, received, *own), constants)()
 
     def exchange(self, seed: int) -> list[str]:
         """What is wrong after one exchange of random words."""
@@ -95,16 +95,15 @@ class Ranks:
     data=st.data(),
     size=st.integers(2, 4),
     num_buffers=st.integers(2, 3),
-    putting=st.integers(1, 6),
-    waiting=st.integers(1, 6),
+    programs=st.integers(1, 6),
     seed=st.integers(0, 999),
 )
-def test_every_word_arrives_in_its_place(data, size, num_buffers, putting, waiting, seed):
-    """Programs have several parts if few may put or wait, and others on ranks with more neighbours."""
+def test_every_word_arrives_in_its_place(data, size, num_buffers, programs, seed):
+    """Programs have several parts if they are few, and others on ranks with more neighbours."""
     lengths = st.sampled_from([0, 1, 2, 3, 15])
     words = [[data.draw(lengths) if a != b else 0 for b in range(size)] for a in range(size)]
     words[0][1] = max(1, words[0][1])
-    with mock.patch.multiple(all_to_all_module, MAX_PUTTING=putting, MAX_TAKING=waiting):
+    with mock.patch.object(all_to_all_module, "MAX_PROGRAMS", programs):
         ranks = Ranks(words, num_buffers)
         assert [ranks.exchange(seed + turn) for turn in range(4)] == [[]] * 4
     assert not any(flags.any() for flags in ranks.error_flags)
