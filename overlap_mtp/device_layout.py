@@ -18,9 +18,9 @@ class DeviceLayout:
     Frameworks often have `cu_seqlens` on the GPU. A copy to the host would wait for all work that is queued.
 
     With NCCL and symmetric memory nobody waits. Illegal bounds are found on the device: rolls then return the tokens
-    as they are, and a later `start`, `at` or `raise_if_failed` raises RuntimeError. On CPU ranks, and with the `sync`
-    schedule, the bounds are read as a `SequenceLayout`. In a CUDA graph, replays read the bounds that are in the
-    tensors then.
+    as they are, and a later `start`, `at` or `raise_if_failed` raises RuntimeError. On CPU ranks, with `sync` and
+    `prepared`, and for activations, the bounds are read as a `SequenceLayout`. In a CUDA graph, replays read the bounds
+    that are in the tensors then.
 
     Args:
         cu_seqlens: int32 or int64 [num_documents + 1], contiguous: as for `SequenceLayout.packed`. If the last bound is
@@ -30,6 +30,7 @@ class DeviceLayout:
         kind: as for `SequenceLayout.packed`.
         cu_valid: of the same dtype and shape: the running sum of the documents' valid lengths. Default: no document is
             padded. Megatron-LM calls the two `cu_seqlens_q_padded` and `cu_seqlens_q`.
+        batch: a checksum of the batch's name, which `of_batch` sets.
 
     Raises:
         ValueError: if a tensor has another dtype or shape, or the stream cannot be shared.

@@ -241,9 +241,13 @@ class SequenceLayout:
         return digest.digest()
 
     def runs(self, cp_rank: int) -> Runs:
-        """The runs of a rank: two for each document (zigzag), or one for each document and chunk that meet (others).
+        """List the runs of tokens that a rank holds.
 
-        A tail is one run.
+        Args:
+            cp_rank: of the ranks that share the sequence.
+
+        Returns:
+            Two for each document (zigzag), or one for each document and chunk that meet (others). A tail is one.
         """
         cu = self.cu_seqlens
         if not self.by_document:
@@ -268,7 +272,15 @@ class SequenceLayout:
         return Runs(*runs)
 
     def locate(self, position: IntArray, document: IntArray) -> tuple[IntArray, IntArray]:
-        """(cp_rank, local_index) of global positions, given the document of each, which is not a tail."""
+        """Find which rank holds tokens, and where.
+
+        Args:
+            position: int64 [n]: global positions.
+            document: int64 [n]: the document of each, which is not a tail.
+
+        Returns:
+            (cp_rank, local_index), int64 [n] each.
+        """
         start: IntArray | int = 0
         size: IntArray | int = self.seq_len // self.num_chunks
         if self.by_document:
@@ -282,7 +294,17 @@ class SequenceLayout:
         return rank, start // self.cp_size + np.where(chunk > mirrored, size, 0) + within
 
     def positions(self, cp_rank: int) -> IntArray:
-        """The global position of each local token, [local_len]."""
+        """Find where in the whole sequence each local token is.
+
+        Args:
+            cp_rank: of the ranks that share the sequence.
+
+        Returns:
+            int64 [local_len]: global positions.
+
+        Raises:
+            ValueError: if there is no such rank.
+        """
         return self._known_positions(cp_rank).copy()
 
     def _known_positions(self, cp_rank: int) -> IntArray:
@@ -295,22 +317,50 @@ class SequenceLayout:
         return self._positions[cp_rank]
 
     def offsets(self, cp_rank: int) -> IntArray:
-        """The position within its document of each local token, [local_len]."""
+        """Find where in its document each local token is.
+
+        Args:
+            cp_rank: of the ranks that share the sequence.
+
+        Returns:
+            int64 [local_len]: positions, which begin with 0 in each document.
+
+        Raises:
+            ValueError: if there is no such rank.
+        """
         runs = self.runs(cp_rank)
         starts = np.repeat(self.cu_seqlens[runs.document], runs.end - runs.begin)
         return self._known_positions(cp_rank) - starts
 
     def valid(self, cp_rank: int, depth: int = 0) -> npt.NDArray[np.bool_]:
-        """Whether the token `depth` after each local token is a valid token of the same document, [local_len].
+        """Find out whether the token `depth` after each local token is a valid token of the same document.
 
-        Tokens of a tail are not valid.
+        Args:
+            cp_rank: of the ranks that share the sequence.
+            depth: in tokens; 0 asks for the local token itself.
+
+        Returns:
+            bool [local_len]. Tokens of a tail are not valid.
+
+        Raises:
+            ValueError: if there is no such rank.
         """
         runs = self.runs(cp_rank)
         ends = np.repeat(self.valid_ends[runs.document], runs.end - runs.begin)
         return self._known_positions(cp_rank) + depth < ends
 
     def in_tail(self, cp_rank: int) -> npt.NDArray[np.bool_]:
-        """Whether each local token belongs to the tail, [local_len]."""
+        """Find out whether each local token belongs to the tail.
+
+        Args:
+            cp_rank: of the ranks that share the sequence.
+
+        Returns:
+            bool [local_len].
+
+        Raises:
+            ValueError: if there is no such rank.
+        """
         return self._known_positions(cp_rank) >= self.seq_len - self.tail_len
 
     def shard(self, tensor: ArrayOrTensor, cp_rank: int, dim: int = -1) -> ArrayOrTensor:

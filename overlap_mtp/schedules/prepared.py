@@ -25,7 +25,12 @@ PREPARED = re.compile(r"_depth\d+$")
 
 
 def prepared_name(name: str, depth: int) -> str:
-    """The key that `prepare` gives to the roll of `name` at `depth`."""
+    """Return the key that `prepare` gives to a roll.
+
+    Args:
+        name: of the tensor that is rolled.
+        depth: of the roll, from 1.
+    """
     return f"{name}_depth{depth}"
 
 
