@@ -44,7 +44,7 @@ SOUNDS_LIKE_IT = re.compile(
 INDUCTOR = re.compile(r"^triton_[a-z]{2,5}_fused_")  # torch.compile: compute, named after what was fused
 OWN_KERNELS = (
     *("pack_kernel", "unroll_kernel", "put_unroll_kernel", "upload_kernel", "write_bounds_kernel"),
-    *("all_to_all_kernel", "put_words_kernel", "wait_words_kernel", "take_words_kernel"),
+    *("put_words_kernel", "wait_words_kernel", "take_words_kernel"),
     *("row_maps_kernel", "pack_rows_kernel", "unroll_own_rows_kernel"),
     *("unroll_received_rows_kernel", "sum_rows_kernel", "pack_sums_kernel", "add_rows_kernel"),
 )

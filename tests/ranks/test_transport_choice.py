@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from overlap_mtp.exchange import select
+from overlap_mtp.exchange import cuda, select
 from overlap_mtp.exchange.group import exchange_group_of
 
 from rank_pool import RankPool
@@ -26,15 +29,16 @@ def choose(group: dist.ProcessGroup, failing: str, asked: tuple[str, ...]) -> li
 
     found: list[object] = []
     for one in asked:
+        config: Any = SimpleNamespace(group=made_on, spec=SimpleNamespace(transport=one))
         try:
-            found.append(
-                select._make_symmetric(
-                    made_on,
-                    one,
-                    "activations",
-                    lambda: partial(step, "make", f"transport with {step('allocate', 'memory')}"),
+            with mock.patch.object(cuda, "free_orphans"):
+                found.append(
+                    select._make_symmetric(
+                        config,
+                        "activations",
+                        lambda: partial(step, "make", f"transport with {step('allocate', 'memory')}"),
+                    )
                 )
-            )
         except ValueError as error:
             found.append(str(error))
     return [*found, len(tried), sorted(made_on.why_not_symmetric)]
