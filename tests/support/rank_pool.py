@@ -69,7 +69,7 @@ class RankPool(AbstractContextManager["RankPool"]):
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], cp_size: int, *args: Any, limit_s: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], cp_size: int, *args: Any, limit_s: float = 400) -> list[Any]:
         """Return the results by rank.
 
         If ranks fail, die or hang, the pool starts again, and this raises RankError with the tracebacks of all that
