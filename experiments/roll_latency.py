@@ -42,9 +42,10 @@ from harness.launch import run_on_ranks
 from harness.progress import with_progress
 from harness.rounds import interleaved, rank_console, synchronize
 from latency import megatron_rolls, report
-from latency.candidate import EXCHANGING, MEGATRON, Candidate, Method
+from latency.candidate import MEGATRON, Candidate, Method
 from latency.cases import Case, Workload, new_layout
 from overlap_mtp import SCHEDULES
+from overlap_mtp.schedules.packed import PACKED_SCHEDULES
 
 ALL_MODES = (*SCHEDULES, MEGATRON)
 TOKENS_PER_RANK = 4096
@@ -80,7 +81,7 @@ class Options:
             documents: of the workload; 0 is a dense sequence.
             transports: of the schedules that have a choice.
         """
-        choices = dict.fromkeys(EXCHANGING, transports)
+        choices = dict.fromkeys(PACKED_SCHEDULES, transports)
         choices[MEGATRON] = megatron_rolls.CU_SEQLENS_ON[: 2 if documents else 1]
         return [Method(one, choice) for one in self.modes for choice in choices.get(one, ("",))]
 
@@ -147,7 +148,7 @@ def _measure(
         for candidate in order:
             candidate.time()
     if device.type == "cuda":
-        captured = [one for one in candidates if one.method.schedule in EXCHANGING]
+        captured = [one for one in candidates if one.method.schedule in PACKED_SCHEDULES]
         for candidate in with_progress(captured, "graphs", console):
             candidate.time_graph()
     rows = report.rows_of(candidates)

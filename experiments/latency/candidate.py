@@ -13,10 +13,8 @@ from harness.rounds import meet, synchronize
 from latency.cases import Case, new_layout
 from latency.megatron_rolls import MegatronRoller
 from overlap_mtp import SequenceLayout, make_roller
-from overlap_mtp.schedules.packed import PACKED_SCHEDULES
 from overlap_mtp.schedules.roller import Rolls
 
-EXCHANGING = tuple(PACKED_SCHEDULES)  # the schedules that run over a choice of transports
 MEGATRON = "megatron"
 MAX_DOCUMENTS = 128  # what messages are sized for: the default of make_roller
 WARM_UPS = 3

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from overlap_mtp import SequenceLayout, make_activation_roller
 from overlap_mtp.reference import roll_reference
 from overlap_mtp.schedules.roller import Rolls
-from soaks.load import CASES, LOADS, NUM_DEPTHS, WINDOW, Load, Soak, make_layout
+from soaks.load import LOADS, NUM_DEPTHS, WINDOW, Load, Soak, make_layout
 
 TOKENS = 512  # a rank
 HIDDEN = {"embeddings": 256, "states": 72}
@@ -69,10 +69,7 @@ class ActivationSoak(Soak):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, transport: str) -> None:
         super().__init__(group, device, transport)
-        self._cases = {
-            load: [make_case(load, seed, group.rank(), group.size(), device) for seed in range(CASES)]
-            for load in LOADS
-        }
+        self._cases = self.make_cases(make_case)
         schedules = ("overlap",) if transport == "symmetric" else ("overlap", "merged")
         self.rollers = {
             (name, load): make_activation_roller(

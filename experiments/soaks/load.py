@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from overlap_mtp.exchange.group import exchange_group_of
 from overlap_mtp.layout import Kind
 from overlap_mtp.schedules.roller import Roller
 
+Case = TypeVar("Case")
 NUM_DEPTHS = 3
 CASES = 12  # batches of a load, made before the clock starts
 WINDOW = 6  # microbatches in flight
@@ -40,7 +42,7 @@ def make_layout(load: Load, rng: random.Random, ranks: int, tokens: int) -> Sequ
     """Documents of random lengths. Some are shorter than the number of chunks, or end where a rank's tokens end.
 
     Args:
-        load: how many documents, of which kind of layout.
+        load: says how many documents there are, and the kind of layout.
         rng: draws their lengths.
         ranks: that share the sequence.
         tokens: that each of them holds.
@@ -68,6 +70,11 @@ class Soak(ABC):
         self._streams: list[Any] = []
         if device.type == "cuda":
             self._streams = [torch.cuda.current_stream(), exchange_group_of(group).side_stream(device)]
+
+    def make_cases(self, make: Callable[[Load, int, int, int, torch.device], Case]) -> dict[Load, list[Case]]:
+        """Make the batches of all loads. `make` gets the load, a seed, this rank, how many there are, the device."""
+        rank, ranks = self.group.rank(), self.group.size()
+        return {load: [make(load, seed, rank, ranks, self.device) for seed in range(CASES)] for load in LOADS}
 
     @abstractmethod
     def window(self) -> None:

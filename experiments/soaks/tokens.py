@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from overlap_mtp import SequenceLayout, make_roller, prepare, prepared_name
 from overlap_mtp.schedules.roller import Rolls
-from soaks.load import CASES, LOADS, NUM_DEPTHS, WINDOW, Load, Soak, make_layout
+from soaks.load import LOADS, NUM_DEPTHS, WINDOW, Load, Soak, make_layout
 
 TOKENS = 1024  # a rank
 SCHEDULES = ("prefetch", "overlap", "merged", "batched")
@@ -48,10 +48,7 @@ class TokenSoak(Soak):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, transport: str) -> None:
         super().__init__(group, device, transport)
-        self.cases = {
-            load: [make_case(load, seed, group.rank(), group.size(), device) for seed in range(CASES)]
-            for load in LOADS
-        }
+        self.cases = self.make_cases(make_case)
         self.rollers = {
             (name, load): make_roller(name, group, NUM_DEPTHS, transport, load.max_documents)
             for name in SCHEDULES
